@@ -1,0 +1,36 @@
+"""The errors that decide a job's fate, and the exit code that each one becomes.
+
+Standard library only: the requeue decision on the host reads these codes too.
+"""
+
+EXIT_DONE = 0
+EXIT_HANG = 70
+EXIT_STORAGE = 74
+EXIT_YIELD = 75
+"""Stopped and committed, but the requeue was refused or impossible."""
+EXIT_USER = 78
+EXIT_DIVERGED = 79
+
+
+class UserError(ValueError):
+    """The user's configuration or data is wrong: exit 78, never requeued.
+
+    The message's first line names the key, file, line or row, and says what would be right.
+    """
+
+    kind = "user"
+    exit_code = EXIT_USER
+
+
+class StorageError(OSError):
+    """A write that a commit depends on failed (disk full, quota, read-only): exit 74, job held."""
+
+    kind = "storage"
+    exit_code = EXIT_STORAGE
+
+
+class Diverged(ArithmeticError):
+    """Loss or gradient is not finite: exit 79, nothing committed, never requeued."""
+
+    kind = "diverged"
+    exit_code = EXIT_DIVERGED
