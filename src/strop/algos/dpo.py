@@ -91,9 +91,8 @@ def loss(out: Output, batch: Batch, cfg: Config) -> tuple[Tensor, Metrics]:
 
 
 def _metrics(c: Tensor, d: Tensor, logp: Tensor, beta: float, out: Output, batch: Batch) -> Metrics:
-    """TRL's names: rewards are β times the log-ratio; a tie counts as half right."""
+    """TRL's names: rewards are β times the log-ratio; a tie is not accurate."""
     pairs = torch.tensor(float(len(c)), device=c.device)
-    right = (c > d).float() + 0.5 * (c == d).float()
     tokens = batch.trained_T.float()
     in_chosen = _of_chosen(batch)
     num_chosen, num_rejected = (tokens * in_chosen).sum(), (tokens * ~in_chosen).sum()
@@ -101,7 +100,7 @@ def _metrics(c: Tensor, d: Tensor, logp: Tensor, beta: float, out: Output, batch
         "rewards/chosen": (beta * c.sum(), pairs),
         "rewards/rejected": (beta * d.sum(), pairs),
         "rewards/margins": (beta * (c - d).sum(), pairs),
-        "rewards/accuracies": (right.sum(), pairs),
+        "rewards/accuracies": ((c > d).float().sum(), pairs),
         "logps/chosen": (logp[0::2].sum(), pairs),
         "logps/rejected": (logp[1::2].sum(), pairs),
         "logits/chosen": ((out.mean_logit_T * in_chosen).sum(), num_chosen),
