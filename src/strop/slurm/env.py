@@ -206,3 +206,9 @@ def tasks_per_node(environ: Optional[Mapping[str, str]] = None) -> int:
 def all_variables() -> dict[str, str]:
     """A copy of the environment, to pass on to a child."""
     return dict(os.environ)
+
+
+def local_ranks(environ: Optional[Mapping[str, str]] = None) -> int:
+    """How many ranks the local launcher starts."""
+    e = os.environ if environ is None else environ
+    return int(e.get("STROP_LOCAL_RANKS") or 1)

@@ -65,7 +65,8 @@ class StopRequest:
         return self.reason
 
     def _look(self) -> None:
-        assert self._file is not None and self._record is not None
+        assert self._file is not None
+        assert self._record is not None
         now = time.monotonic()
         self._next_look = now + LOOK_EVERY_S
         if now >= self._next_heartbeat:
