@@ -344,7 +344,11 @@ def parse_args(argv: Sequence[str], algo: Optional[str] = None) -> tuple[Optiona
         elif word.startswith("--config="):
             config_path = Path(word.partition("=")[2])
         elif word.startswith("-") or "=" not in word:
-            hint = f"; did you mean --config {word}?" if word.endswith((".yaml", ".yml")) else ""
+            hint = ""
+            if word.endswith((".yaml", ".yml")):
+                hint = f"; did you mean --config {word}?"
+            elif "=" in word:
+                hint = f"; did you mean {word.lstrip('-')}?"
             raise UserError(f"command line: {word!r} is neither --config FILE nor key=value{hint}")
         else:
             words.append(word)
