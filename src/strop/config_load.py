@@ -308,16 +308,16 @@ def place(entry: Entry, known: Mapping[str, Leaf], free_form: str) -> Entry:
     if plus:
         raise UserError(
             f"{entry.where}: +{key} adds a key, which only {free_form} allows (+{free_form}.name=value)"
-            + _meant(key, known)
+            + meant(key, known)
         )
     if key in known:
         return dataclasses.replace(entry, value=fit(entry, known[key].hint))
     if key in sections(known):
         raise UserError(f"{entry.where}: {key} is a section; set its keys, such as {_first_key(key, known)}")
-    raise UserError(f"{entry.where}: unknown key {key}{_meant(key, known)}")
+    raise UserError(f"{entry.where}: unknown key {key}{meant(key, known)}")
 
 
-def _meant(key: str, known: Mapping[str, Leaf]) -> str:
+def meant(key: str, known: Mapping[str, Leaf]) -> str:
     guess = nearest(key, known)
     return f"; did you mean {guess}?" if guess else "; --help lists all keys"
 
