@@ -22,6 +22,7 @@ fail() {
     exit 78 # the user's error: see src/strop/errors.py
 }
 
+# shellcheck disable=SC2317 # reached through trap
 # bash runs a trap only between commands: what it waits for must be a background process and `wait`.
 on_signal() {
     signals+="$1 "
@@ -55,23 +56,29 @@ find_pythons() {
     export PYTHONPATH=$root/src${PYTHONPATH:+:$PYTHONPATH}
 }
 
-# Sets the array `container`: what stands between srun and python, and `container_options` for srun.
-find_container() {
-    container=()
-    container_options=()
+# Before the attempt begins: a missing tool is the user's or the site's error, no failure of the run.
+find_container_tool() {
+    container_tool=none
     [[ -n ${CONTAINER:-} ]] || return 0
-    local mounts="$root:$root"
-    if [[ $PWD != "$root" ]]; then mounts+=",$PWD:$PWD"; fi
-    if [[ $STROP_RUN_DIR != "$PWD"/* ]]; then mounts+=",${STROP_RUN_DIR%/*}:${STROP_RUN_DIR%/*}"; fi
-    if [[ -n ${MOUNTS:-} ]]; then mounts+=",$MOUNTS"; fi
-    if srun --help 2>/dev/null | grep -q -- --container-image; then
-        container_options=("--container-image=$CONTAINER" "--container-mounts=$mounts" "--container-workdir=$PWD")
+    if [[ $(srun --help 2>/dev/null) == *--container-image* ]]; then
+        container_tool=pyxis
     elif command -v apptainer >/dev/null; then
-        container=(apptainer exec)
-        if ((STROP_GPUS_PER_NODE > 0)); then container+=(--nv); fi
-        container+=(--bind "$mounts" --pwd "$PWD" "$CONTAINER")
+        container_tool=apptainer
     else
         fail "CONTAINER=$CONTAINER: this cluster has neither Pyxis (srun --container-image) nor apptainer"
+    fi
+}
+
+# Sets the arrays `container_options`, for srun, and `container`, what stands between srun and python.
+set_container() {
+    container_options=() container=()
+    local mounts="$root:$root,$PWD:$PWD,${STROP_RUN_DIR%/*}:${STROP_RUN_DIR%/*}${MOUNTS:+,$MOUNTS}"
+    if [[ $container_tool == pyxis ]]; then
+        container_options=("--container-image=$CONTAINER" "--container-mounts=$mounts" "--container-workdir=$PWD")
+    elif [[ $container_tool == apptainer ]]; then
+        container=(apptainer exec --bind "$mounts" --pwd "$PWD")
+        if ((STROP_GPUS_PER_NODE > 0)); then container+=(--nv); fi
+        container+=("$CONTAINER")
     fi
 }
 
@@ -89,18 +96,22 @@ run_ranks() {
     if ((STROP_GPUS_PER_NODE > 0)); then options+=("--gpus-per-node=$STROP_GPUS_PER_NODE"); fi
     # The job's own settings of these would contradict the ones above.
     unset SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE SLURM_TASKS_PER_NODE SLURM_CPUS_PER_TASK
-    find_container
+    set_container
     exec srun "${options[@]}" ${container_options[@]+"${container_options[@]}"} \
         ${container[@]+"${container[@]}"} "$PYTHON" -m strop.slurm.launch -- "$@"
 }
 
-# The first `wait` returns when a trap has run; the ranks are still there.
+# A `wait` returns as soon as a trap has run; the ranks are still there then. The last one has their code,
+# unless they ended while a trap ran: it is asked once more (127: it has been given already).
 wait_for_ranks() {
     launcher_exit=0
     while kill -0 "$ranks_pid" 2>/dev/null; do
         launcher_exit=0
         wait "$ranks_pid" || launcher_exit=$?
     done
+    local last=0
+    wait "$ranks_pid" 2>/dev/null || last=$?
+    if ((last != 127)); then launcher_exit=$last; fi
 }
 
 # One attempt; sets `action` and `exit_code`.
@@ -128,6 +139,7 @@ main() {
         fail "not inside a Slurm job. Submit it: sbatch sbatch/$1.sh ...  Or run it on this machine: STROP_LAUNCHER=local STROP_LOCAL_RANKS=2 bash sbatch/lib.sh $1 ..."
     fi
     find_pythons
+    find_container_tool
     export STROP_SHELL_PID=$$ STROP_LOCAL_RESTARTS=0
     attempt "$@"
     while [[ ${STROP_LAUNCHER:-} == local && $action == requeue ]]; do
@@ -136,7 +148,9 @@ main() {
         attempt "$@" "run.name=${STROP_RUN_DIR##*/}" # a name that was made of the time
     done
     if [[ ${STROP_LAUNCHER:-} == local && $exit_code == 75 ]]; then
-        say "to go on: STROP_LAUNCHER=local bash sbatch/lib.sh $* run.name=${STROP_RUN_DIR##*/}"
+        local name=" run.name=${STROP_RUN_DIR##*/}"
+        if [[ $* == *run.name=* ]]; then name=''; fi
+        say "to go on: STROP_LAUNCHER=local bash sbatch/lib.sh $*$name"
     fi
     exit "$exit_code"
 }
