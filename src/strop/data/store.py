@@ -37,6 +37,8 @@ class TokenisedRow:
     """Its line there, from 1 (for formats without lines: its number)."""
     sequences: list[tuple[np.ndarray, np.ndarray]]
     """[(tokens int32 [T], trained bool [T])], `seqs_per_row` of them."""
+    merged_boundary: bool = False
+    """A token spans the end of the prompt."""
 
 
 @dataclass(frozen=True)
