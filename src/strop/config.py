@@ -10,8 +10,16 @@ come before torch is imported. The resolved tree is written to `runs/<name>/conf
 from __future__ import annotations
 
 import dataclasses
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import yaml
+
+from strop import config_check, config_load
+from strop.errors import UserError
 
 ALGOS = ("sft", "dpo")
 
@@ -228,6 +236,144 @@ class Config:
     """Free-form notes, kept with the run and sent to the trackers."""
 
 
+FREE_FORM = "metadata"
+
+MAY_CHANGE: dict[str, str] = {
+    "run.": "where a run lies and what its owner permits",
+    "log.": "what is shown, not what is computed",
+    "checkpoint.": "a checkpoint only copies the state",
+    "validation.": "validation reads the weights; patience ends a run as max_steps does",
+    "cluster.": "what Slurm is asked for; another number of ranks trains on the same batches",
+    "dist.": "how ranks talk; the same reason",
+    "metadata.": "notes",
+    "data.cache_dir": "the cache is found by content",
+    "train.max_steps": "a finished run is extended by a larger one",
+    "train.max_epochs": "the same",
+    "train.limit_val_batches": "as validation",
+}
+"""Keys (sections end in a dot) in which a resumed run may differ from its start, and why."""
+
+
+def load(
+    algo: str,
+    config_path: Union[str, Path, None],
+    overrides: Sequence[str],
+    notes: Optional[list[str]] = None,
+) -> Config:
+    """Defaults < YAML file < `key=value` words, checked. UserError names key, file and line.
+
+    config_path None: configs/<algo>.yaml under the current directory, else under the repository root.
+    notes: filled with what the caller should print about names that were translated.
+    """
+    if algo not in ALGOS:
+        raise UserError(f"unknown algorithm {algo!r}: expected one of {', '.join(ALGOS)}")
+    path = default_path(algo) if config_path is None else Path(config_path)
+    known = config_load.leaves(Config)
+    section_names = config_load.sections([*known, *config_load.ALIASES])
+    collected: list[str] = []
+    layers = []
+    for entries in (config_load.read_file(path, section_names), config_load.read_words(overrides)):
+        renamed = [config_load.rename(entry, collected) for entry in entries]
+        layers.append([config_load.place(entry, known, FREE_FORM) for entry in renamed])
+    config_load.refuse_contradictions(layers[0])
+    config, where = config_load.merge(Config, known, layers)
+    if "algo" in where and config.algo != algo:
+        raise UserError(f"{where['algo']}: algo is {config.algo}, but this is a {algo} run")
+    config = dataclasses.replace(config, algo=algo)
+    config_check.check(flatten(to_dict(config)), where, path)
+    if notes is not None:
+        notes.extend(dict.fromkeys(collected))
+    return config
+
+
+def default_path(algo: str) -> Path:
+    here = Path("configs") / f"{algo}.yaml"
+    in_repository = Path(__file__).resolve().parents[2] / here
+    if here.exists() or not in_repository.exists():
+        return here
+    return in_repository
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """The resolved tree as plain dicts and lists."""
     return dataclasses.asdict(config)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts -> dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def dump_yaml(config: Config) -> str:
+    """The resolved tree as YAML, in the schema's order; `load` reads it back to an equal tree."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=100)
+
+
+def differences(old: dict[str, Any], new: Config) -> list[str]:
+    """Lines "train.seed: 42 -> 43" for what a resume would change against the run's config.yaml."""
+    before, after = flatten(old), flatten(to_dict(new))
+    lines = []
+    for key in dict.fromkeys([*after, *before]):
+        may_change = any(key.startswith(k) if k.endswith(".") else key == k for k in MAY_CHANGE)
+        a, b = before.get(key, "(not set)"), after.get(key, "(not set)")
+        if a != b and not may_change:
+            lines.append(f"{key}: {'null' if a is None else a} -> {'null' if b is None else b}")
+    return lines
+
+
+def parse_args(argv: Sequence[str], algo: Optional[str] = None) -> tuple[Optional[Path], list[str]]:
+    """`[--config FILE] [key=value ...]` -> (file, words). -h prints the help and exits 0."""
+    config_path: Optional[Path] = None
+    words: list[str] = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word in ("-h", "--help"):
+            print(help_text(algo or ALGOS[-1]))
+            raise SystemExit(0)
+        if word == "--config":
+            if not rest:
+                raise UserError("command line: --config needs a file")
+            config_path = Path(rest.pop(0))
+        elif word.startswith("--config="):
+            config_path = Path(word.partition("=")[2])
+        elif word.startswith("-") or "=" not in word:
+            hint = ""
+            if word.endswith((".yaml", ".yml")):
+                hint = f"; did you mean --config {word}?"
+            elif "=" in word:
+                hint = f"; did you mean {word.lstrip('-')}?"
+            raise UserError(f"command line: {word!r} is neither --config FILE nor key=value{hint}")
+        else:
+            words.append(word)
+    return config_path, words
+
+
+def help_text(algo: str) -> str:
+    """Every key with its default and meaning."""
+    lines = [
+        f"usage: ... {algo} [--config FILE] [key=value ...] [+{FREE_FORM}.name=value ...]",
+        "",
+        f"FILE is configs/{algo}.yaml if not given. Words win over the file, which states only what differs",
+        "from the defaults below. Lists and nulls as in YAML: optim.betas='[0.9, 0.98]' train.max_steps=null",
+        f"Example: {algo} model.path=/models/my-model data.train=pairs.jsonl optim.lr=5e-7 max_steps=100",
+        "Names that NeMo RL uses (policy.model_name, ...) are understood and reported.",
+    ]
+    section = None
+    for key, leaf in config_load.leaves(Config).items():
+        head = key.partition(".")[0]
+        if key == "algo" or (head in ALGOS and head != algo):
+            continue
+        if head != section:
+            section = head
+            lines += ["", f"{head}:"]
+        default = yaml.safe_dump(leaf.default, default_flow_style=True).replace("...", "").strip()
+        lines.append(f"  {key} = {default}")
+        lines.append(textwrap.fill(leaf.doc, 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    return "\n".join(lines)
