@@ -1,0 +1,379 @@
+"""What a run is: one tree of frozen dataclasses, filled from a YAML file and the command line.
+
+A YAML file states only what differs from the defaults here; `key=value` overrides on the command line
+win over it; `+metadata.team=x` adds a free-form key where the schema has a free-form section. Names that
+NeMo RL's users type are accepted through one table (`aliases.py`) and reported. An unknown key is an
+error that names the nearest right one, a value of another type is an error that names the key, and both
+come before torch is imported. The resolved tree is written to `runs/<name>/config.yaml` once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import yaml
+
+from strop import config_check, config_load
+from strop.errors import UserError
+
+ALGOS = ("sft", "dpo")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: Optional[str] = None
+    """Local directory or hub name of a causal language model."""
+    revision: Optional[str] = None
+    """Hub branch, tag or commit."""
+    tokenizer: Optional[str] = None
+    """Local directory or hub name of the tokenizer; the model's own if null."""
+    chat_template: Optional[str] = None
+    """A Jinja chat template, or the path of a file with one; the tokenizer's own if null."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    attention: str = "auto"
+    """packed: sequences side by side without padding; padded: one sequence a row; auto: packed where a
+    probe at load shows that nothing leaks between packed sequences, else padded."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: Any = None
+    """JSONL, JSON or Parquet file, directory with training.jsonl, hub name, or a list of these."""
+    validation: Any = None
+    """The same for validation. A directory in `train` that holds validation.jsonl is used if null."""
+    split: Optional[str] = None
+    """"98,1,1": shares of train, validation and test taken out of `train` by a hash of the row."""
+    hub_subset: Optional[str] = None
+    """Configuration name of a hub data set."""
+    hub_split: str = "train"
+    """Split of a hub data set for training."""
+    hub_validation_split: Optional[str] = None
+    """Split of a hub data set for validation."""
+    max_length: int = 1024
+    """Longest sequence (prompt and completion) in tokens."""
+    over_length: str = "drop"
+    """What happens to a longer one: drop (counted) or error."""
+    max_dropped_fraction: float = 0.05
+    """The run stops before training if more than this share of the rows is dropped."""
+    on_bad_row: str = "error"
+    """error: stop at a row without the needed fields or with chosen == rejected; skip: count and go on."""
+    cache_dir: Optional[str] = None
+    """Where tokenised data is kept between runs; <run.dir>/.cache if null."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    global_batch_size: int = 16
+    """Rows (SFT: sequences, DPO: pairs) in one optimiser step, over all ranks."""
+    micro_batch_tokens: int = 4096
+    """Most tokens in one forward of one rank (a longer single row makes a batch of its own).
+    Changes memory and speed, never the loss."""
+    micro_batch_size: Optional[int] = None
+    """Most rows in one forward of one rank; null: only the tokens count."""
+    max_steps: Optional[int] = None
+    """Optimiser steps; null: as many as max_epochs gives."""
+    max_epochs: float = 1.0
+    """Passes over the training rows; ignored where max_steps is given."""
+    seed: int = 42
+    """Order of the rows and every other random draw."""
+    precision: str = "auto"
+    """Compute type: bf16, fp16 (GPU, with loss scaling), fp32; auto: bf16 where the hardware has it.
+    Master weights and optimiser state are fp32 always."""
+    activation_checkpointing: str = "none"
+    """none, selective (attention and matmul outputs kept, the rest recomputed) or full."""
+    max_grad_norm: Optional[float] = 1.0
+    """Clip the global gradient norm to this; null: no clipping."""
+    compile: bool = False
+    """torch.compile each transformer block."""
+    limit_train_batches: Optional[int] = None
+    """Debugging: optimiser steps an epoch at most."""
+    limit_val_batches: Optional[int] = None
+    """Debugging: use only the first rows of the validation set, this many global batches of them."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 1e-6
+    """Peak learning rate of AdamW."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay of AdamW's running averages."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.0
+    """On matrices only; norms and biases are not decayed."""
+    schedule: str = "linear"
+    """After the warm-up: constant, linear or cosine."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    min_lr_ratio: float = 0.0
+    """The schedule ends at lr times this."""
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    every: Optional[int] = None
+    """Validate every so many steps; null: not between start and end."""
+    at_start: bool = True
+    """Validate before the first step."""
+    at_end: bool = True
+    """Validate after the last step."""
+    patience: Optional[int] = None
+    """Early stopping: end after so many validations without a better `checkpoint.best_metric`."""
+    min_delta: float = 0.0
+    """What counts as better for early stopping."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: Optional[int] = 100
+    """Commit a checkpoint every so many steps (and at the end and when stopped); null: only then."""
+    keep_last: int = 2
+    """How many committed checkpoints stay; at least 2, so that there is one to fall back to. The best
+    one by `best_metric` stays as well."""
+    best_metric: Optional[str] = None
+    """Validation metric, as in metrics.jsonl (eval_loss, eval_rewards/accuracies, ...)."""
+    best_mode: str = "auto"
+    """min, max, or auto: min for a metric that ends in loss, else max."""
+
+
+@dataclass(frozen=True)
+class DpoConfig:
+    beta: float = 0.1
+    """How strongly the policy is held to the reference (`reference_policy_kl_penalty` in NeMo RL)."""
+    loss: str = "sigmoid"
+    """sigmoid, hinge, ipo or robust."""
+    label_smoothing: float = 0.0
+    """Share of pairs assumed to be labelled the wrong way round: [0, 0.5)."""
+    sft_loss_weight: float = 0.0
+    """Weight of the negative log-likelihood of the chosen completion, per token."""
+    preference_loss_weight: float = 1.0
+    """Weight of the preference loss."""
+    average_log_probs: bool = False
+    """Mean instead of sum of a completion's token log-probs (ipo: always the mean)."""
+    reference: Optional[str] = None
+    """Reference model; null: the model itself before training."""
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    train_on_prompt: bool = False
+    """Train on all tokens instead of the completion (messages: the assistant's turns) only."""
+
+
+@dataclass(frozen=True)
+class DistConfig:
+    backend: str = "auto"
+    """auto: nccl where every rank has a GPU, else gloo."""
+    timeout_s: float = 1800.0
+    """A collective that takes longer is an error."""
+    rendezvous_timeout_s: float = 600.0
+    """How long ranks wait for each other at the start."""
+    shard_size: Optional[int] = None
+    """Ranks that share one copy of the weights (hybrid sharding); null: all of them."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    level: str = "info"
+    """debug, info, warning or error."""
+    every: int = 1
+    """Write metrics every so many steps."""
+    tensorboard: bool = True
+    """Write runs/<name>/tensorboard."""
+    wandb: bool = False
+    """Log to Weights & Biases (must be installed)."""
+    mlflow: bool = False
+    """Log to MLflow (must be installed)."""
+    project: str = "strop"
+    """Project or experiment name there."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    name: Optional[str] = None
+    """Name of the run; an existing one is resumed. null: <algo>-<job id>."""
+    dir: str = "runs"
+    """Directory of all runs."""
+    allow_config_change: bool = False
+    """Resume although the configuration differs from the one that the run was started with."""
+    allow_code_change: bool = False
+    """Resume although the code differs."""
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """What the submission asks Slurm for where its command line does not (tools.submit, recipes)."""
+
+    nodes: Optional[int] = None
+    """Number of nodes."""
+    gpus_per_node: Optional[int] = None
+    """GPUs on each."""
+
+
+@dataclass(frozen=True)
+class Config:
+    algo: str = "dpo"
+    """The algorithm: one of ALGOS; set by the command, not by the file."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    dpo: DpoConfig = field(default_factory=DpoConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    dist: DistConfig = field(default_factory=DistConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Free-form notes, kept with the run and sent to the trackers."""
+
+
+FREE_FORM = "metadata"
+
+MAY_CHANGE: dict[str, str] = {
+    "run.": "where a run lies and what its owner permits",
+    "log.": "what is shown, not what is computed",
+    "checkpoint.": "a checkpoint only copies the state",
+    "validation.": "validation reads the weights; patience ends a run as max_steps does",
+    "cluster.": "what Slurm is asked for; another number of ranks trains on the same batches",
+    "dist.": "how ranks talk; the same reason",
+    "metadata.": "notes",
+    "data.cache_dir": "the cache is found by content",
+    "train.max_steps": "a finished run is extended by a larger one",
+    "train.max_epochs": "the same",
+    "train.limit_val_batches": "as validation",
+}
+"""Keys (sections end in a dot) in which a resumed run may differ from its start, and why."""
+
+
+def load(
+    algo: str,
+    config_path: Union[str, Path, None],
+    overrides: Sequence[str],
+    notes: Optional[list[str]] = None,
+) -> Config:
+    """Defaults < YAML file < `key=value` words, checked. UserError names key, file and line.
+
+    config_path None: configs/<algo>.yaml under the current directory, else under the repository root.
+    notes: filled with what the caller should print about names that were translated.
+    """
+    if algo not in ALGOS:
+        raise UserError(f"unknown algorithm {algo!r}: expected one of {', '.join(ALGOS)}")
+    path = default_path(algo) if config_path is None else Path(config_path)
+    known = config_load.leaves(Config)
+    section_names = config_load.sections([*known, *config_load.ALIASES])
+    collected: list[str] = []
+    layers = []
+    for entries in (config_load.read_file(path, section_names), config_load.read_words(overrides)):
+        renamed = [config_load.rename(entry, collected) for entry in entries]
+        layers.append([config_load.place(entry, known, FREE_FORM) for entry in renamed])
+    config_load.refuse_contradictions(layers[0])
+    config, where = config_load.merge(Config, known, layers)
+    if "algo" in where and config.algo != algo:
+        raise UserError(f"{where['algo']}: algo is {config.algo}, but this is a {algo} run")
+    config = dataclasses.replace(config, algo=algo)
+    config_check.check(flatten(to_dict(config)), where, path)
+    if notes is not None:
+        notes.extend(dict.fromkeys(collected))
+    return config
+
+
+def default_path(algo: str) -> Path:
+    here = Path("configs") / f"{algo}.yaml"
+    in_repository = Path(__file__).resolve().parents[2] / here
+    if here.exists() or not in_repository.exists():
+        return here
+    return in_repository
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The resolved tree as plain dicts and lists."""
+    return dataclasses.asdict(config)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts -> dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def dump_yaml(config: Config) -> str:
+    """The resolved tree as YAML, in the schema's order; `load` reads it back to an equal tree."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=100)
+
+
+def differences(old: dict[str, Any], new: Config) -> list[str]:
+    """Lines "train.seed: 42 -> 43" for what a resume would change against the run's config.yaml."""
+    before, after = flatten(old), flatten(to_dict(new))
+    lines = []
+    for key in dict.fromkeys([*after, *before]):
+        may_change = any(key.startswith(k) if k.endswith(".") else key == k for k in MAY_CHANGE)
+        a, b = before.get(key, "(not set)"), after.get(key, "(not set)")
+        if a != b and not may_change:
+            lines.append(f"{key}: {'null' if a is None else a} -> {'null' if b is None else b}")
+    return lines
+
+
+def parse_args(argv: Sequence[str], algo: Optional[str] = None) -> tuple[Optional[Path], list[str]]:
+    """`[--config FILE] [key=value ...]` -> (file, words). -h prints the help and exits 0."""
+    config_path: Optional[Path] = None
+    words: list[str] = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word in ("-h", "--help"):
+            print(help_text(algo or ALGOS[-1]))
+            raise SystemExit(0)
+        if word == "--config":
+            if not rest:
+                raise UserError("command line: --config needs a file")
+            config_path = Path(rest.pop(0))
+        elif word.startswith("--config="):
+            config_path = Path(word.partition("=")[2])
+        elif word.startswith("-") or "=" not in word:
+            hint = ""
+            if word.endswith((".yaml", ".yml")):
+                hint = f"; did you mean --config {word}?"
+            elif "=" in word:
+                hint = f"; did you mean {word.lstrip('-')}?"
+            raise UserError(f"command line: {word!r} is neither --config FILE nor key=value{hint}")
+        else:
+            words.append(word)
+    return config_path, words
+
+
+def help_text(algo: str) -> str:
+    """Every key with its default and meaning."""
+    lines = [
+        f"usage: ... {algo} [--config FILE] [key=value ...] [+{FREE_FORM}.name=value ...]",
+        "",
+        f"FILE is configs/{algo}.yaml if not given. Words win over the file, which states only what differs",
+        "from the defaults below. Lists and nulls as in YAML: optim.betas='[0.9, 0.98]' train.max_steps=null",
+        f"Example: {algo} model.path=/models/my-model data.train=pairs.jsonl optim.lr=5e-7 max_steps=100",
+        "Names that NeMo RL uses (policy.model_name, ...) are understood and reported.",
+    ]
+    section = None
+    for key, leaf in config_load.leaves(Config).items():
+        head = key.partition(".")[0]
+        if key == "algo" or (head in ALGOS and head != algo):
+            continue
+        if head != section:
+            section = head
+            lines += ["", f"{head}:"]
+        default = yaml.safe_dump(leaf.default, default_flow_style=True).replace("...", "").strip()
+        lines.append(f"  {key} = {default}")
+        lines.append(textwrap.fill(leaf.doc, 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    return "\n".join(lines)

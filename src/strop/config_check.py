@@ -1,0 +1,100 @@
+"""Values that have the right type but make no sense: the allowed names and ranges of each key, in tables.
+
+`config.load` calls `check` with the merged tree as dotted keys, before anything reads it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from strop.errors import UserError
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.attention": ("auto", "packed", "padded"),
+    "data.over_length": ("drop", "error"),
+    "data.on_bad_row": ("error", "skip"),
+    "train.precision": ("auto", "bf16", "fp16", "fp32"),
+    "train.activation_checkpointing": ("none", "selective", "full"),
+    "optim.schedule": ("constant", "linear", "cosine"),
+    "checkpoint.best_mode": ("auto", "min", "max"),
+    "dpo.loss": ("sigmoid", "hinge", "ipo", "robust"),
+    "dist.backend": ("auto", "nccl", "gloo"),
+    "log.level": ("debug", "info", "warning", "error"),
+}
+
+Range = tuple[Callable[[Any], bool], str]
+POSITIVE: Range = (lambda v: v > 0, "must be greater than 0")
+NOT_NEGATIVE: Range = (lambda v: v >= 0, "must not be negative")
+SHARE: Range = (lambda v: 0 <= v <= 1, "must lie in [0, 1]")
+RANGES: dict[str, Range] = {
+    "data.max_length": (lambda v: v >= 2, "must be at least 2"),
+    "data.max_dropped_fraction": SHARE,
+    "train.global_batch_size": POSITIVE,
+    "train.micro_batch_tokens": POSITIVE,
+    "train.micro_batch_size": POSITIVE,
+    "train.max_steps": POSITIVE,
+    "train.max_epochs": POSITIVE,
+    "train.seed": (lambda v: 0 <= v < 2**63, "must lie in [0, 2**63)"),
+    "train.max_grad_norm": POSITIVE,
+    "train.limit_train_batches": POSITIVE,
+    "train.limit_val_batches": POSITIVE,
+    "optim.lr": NOT_NEGATIVE,
+    "optim.betas": (lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "must be two numbers in [0, 1)"),
+    "optim.eps": POSITIVE,
+    "optim.weight_decay": NOT_NEGATIVE,
+    "optim.warmup_steps": NOT_NEGATIVE,
+    "optim.min_lr_ratio": SHARE,
+    "validation.every": POSITIVE,
+    "validation.patience": POSITIVE,
+    "validation.min_delta": NOT_NEGATIVE,
+    "checkpoint.every": POSITIVE,
+    "checkpoint.keep_last": (lambda v: v >= 2, "must be at least 2, so that there is one to fall back to"),
+    "checkpoint.best_metric": (lambda v: v.startswith("eval_"), "must start with eval_, as in metrics.jsonl"),
+    "dpo.beta": POSITIVE,
+    "dpo.label_smoothing": (lambda v: 0 <= v < 0.5, "must lie in [0, 0.5)"),
+    "dpo.sft_loss_weight": NOT_NEGATIVE,
+    "dpo.preference_loss_weight": NOT_NEGATIVE,
+    "dist.timeout_s": POSITIVE,
+    "dist.rendezvous_timeout_s": POSITIVE,
+    "dist.shard_size": POSITIVE,
+    "log.every": POSITIVE,
+    "cluster.nodes": POSITIVE,
+    "cluster.gpus_per_node": NOT_NEGATIVE,
+}
+
+
+REQUIRED = {"model.path": "a directory or hub name", "data.train": "a file, directory or hub name"}
+
+
+def check(flat: Mapping[str, Any], where: Mapping[str, str], path: Path) -> None:
+    """UserError for the first key whose value cannot be meant; `where` says where each was set."""
+
+    def fail(key: str, problem: str, because: str = "") -> None:
+        place = where.get(key) or where.get(because, str(path))
+        raise UserError(f"{place}: {key} is {flat[key]!r}; it {problem}")
+
+    for key, what in REQUIRED.items():
+        if not flat[key]:
+            raise UserError(f"{path}: {key} is not set; give {what} there or as {key}=...")
+    for key, allowed in CHOICES.items():
+        if flat[key] not in allowed:
+            fail(key, f"must be one of {', '.join(allowed)}")
+    for key in ("data.train", "data.validation"):
+        sources = flat[key] if isinstance(flat[key], list) else [flat[key] or ""]
+        if not all(isinstance(source, str) for source in sources):
+            fail(key, "must be text or a list of texts")
+    for key, value in flat.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            fail(key, "must be finite")
+        if key in RANGES and value is not None and not RANGES[key][0](value):
+            fail(key, RANGES[key][1])
+    if flat["dpo.loss"] == "robust" and flat["dpo.label_smoothing"] == 0:
+        fail("dpo.label_smoothing", "must be greater than 0 for dpo.loss=robust", "dpo.loss")
+    if flat["validation.patience"] is not None and flat["checkpoint.best_metric"] is None:
+        fail("validation.patience", "needs checkpoint.best_metric, such as eval_loss")
+    name = flat["run.name"]
+    if name is not None and (not name or "/" in name or name.startswith(".")):
+        fail("run.name", "must be a plain name, without / and not starting with a dot")

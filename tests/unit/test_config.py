@@ -1,0 +1,356 @@
+"""Configuration: what comes out of a file and a command line, and the exact message for each mistake."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from strop import config, config_check, config_load
+from strop.aliases import ALIASES
+from strop.config import Config, differences, dump_yaml, load, parse_args, to_dict
+from strop.errors import UserError
+
+MINIMAL = "model:\n  path: m\ndata:\n  train: d.jsonl\n"
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return Path("c.yaml")
+
+
+def loaded(file, *words, text=MINIMAL, algo="dpo"):
+    file.write_text(text)
+    return load(algo, file, words)
+
+
+def message(file, *words, text=MINIMAL, algo="dpo"):
+    with pytest.raises(UserError) as e:
+        loaded(file, *words, text=text, algo=algo)
+    return str(e.value)
+
+
+def test_defaults_then_file_then_words(file):
+    c = loaded(file, "train.seed=3", text=MINIMAL + "train: {seed: 2, global_batch_size: 8}\n")
+    assert (c.train.seed, c.train.global_batch_size, c.train.micro_batch_tokens) == (3, 8, 4096)
+    assert (c.algo, c.model.path, c.data.train) == ("dpo", "m", "d.jsonl")
+
+
+def test_a_later_word_wins(file):
+    assert loaded(file, "train.seed=3", "seed=4").train.seed == 4
+
+
+@pytest.mark.parametrize(
+    ("word", "key", "value"),
+    [
+        ("optim.lr=1e-5", "optim.lr", 1e-5),  # PyYAML alone reads text
+        ("optim.lr=5.e-7", "optim.lr", 5e-7),
+        ("optim.lr=1", "optim.lr", 1.0),
+        ("optim.lr=.5", "optim.lr", 0.5),
+        ("optim.betas=[0, 0.95]", "optim.betas", [0.0, 0.95]),
+        ("train.max_grad_norm=null", "train.max_grad_norm", None),
+        ("checkpoint.every=", "checkpoint.every", None),
+        ("train.max_steps=010", "train.max_steps", 10),  # YAML 1.1 reads octal 8
+        ("log.wandb=true", "log.wandb", True),
+        ("data.train=[a.jsonl, b]", "data.train", ["a.jsonl", "b"]),
+        ("model.revision=1e10", "model.revision", "1e10"),  # a commit, not a number
+        ("run.name=007", "run.name", "007"),
+        ("model.chat_template={% if x %}", "model.chat_template", "{% if x %}"),
+        ("data.split=98,1,1", "data.split", "98,1,1"),
+        ("run.name=a=b", "run.name", "a=b"),
+        ("+metadata.team=x", "metadata.team", "x"),
+        ("+metadata.a.b={c: [1, yes]}", "metadata.a.b.c", [1, "yes"]),
+    ],
+)
+def test_words_are_read_as_yaml_1_2(file, word, key, value):
+    got = config.flatten(to_dict(loaded(file, word)))[key]
+    assert got == value
+    assert type(got) is type(value)
+
+
+def test_interpolation(file):
+    c = loaded(file, "run.name=${log.project}-${train.seed}", "train.max_steps=${train.global_batch_size}")
+    assert (c.run.name, c.train.max_steps) == ("strop-42", 16)
+
+
+def test_an_emptied_section_keeps_its_defaults(file):
+    assert loaded(file, text=MINIMAL + "optim:\n  # lr: 1\n").optim.lr == Config().optim.lr
+
+
+WORD_MISTAKES = [
+    ("train.max_stpes=1", "unknown key train.max_stpes; did you mean train.max_steps?"),
+    ("train.lr=1", "unknown key train.lr; did you mean optim.lr?"),
+    ("max_stpes=1", "unknown key max_stpes; did you mean train.max_steps?"),
+    ("policy.model_nam=x", "unknown key policy.model_nam; did you mean model.path?"),
+    ("frobnicate=1", "unknown key frobnicate; --help lists all keys"),
+    ("train=5", "train is a section; set its keys, such as train.global_batch_size"),
+    (
+        "+train.sede=1",
+        "+train.sede adds a key, which only metadata allows (+metadata.name=value); did you mean train.seed?",
+    ),
+    ("train.max_steps=abc", "train.max_steps is 'abc', expected a whole number or null"),
+    ("train.max_steps=1.5", "train.max_steps is '1.5', expected a whole number or null"),
+    ("train.max_steps=true", "train.max_steps is 'true', expected a whole number or null"),
+    ("train.seed=null", "train.seed is null, expected a whole number"),
+    ("optim.lr=abc", "optim.lr is 'abc', expected a number"),
+    ("lr=abc", "optim.lr is 'abc', expected a number"),
+    ("optim.betas=0.9", "optim.betas is '0.9', expected a list of numbers"),
+    ("optim.betas=[a, b]", "optim.betas is ['a', 'b'], expected a list of numbers"),
+    ("log.wandb=maybe", "log.wandb is 'maybe', expected true or false"),
+    ("log.wandb=yes", "log.wandb is 'yes', expected true or false"),
+    ("log.wandb=1", "log.wandb is '1', expected true or false"),
+    ("run.name=[a]", "run.name is ['a'], expected text or null"),
+    ("train.seed={%", "train.seed is '{%', expected a whole number"),
+    ("dpo.loss=kto", "dpo.loss is 'kto'; it must be one of sigmoid, hinge, ipo, robust"),
+    ("train.precision=bf61", "train.precision is 'bf61'; it must be one of auto, bf16, fp16, fp32"),
+    ("data.train=3", "data.train is 3; it must be text or a list of texts"),
+    ("data.validation=[a, 3]", "data.validation is ['a', 3]; it must be text or a list of texts"),
+    ("optim.betas=[0.9]", "optim.betas is [0.9]; it must be two numbers in [0, 1)"),
+    ("optim.betas=[0.9, 1]", "optim.betas is [0.9, 1.0]; it must be two numbers in [0, 1)"),
+    ("train.max_grad_norm=.inf", "train.max_grad_norm is inf; it must be finite"),
+    ("train.max_steps=0", "train.max_steps is 0; it must be greater than 0"),
+    ("optim.min_lr_ratio=1.1", "optim.min_lr_ratio is 1.1; it must lie in [0, 1]"),
+    ("data.max_dropped_fraction=-0.1", "data.max_dropped_fraction is -0.1; it must lie in [0, 1]"),
+    ("dpo.label_smoothing=0.5", "dpo.label_smoothing is 0.5; it must lie in [0, 0.5)"),
+    (
+        "dpo.loss=robust",
+        "dpo.label_smoothing is 0.0; it must be greater than 0 for dpo.loss=robust",
+    ),
+    (
+        "checkpoint.keep_last=1",
+        "checkpoint.keep_last is 1; it must be at least 2, so that there is one to fall back to",
+    ),
+    (
+        "checkpoint.best_metric=loss",
+        "checkpoint.best_metric is 'loss'; it must start with eval_, as in metrics.jsonl",
+    ),
+    ("validation.patience=2", "validation.patience is 2; it needs checkpoint.best_metric, such as eval_loss"),
+    ("run.name=a/b", "run.name is 'a/b'; it must be a plain name, without / and not starting with a dot"),
+    ("seed", "'seed' is not key=value"),
+    ("=1", "'=1' is not key=value"),
+    ("algo=sft", "algo is sft, but this is a dpo run"),
+    (
+        "policy.dtensor_cfg.activation_checkpointing=on",
+        "policy.dtensor_cfg.activation_checkpointing is 'on': expected true or false",
+    ),
+]
+
+
+@pytest.mark.parametrize(("word", "expected"), WORD_MISTAKES)
+def test_a_mistake_on_the_command_line(file, word, expected):
+    assert message(file, word) == f"command line: {expected}"
+
+
+FILE_MISTAKES = [
+    (
+        MINIMAL + "train:\n  max_stpes: 1\n",
+        "c.yaml:6: unknown key train.max_stpes; did you mean train.max_steps?",
+    ),
+    (MINIMAL + "lr_rate: 1\n", "c.yaml:5: unknown key lr_rate; --help lists all keys"),
+    (MINIMAL + "optim:\n  lr: fast\n", "c.yaml:6: optim.lr is 'fast', expected a number"),
+    (MINIMAL + "optim: {lr: {a: 1}}\n", "c.yaml:5: optim.lr is {'a': 1}, expected a number"),
+    (MINIMAL + "train:\n  seed: 1\n  seed: 2\n", "c.yaml:7: train.seed is given twice (first in line 6)"),
+    (MINIMAL + "metadata:\n  a: {b: 1, b: 2}\n", "c.yaml:6: not valid YAML: b is given twice"),
+    (MINIMAL + "dpo: [1]\n", "c.yaml:5: dpo is a section; set its keys, such as dpo.beta"),
+    (MINIMAL + "dpo:\n  beta: -1\n", "c.yaml:6: dpo.beta is -1.0; it must be greater than 0"),
+    (MINIMAL + "policy:\n  model_name: z\n", "c.yaml:6: model.path is 'z', but c.yaml:2 makes it 'm'"),
+    (
+        "model:\n  path: a\n",
+        "c.yaml: data.train is not set; give a file, directory or hub name there or as data.train=...",
+    ),
+    (
+        "data:\n  train: a\n",
+        "c.yaml: model.path is not set; give a directory or hub name there or as model.path=...",
+    ),
+    ("", "configuration file c.yaml is empty; model.path and data.train are needed"),
+    ("# only a comment\n", "configuration file c.yaml is empty; model.path and data.train are needed"),
+    ("- a\n", "c.yaml:1: expected `key: value` lines at the top"),
+    ("a: [\n", "c.yaml:2: not valid YAML: expected the node content, but found '<stream end>'"),
+    ("model:\n\tpath: a\n", "c.yaml:2: not valid YAML: found character '\\t' that cannot start any token"),
+    ("? [a]\n: b\n", "c.yaml:1: a key must be a plain name"),
+    (
+        MINIMAL + "metadata: &a {x: *a}\n",
+        "c.yaml:5: not valid YAML: anchors are not supported; write ${section.key} to repeat a value",
+    ),
+    ("algo: sft\n" + MINIMAL, "c.yaml:1: algo is sft, but this is a dpo run"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), FILE_MISTAKES)
+def test_a_mistake_in_the_file(file, text, expected):
+    assert message(file, text=text) == expected
+
+
+@pytest.mark.parametrize(
+    "word", ["train.seed=${log.project}", "train.seed=${no.such}", "run.name=${run.name}"]
+)
+def test_an_interpolation_that_cannot_be_resolved_names_its_key(file, word):
+    assert message(file, word).startswith(f"{word.split('=')[0]}: ${{...}} cannot be resolved: ")
+
+
+def test_a_missing_file_names_those_nearby(file):
+    Path("configs").mkdir()
+    Path("configs/dpo-8b.yaml").touch()
+    with pytest.raises(
+        UserError, match=r"^no configuration file configs/dpo_8b.yaml; did you mean configs/dpo-8b.yaml\?$"
+    ):
+        load("dpo", "configs/dpo_8b.yaml", [])
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [(lambda f: f.mkdir(), "Is a directory"), (lambda f: f.write_bytes(b"a: \xff\n"), "not UTF-8 text")],
+)
+def test_a_file_that_cannot_be_read(file, make, reason):
+    make(file)
+    with pytest.raises(UserError, match=f"^configuration file c.yaml cannot be read: {reason}$"):
+        load("dpo", file, [])
+
+
+def test_unknown_algorithm(file):
+    assert message(file, algo="dop") == "unknown algorithm 'dop': expected one of sft, dpo"
+
+
+def test_the_default_file_is_configs_algo_yaml_here(file):
+    Path("configs").mkdir()
+    Path("configs/sft.yaml").write_text(MINIMAL + "seed: 9\n")
+    assert load("sft", None, []).train.seed == 9
+
+
+# ------------------------------------------------------------------------------------------- aliases
+
+NEMO_FILE = """
+dpo: {max_num_steps: 150, val_period: 25, val_at_start: false, seed: 7, reference_policy_kl_penalty: 0.05,
+      preference_average_log_probs: true, preference_loss: dpo, preference_loss_weight: 1, sft_loss_weight: 0}
+checkpointing: {checkpoint_dir: results/dpo, metric_name: "val:validation-default_loss",
+                higher_is_better: false, keep_top_k: 3, save_period: 50}
+policy:
+  model_name: org/model
+  tokenizer: {name: org/tokenizer}
+  train_global_batch_size: 128
+  train_micro_batch_size: 2
+  max_total_sequence_length: 512
+  precision: bfloat16
+  max_grad_norm: 2.0
+  dtensor_cfg: {activation_checkpointing: true}
+  optimizer: {kwargs: {lr: 5.0e-6, weight_decay: 0.1, betas: [0.9, 0.98], eps: 1e-5}}
+data: {max_input_seq_length: 512, train: {data_path: t.jsonl}, val_data_path: v.jsonl}
+logger: {wandb_enabled: false, tensorboard_enabled: false, wandb: {project: p}}
+cluster: {gpus_per_node: 8, num_nodes: 2}
+"""
+
+
+def test_a_file_in_the_names_of_nemo_rl(file):
+    c = loaded(file, text=NEMO_FILE)
+    assert (c.train.max_steps, c.validation.every, c.validation.at_start, c.train.seed) == (150, 25, False, 7)
+    assert (c.dpo.beta, c.dpo.average_log_probs, c.dpo.loss) == (0.05, True, "sigmoid")
+    assert (c.run.dir, c.checkpoint.keep_last, c.checkpoint.every) == ("results/dpo", 3, 50)
+    assert (c.checkpoint.best_metric, c.checkpoint.best_mode) == ("eval_loss", "min")
+    assert (c.model.path, c.model.tokenizer) == ("org/model", "org/tokenizer")
+    assert (c.train.global_batch_size, c.train.micro_batch_size, c.data.max_length) == (128, 2, 512)
+    assert (c.train.precision, c.train.max_grad_norm) == ("bf16", 2.0)
+    assert c.train.activation_checkpointing == "full"
+    assert c.optim == config.OptimConfig(lr=5e-6, weight_decay=0.1, betas=[0.9, 0.98], eps=1e-5)
+    assert (c.data.train, c.data.validation) == ("t.jsonl", "v.jsonl")
+    assert (c.log.wandb, c.log.tensorboard, c.log.project) == (False, False, "p")
+    assert (c.cluster.gpus_per_node, c.cluster.nodes) == (8, 2)
+
+
+def test_notes_are_given_once_each_and_not_for_short_forms(file):
+    file.write_text(MINIMAL)
+    notes: list[str] = []
+    words = ["policy.model_name=a", "policy.model_name=b", "seed=1", "checkpointing.checkpoint_dir=r"]
+    load("dpo", file, words, notes)
+    assert notes == [
+        "policy.model_name is model.path here",
+        "checkpointing.checkpoint_dir is run.dir here; each run is a folder in it",
+    ]
+
+
+def test_aliases_lead_to_keys_of_the_schema_and_hide_none():
+    known = config_load.leaves(Config)
+    assert {alias.key for alias in ALIASES.values()} <= set(known)
+    assert not set(ALIASES) & set(known)
+
+
+def test_tables_name_keys_of_the_schema():
+    known = config_load.leaves(Config)
+    exact = {k for k in config.MAY_CHANGE if not k.endswith(".")}
+    heads = {k for k in config.MAY_CHANGE if k.endswith(".")}
+    assert {*config_check.CHOICES, *config_check.RANGES, *config_check.REQUIRED, *exact} <= set(known)
+    assert heads <= {k.partition(".")[0] + "." for k in known}
+
+
+def test_every_key_that_lists_its_values_in_its_docstring_is_checked():
+    """The docstring of an enumerated key names each allowed value."""
+    known = config_load.leaves(Config)
+    for key, allowed in config_check.CHOICES.items():
+        for value in allowed:
+            assert re.search(rf"\b{value}\b", known[key].doc), (key, value)
+
+
+# ----------------------------------------------------------------------- round trip, differences, help
+
+
+def test_dump_is_read_back_equal_also_with_awkward_text(file):
+    words = ["model.chat_template={% for m in x %}\n  'a' # \"b\": {{ m }}\n{% endfor %}", "run.name=007",
+             "optim.lr=1e-5", "+metadata.note=yes", "+metadata.n={a: [1, null, .5]}"]  # fmt: skip
+    c = loaded(file, *words)
+    assert loaded(file, text=dump_yaml(c)) == c
+    assert yaml.safe_load(dump_yaml(c))["train"] == to_dict(c)["train"]
+
+
+def test_differences_of_what_matters(file):
+    old = yaml.safe_load(dump_yaml(loaded(file)))
+    assert differences(old, loaded(file)) == []
+    allowed = ["max_steps=9", "run.allow_config_change=true", "log.level=debug", "checkpoint.every=1",
+               "cluster.nodes=2", "dist.timeout_s=3", "+metadata.a=1", "validation.every=2"]  # fmt: skip
+    assert differences(old, loaded(file, *allowed)) == []
+    assert differences(old, loaded(file, "train.seed=43", "model.revision=x", "optim.betas=[0.9, 0.98]")) == [
+        "model.revision: null -> x",
+        "train.seed: 42 -> 43",
+        "optim.betas: [0.9, 0.999] -> [0.9, 0.98]",
+    ]
+    del old["train"]["compile"]
+    assert differences(old, loaded(file)) == ["train.compile: (not set) -> False"]
+
+
+def test_parse_args():
+    assert parse_args([]) == (None, [])
+    assert parse_args(["a.b=c", "--config", "x.yaml", "+metadata.a=-1"]) == (
+        Path("x.yaml"), ["a.b=c", "+metadata.a=-1"])  # fmt: skip
+    assert parse_args(["--config=x.yaml"])[0] == Path("x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (
+            ["x.yaml"],
+            "command line: 'x.yaml' is neither --config FILE nor key=value; did you mean --config x.yaml?",
+        ),
+        (["--lr=3"], "command line: '--lr=3' is neither --config FILE nor key=value; did you mean lr=3?"),
+        (["oops"], "command line: 'oops' is neither --config FILE nor key=value"),
+        (["--config"], "command line: --config needs a file"),
+    ],
+)
+def test_words_that_are_neither(argv, expected):
+    with pytest.raises(UserError, match=f"^{re.escape(expected)}$"):
+        parse_args(argv)
+
+
+def test_help_names_every_key_of_the_algorithm_with_its_default(capsys):
+    with pytest.raises(SystemExit) as e:
+        parse_args(["train.seed=1", "-h"], "sft")
+    assert e.value.code == 0
+    text = capsys.readouterr().out
+    source = ast.parse(Path(config.__file__).read_text())
+    classes = {c.name: c for c in source.body if isinstance(c, ast.ClassDef)}
+    for field in classes["TrainConfig"].body:
+        if isinstance(field, ast.AnnAssign):
+            assert f"\n  train.{field.target.id} = " in text
+    assert "\n  train.seed = 42\n      Order of the rows and every other random draw.\n" in text
+    assert "sft.train_on_prompt = false" in text
+    assert "dpo.beta" not in text
