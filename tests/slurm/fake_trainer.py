@@ -63,8 +63,15 @@ def fail(env: Env, args: dict[str, str], step: int) -> None:
     code = EXIT_CODES.get(kind, 1)
     message = args.get("message", f"made to fail: {kind}")
     attempts.write_verdict(
-        env.run_dir, env.attempt, env.rank, kind=kind, exit_code=code, message=message, step=step,
-        phase="TRAIN", node=env.node,
+        env.run_dir,
+        env.attempt,
+        env.rank,
+        kind=kind,
+        exit_code=code,
+        message=message,
+        step=step,
+        phase="TRAIN",
+        node=env.node,
     )
     os._exit(code)
 
