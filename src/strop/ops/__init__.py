@@ -1,0 +1,8 @@
+"""The operations that a loss is made of. One entry each; the backend is chosen inside.
+
+Shapes: N trained tokens, H hidden size, V vocabulary, T packed tokens, S sequences, P pairs.
+"""
+
+from strop.ops.reference import TokenStats, linear_logprob, logprob, segment_sum
+
+__all__ = ["TokenStats", "linear_logprob", "logprob", "segment_sum"]

@@ -1,0 +1,176 @@
+"""A packed micro batch: sequences side by side in one long row of tokens, without padding.
+
+Shapes: T tokens, S sequences, R rows (S = R x seqs_per_row; sequences of a row are neighbours, chosen
+before rejected). A thread makes batches ahead of the loop. It is a thread and not a worker process since
+processes would inherit blocked signals and the memory maps are cheap to read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from strop.data.store import TokenStore
+
+DUMMY_LENGTH = 2
+"""Tokens in each sequence of the batch that stands in where a rank has no rows."""
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One packed micro batch. A dummy (no rows) has seqs_per_row sequences and nothing trained."""
+
+    tokens_T: Tensor
+    """int64 [T]."""
+    positions_T: Tensor
+    """int64 [T], from 0 in each sequence."""
+    cu_seqlens: Tensor
+    """int32 [S + 1]."""
+    trained_T: Tensor
+    """bool [T]: position t is trained to predict token t from the tokens before it."""
+    rows: np.ndarray
+    """int64 [R] row ids."""
+    max_seqlen: int
+    ref_logp_T: Tensor | None = None
+    """fp32 [T]: reference log-probs of trained tokens, 0 elsewhere."""
+
+    @property
+    def is_dummy(self) -> bool:
+        """True where a rank has no rows: it runs the same collectives, and its loss must count 0."""
+        return len(self.rows) == 0
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on a device; asynchronous from pinned memory."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> Batch:
+        """The same batch in page-locked memory (needs CUDA)."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: Any) -> Batch:
+        tensors = {
+            field.name: function(value)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **tensors)
+
+
+def make_batch(store: TokenStore, rows: np.ndarray, ref: np.ndarray | None = None) -> Batch:
+    """Pack `rows` of the store in the given order; no rows give a dummy.
+
+    ref: fp32 [total], laid out like store.tokens.
+    """
+    rows = np.asarray(rows, dtype=np.int64)
+    spans = [span for row in rows for span in store.spans(row)]
+    if not spans:
+        return _dummy(store.seqs_per_row, rows, with_ref=ref is not None)
+    seqlens = np.array([end - begin for begin, end in spans])
+    trained = np.concatenate([store.trained[a:b] for a, b in spans])
+    ref_logp_T = None
+    if ref is not None:
+        ref_logp = np.concatenate([ref[a:b] for a, b in spans])
+        ref_logp_T = torch.from_numpy(np.where(trained, ref_logp, 0).astype(np.float32))
+    return Batch(
+        tokens_T=torch.from_numpy(np.concatenate([store.tokens[a:b] for a, b in spans]).astype(np.int64)),
+        positions_T=torch.from_numpy(np.concatenate([np.arange(n, dtype=np.int64) for n in seqlens])),
+        cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(seqlens)]).astype(np.int32)),
+        trained_T=torch.from_numpy(trained),
+        rows=rows,
+        max_seqlen=int(seqlens.max()),
+        ref_logp_T=ref_logp_T,
+    )
+
+
+def _dummy(seqs_per_row: int, rows: np.ndarray, *, with_ref: bool) -> Batch:
+    """Tokens of id 0, so that a rank without rows enters the same collectives as the others."""
+    total = seqs_per_row * DUMMY_LENGTH
+    return Batch(
+        tokens_T=torch.zeros(total, dtype=torch.int64),
+        positions_T=torch.arange(DUMMY_LENGTH).repeat(seqs_per_row),
+        cu_seqlens=torch.arange(0, total + 1, DUMMY_LENGTH, dtype=torch.int32),
+        trained_T=torch.zeros(total, dtype=torch.bool),
+        rows=rows,
+        max_seqlen=DUMMY_LENGTH,
+        ref_logp_T=torch.zeros(total) if with_ref else None,
+    )
+
+
+class Prefetcher(Generic[Item]):
+    """Runs an iterable in a thread, at most `depth` items ahead, and hands them out in order.
+
+        with Prefetcher(make_batch(store, rows) for rows in bins) as batches:
+            for batch in batches: ...
+
+    An exception of the iterable is raised in the consumer, after the items before it. `close` returns as
+    soon as the item being made is done; it is safe to call twice.
+    """
+
+    def __init__(self, items: Iterable[Item], depth: int = 2) -> None:
+        assert depth >= 1
+        self._items = iter(items)
+        self._depth = depth
+        self._ready: deque[Item] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._finished = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        error = None
+        try:
+            for item in self._items:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closed or len(self._ready) < self._depth)
+                    if self._closed:
+                        return
+                    self._ready.append(item)
+                    self._changed.notify_all()
+        except BaseException as raised:  # handed to the consumer, whatever it is
+            error = raised
+        finally:
+            with self._changed:
+                self._error, self._finished = error, True
+                self._changed.notify_all()
+
+    def __iter__(self) -> Iterator[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready or self._finished or self._closed)
+            if self._ready and not self._closed:
+                self._changed.notify_all()
+                return self._ready.popleft()
+            if self._error is not None:
+                error, self._error = self._error, None
+                raise error
+            raise StopIteration
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._ready.clear()
+            self._changed.notify_all()
+        self._thread.join()
+
+    def __enter__(self) -> Prefetcher[Item]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,191 @@
+"""Tokenised rows on disk: flat arrays that every rank maps, written once and by rename.
+
+A store is a directory. All tokens of all sequences lie one after another in `tokens.bin`, the training
+mask beside them in `trained.bin`; `offsets.npy` says where each sequence begins. A row is `seqs_per_row`
+neighbouring sequences (a preference row: chosen, then rejected). `rows.npy` tells from which line of
+which source a row came, so that an error or a dump can name it. `store.json` is written last. The
+directory's name is its digest: whoever finds it finds it whole, and two processes that write the same
+one at the same time leave one of the two equal results.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from strop.errors import UserError
+
+FORMAT = 1
+"""Version of the files; also part of every digest, so that older stores are simply not found."""
+
+SEQS_PER_ROW = {"preference": 2, "sft": 1}
+
+
+@dataclass(frozen=True)
+class TokenisedRow:
+    source: str
+    """Name of the file or hub set that the row came from."""
+    line: int
+    """Its line there, from 1 (for formats without lines: its number)."""
+    sequences: list[tuple[np.ndarray, np.ndarray]]
+    """[(tokens int32 [T], trained bool [T])], `seqs_per_row` of them."""
+    merged_boundary: bool = False
+    """A token spans the end of the prompt."""
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """A store opened for reading. Arrays are memory maps: opening costs nothing, ranks share pages."""
+
+    path: Path
+    kind: str
+    """preference or sft."""
+    seqs_per_row: int
+    """2 (chosen, rejected) or 1."""
+    tokens: np.ndarray
+    """int32 [total]."""
+    trained: np.ndarray
+    """bool [total]: tokens that are predicted and trained; never the first token of a sequence."""
+    offsets: np.ndarray
+    """int64 [num_seqs + 1]."""
+    digest: str
+    """Content address: what the sources hold, tokenizer, template, settings, format version."""
+    num_rows: int
+    row_lengths: np.ndarray
+    """int64 [num_rows]: tokens of all sequences of the row."""
+    row_sources: np.ndarray
+    """int64 [num_rows, 2]: index into `sources`, line."""
+    sources: tuple[str, ...]
+
+    def sequences(self, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """[(tokens int32 [T], trained bool [T])] of one row, without copying."""
+        return [(self.tokens[a:b], self.trained[a:b]) for a, b in self.spans(row)]
+
+    def spans(self, row: int) -> list[tuple[int, int]]:
+        """[(begin, end)] of the row's sequences in the flat arrays."""
+        first = int(row) * self.seqs_per_row
+        edges = self.offsets[first : first + self.seqs_per_row + 1].tolist()
+        return list(zip(edges[:-1], edges[1:]))
+
+    def row_id(self, row: int) -> tuple[str, int]:
+        """(source, line) of a row, for messages and dumps."""
+        source, line = self.row_sources[row].tolist()
+        return self.sources[source], line
+
+    @classmethod
+    def open(cls, path: Path | str) -> TokenStore:
+        path = Path(path)
+        try:
+            meta = json.loads((path / "store.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{path} is not a token store: it has no store.json") from None
+        if meta["format"] != FORMAT:
+            raise UserError(
+                f"{path} has store format {meta['format']}, this version reads {FORMAT}: prepare it again"
+            )
+        seqs_per_row = SEQS_PER_ROW[meta["kind"]]
+        offsets = np.load(path / "offsets.npy")
+        total = int(offsets[-1])
+        for name, size in (("tokens.bin", 4 * total), ("trained.bin", total)):
+            if (path / name).stat().st_size != size:
+                raise UserError(
+                    f"{path / name} is damaged (size differs from {size}): delete {path} and start again"
+                )
+        return cls(
+            path=path,
+            kind=meta["kind"],
+            seqs_per_row=seqs_per_row,
+            tokens=np.memmap(path / "tokens.bin", dtype=np.int32, mode="r"),
+            trained=np.memmap(path / "trained.bin", dtype=np.bool_, mode="r"),
+            offsets=offsets,
+            digest=meta["digest"],
+            num_rows=(len(offsets) - 1) // seqs_per_row,
+            row_lengths=np.diff(offsets[::seqs_per_row]),
+            row_sources=np.load(path / "rows.npy"),
+            sources=tuple(meta["sources"]),
+        )
+
+    @classmethod
+    def write(
+        cls,
+        path: Path | str,
+        rows: Iterator[TokenisedRow],
+        *,
+        kind: str,
+        digest: str,
+        finish: Callable[[Path], None] = lambda directory: None,
+    ) -> TokenStore:
+        """Write all rows into a directory beside `path`, then rename it to `path`, and open it.
+
+        `finish` is called with that directory after the last row: it may add files (the ledger), or raise,
+        and then nothing is left. Memory: the offsets and row numbers (24 to 32 bytes a row), no tokens.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f"{path.name}.tmp-", dir=path.parent))
+        aside.chmod(0o755)
+        try:
+            with open(aside / "tokens.bin", "wb") as tokens, open(aside / "trained.bin", "wb") as trained:
+                offsets, row_sources, sources = _stream(rows, tokens, trained, SEQS_PER_ROW[kind])
+            assert len(offsets) > 1, "a store without rows: an empty data set is refused before this"
+            np.save(aside / "offsets.npy", offsets)
+            np.save(aside / "rows.npy", row_sources)
+            finish(aside)
+            meta = {"format": FORMAT, "kind": kind, "digest": digest, "sources": sources}
+            (aside / "store.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+            _publish(aside, path)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        return cls.open(path)
+
+
+def _stream(
+    rows: Iterator[TokenisedRow], tokens: BinaryIO, trained: BinaryIO, seqs_per_row: int
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Append every row to the two files; returns offsets [S + 1], row sources [R, 2] and source names."""
+    offsets = [0]
+    row_sources: list[tuple[int, int]] = []
+    sources: dict[str, int] = {}
+    for row in rows:
+        assert len(row.sequences) == seqs_per_row
+        for ids, mask in row.sequences:
+            assert len(ids) == len(mask) > 0, (row.source, row.line)
+            assert not mask[0], (row.source, row.line)
+            tokens.write(np.ascontiguousarray(ids, dtype=np.int32).data)
+            trained.write(np.ascontiguousarray(mask, dtype=np.bool_).data)
+            offsets.append(offsets[-1] + len(ids))
+        row_sources.append((sources.setdefault(row.source, len(sources)), row.line))
+    return (
+        np.array(offsets, dtype=np.int64),
+        np.array(row_sources, dtype=np.int64).reshape(-1, 2),
+        list(sources),
+    )
+
+
+def _publish(aside: Path, path: Path) -> None:
+    """Files to disk, then the rename that makes the store exist. A twin that came first is kept."""
+    for file in aside.iterdir():
+        _fsync(file)
+    _fsync(aside)
+    try:
+        os.rename(aside, path)
+    except OSError:
+        if not (path / "store.json").exists():  # anything but "another process wrote it meanwhile"
+            raise
+    _fsync(path.parent)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

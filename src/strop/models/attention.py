@@ -1,0 +1,79 @@
+"""Attention over packed sequences through transformers' AttentionInterface.
+
+On the CPU, or without flash-attn, each sequence goes through SDPA by itself (`strop_packed`). On a GPU with
+flash-attn its variable-length kernel is used by transformers itself: it takes the same cu_seq_lens.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+
+NAME = "strop_packed"
+
+
+class PackingUnsupported(ValueError):
+    """This model's attention cannot be run on packed sequences here: it takes the padded path."""
+
+
+def packed_implementation(device: torch.device) -> str:
+    """Name of the attention implementation for packed sequences on this device."""
+    if device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None:
+        return "flash_attention_2"
+    return NAME
+
+
+def packed_sdpa(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Optional[Tensor],
+    scaling: Optional[float] = None,
+    sliding_window: Optional[int] = None,
+    cu_seq_lens_q: Optional[Tensor] = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each sequence: query [1, heads, T, D], key and value [1, kv heads, T, D],
+    cu_seq_lens_q [S+1] -> [1, T, heads, D]."""
+    if cu_seq_lens_q is None or attention_mask is not None:
+        raise PackingUnsupported("the model does not hand cu_seq_lens on to its attention")
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise PackingUnsupported("attention with a soft cap or sinks")
+    bounds = cu_seq_lens_q.tolist()
+    pieces = []
+    for start, end in zip(bounds[:-1], bounds[1:]):
+        mask = _window_mask(end - start, sliding_window, query.device)
+        pieces.append(
+            F.scaled_dot_product_attention(
+                query[:, :, start:end],
+                key[:, :, start:end],
+                value[:, :, start:end],
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=query.shape[1] != key.shape[1],
+            ).transpose(1, 2)
+        )
+    return torch.cat(pieces, dim=1), None
+
+
+def _window_mask(length: int, window: Optional[int], device: torch.device) -> Optional[Tensor]:
+    """bool [L, L] of a causal sliding window; None where the window covers the sequence."""
+    if window is None or length <= window:
+        return None
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Causality and the bounds of sequences are the attention function's own business."""
+
+
+AttentionInterface.register(NAME, packed_sdpa)
+AttentionMaskInterface.register(NAME, _no_mask)

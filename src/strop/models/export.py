@@ -1,0 +1,291 @@
+"""A DCP checkpoint becomes a Hugging Face directory, one shard at a time.
+
+The base model (the directory or cached hub name that the run started from) gives the configuration, the
+parameter names and shapes, the tokenizer and the chat template; the checkpoint gives the numbers. The
+checkpoint's manifest is verified before DCP opens `.metadata`, which is a pickle. Then the parameters are
+grouped into safetensors files of at most `max_shard_bytes`; for each file DCP reads just its tensors into
+buffers of the target type, casting chunk by chunk on the way, and the buffers go to disk and are freed.
+So the memory needed is one shard and the largest piece that one rank has stored, whatever the model's size.
+
+At the end transformers loads the directory (it maps the files, so this costs address space and not memory)
+and every tensor is compared bit for bit with a second read of the checkpoint. Only then does the directory
+get its name. No step talks to a network.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from strop import checkpoint
+from strop.config import ModelConfig
+from strop.errors import UserError
+from strop.files import new_directory
+
+PREFIX = "model."
+"""Where the weights are in a checkpoint: PREFIX + the model's own parameter name."""
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Shard:
+    file: str
+    shapes: dict[str, torch.Size]
+    """Tensor name in the file -> shape."""
+    keys: dict[str, str]
+    """Tensor name in the file -> key in the checkpoint."""
+    dtypes: dict[str, torch.dtype]
+    num_bytes: int
+
+
+def export_checkpoint(
+    directory: Path,
+    base: ModelConfig,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = 4 * 10**9,
+    replace: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Write the checkpoint in `directory` as the HF directory `out`.
+
+    `dtype` is a name of DTYPES, or None for the base model's own. Raises UserError if the checkpoint does
+    not fit the base model, if `out` exists without `replace`, or if a weight is not finite in `dtype`.
+    """
+    if out.exists() and not replace:
+        raise UserError(f"--out {out} exists; add --force to replace it, or name another directory")
+    say(f"verifying {directory}")
+    checkpoint.verify(directory)
+    config, model = _base_model(base)
+    target = DTYPES[dtype] if dtype else (config.dtype or torch.float32)
+    stored = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    keys = _match(model, stored, directory, base)
+    shards = _plan(model, keys, stored, target, max_shard_bytes)
+    with new_directory(out, replace=replace) as aside:
+        for number, shard in enumerate(shards, 1):
+            say(f"shard {number}/{len(shards)}: {shard.file} ({shard.num_bytes / 1e9:.2f} GB)")
+            tensors = _read(directory, shard)
+            _check_finite(tensors)
+            save_file(tensors, aside / shard.file, metadata={"format": "pt"})
+            del tensors
+        if len(shards) > 1:
+            (aside / "model.safetensors.index.json").write_text(_index(shards))
+        config.dtype = target
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(aside)
+        _write_companions(base, aside)
+        say("loading the result and comparing every tensor with the checkpoint")
+        _verify(aside, directory, shards, base)
+
+
+def _base_model(base: ModelConfig) -> tuple[Any, torch.nn.Module]:
+    """The base model's configuration, and its parameters on the meta device (names and shapes only)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    where = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(base.path, local_files_only=True, **where)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.path={base.path}: no configuration found there or in the hub cache ({error})"
+        ) from error
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=base.trust_remote_code)
+    return config, model
+
+
+def _match(
+    model: torch.nn.Module, stored: dict[str, Any], directory: Path, base: ModelConfig
+) -> dict[str, str]:
+    """Parameter name -> key in the checkpoint, tied ones once; UserError where the two do not fit."""
+    groups: dict[int, list[str]] = {}
+    tensors = model.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        groups.setdefault(id(tensor), []).append(name)
+    keys: dict[str, str] = {}
+    problems = []
+    for names in groups.values():
+        found = [PREFIX + name for name in names if PREFIX + name in stored]
+        if not found:
+            problems.append(f"{names[0]} is missing")
+            continue
+        keys[names[0]] = found[0]
+        size = getattr(stored[found[0]], "size", None)
+        if size != tensors[names[0]].shape:
+            problems.append(f"{names[0]} is {size}, not {tensors[names[0]].shape}")
+    problems += [
+        f"{k} is unknown" for k in stored if k.startswith(PREFIX) and k[len(PREFIX) :] not in tensors
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError(f"{directory} does not fit the model {base.path}: {'; '.join(problems[:5])}{more}")
+    return keys
+
+
+def _plan(
+    model: torch.nn.Module,
+    keys: dict[str, str],
+    stored: dict[str, TensorStorageMetadata],
+    target: torch.dtype,
+    max_shard_bytes: int,
+) -> list[Shard]:
+    """Group the tensors, in the model's order, into files of at most `max_shard_bytes` (one tensor at least)."""
+    groups: list[list[str]] = [[]]
+    sizes = [0]
+    dtypes = {}
+    for name, key in keys.items():
+        own = stored[key].properties.dtype
+        dtypes[name] = target if own.is_floating_point else own
+        num_bytes = stored[key].size.numel() * dtypes[name].itemsize
+        if groups[-1] and sizes[-1] + num_bytes > max_shard_bytes:
+            groups.append([])
+            sizes.append(0)
+        groups[-1].append(name)
+        sizes[-1] += num_bytes
+    total = len(groups)
+    return [
+        Shard(
+            file="model.safetensors" if total == 1 else f"model-{i:05d}-of-{total:05d}.safetensors",
+            shapes={name: stored[keys[name]].size for name in names},
+            keys={name: keys[name] for name in names},
+            dtypes={name: dtypes[name] for name in names},
+            num_bytes=size,
+        )
+        for i, (names, size) in enumerate(zip(groups, sizes), 1)
+    ]
+
+
+def _read(directory: Path, shard: Shard) -> dict[str, torch.Tensor]:
+    """The shard's tensors from the checkpoint. DCP casts while it copies each stored piece into place."""
+    tensors = {name: torch.empty(shape, dtype=shard.dtypes[name]) for name, shape in shard.shapes.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process.*")
+        state = {shard.keys[name]: tensor for name, tensor in tensors.items()}
+        dcp.load(state, storage_reader=dcp.FileSystemReader(directory), no_dist=True)
+    return tensors
+
+
+def _check_finite(tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        # In pieces: isfinite makes a mask as long as its argument.
+        if not all(bool(piece.isfinite().all()) for piece in tensor.view(-1).split(1 << 22)):
+            raise UserError(
+                f"{name} is not finite as {tensor.dtype}"
+                + (" (too large for fp16; export as bf16)" if tensor.dtype == torch.float16 else "")
+            )
+
+
+def _index(shards: list[Shard]) -> str:
+    total = sum(shard.num_bytes for shard in shards)
+    weight_map = {name: shard.file for shard in shards for name in shard.shapes}
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+
+
+def _write_companions(base: ModelConfig, out: Path) -> None:
+    """Generation configuration, tokenizer with the run's chat template, and a model's own Python code."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    try:
+        generation = GenerationConfig.from_pretrained(
+            base.path, revision=base.revision, local_files_only=True
+        )
+    except OSError:  # not every model has one
+        generation = None
+    if generation is not None:
+        generation.save_pretrained(out)
+    source = base.tokenizer or base.path
+    revision = base.revision if base.tokenizer is None else None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=revision, local_files_only=True, trust_remote_code=base.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.tokenizer={source}: no tokenizer found there or in the hub cache") from error
+    if base.chat_template is not None:
+        template = Path(base.chat_template)
+        is_file = "{" not in base.chat_template and template.is_file()
+        tokenizer.chat_template = template.read_text() if is_file else base.chat_template
+    tokenizer.save_pretrained(out)
+    if base.trust_remote_code and Path(str(base.path)).is_dir():
+        for code in Path(str(base.path)).glob("*.py"):
+            shutil.copy(code, out)
+
+
+def _verify(out: Path, directory: Path, shards: list[Shard], base: ModelConfig) -> None:
+    """Load `out` with transformers and compare every tensor with the checkpoint, bit for bit."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        out,
+        dtype="auto",
+        output_loading_info=True,
+        local_files_only=True,
+        trust_remote_code=base.trust_remote_code,
+    )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        assert not info[problem], f"transformers reports {problem}: {info[problem]}"
+    loaded = model.state_dict()
+    for shard in shards:
+        for name, tensor in _read(directory, shard).items():
+            assert loaded[name].dtype == tensor.dtype, name
+            assert torch.equal(_bytes(loaded[name]), _bytes(tensor)), f"{name} differs after loading"
+            _page_out(loaded[name])
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def _page_out(tensor: torch.Tensor) -> None:
+    """Tell Linux that these pages are not needed now, so that a mapped model does not stay in memory.
+
+    Only a hint (MADV_PAGEOUT, Linux 5.4): it never changes what the pages hold, and where the kernel does
+    not know it, the kernel drops the pages by itself once memory is short.
+    """
+    page = os.sysconf("SC_PAGESIZE")
+    start, num_bytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+    first, last = -(-start // page) * page, (start + num_bytes) // page * page
+    if last > first:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), 21)
+
+
+def committed_steps(run: Path) -> Iterator[int]:
+    """Steps with a committed checkpoint, ascending."""
+    for marker in sorted((run / "checkpoints").glob("step-*/COMMITTED.json")):
+        yield int(marker.parent.name.removeprefix("step-"))
+
+
+def find_checkpoint(run: Path, which: str) -> Path:
+    """The committed checkpoint that "latest", "best" or a step number means. Raises UserError."""
+    steps = list(committed_steps(run))
+    if not steps:
+        raise UserError(f"{run}: no committed checkpoint in {run / 'checkpoints'}")
+    if which == "latest":
+        step = steps[-1]
+    elif which == "best":
+        best = run / "checkpoints" / "BEST.json"
+        if not best.is_file():
+            raise UserError(
+                f"{run}: no best checkpoint (set checkpoint.best_metric in the run); have steps {steps}"
+            )
+        step = json.loads(best.read_text())["step"]
+    elif which.isdecimal():
+        step = int(which)
+    else:
+        raise UserError(f"--step {which}: expected a step number, latest or best")
+    if step not in steps:
+        raise UserError(f"{run}: step {step} has no committed checkpoint; have steps {steps}")
+    return run / "checkpoints" / f"step-{step:06d}"

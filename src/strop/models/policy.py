@@ -1,0 +1,193 @@
+"""A language model as what a loss needs: packed tokens in, per-token log-probs out.
+
+tokens [T] of S sequences side by side -> hidden states [T, H] -> only the trained positions go through the
+head, which gives log-probs without logits -> [T] again, 0 where nothing is trained. Two things differ
+between architectures and are found out by a probe at load instead of believed: whether sequences can lie
+side by side (else they are padded), and whether the head is a plain matrix with the scalings we know
+(else the model's own logits are used).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+from typing import NamedTuple, Optional
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from strop import ops
+from strop.data.batch import Batch
+from strop.errors import UserError
+from strop.models import attention
+
+log = logging.getLogger(__name__)
+
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+"""Largest mean difference in nats a token that rounding explains; a leak between sequences is tens of times that."""
+
+
+class Output(NamedTuple):
+    """fp32 [T] each, 0 where nothing is trained. Only logp_T carries a gradient."""
+
+    logp_T: Tensor
+    entropy_T: Tensor
+    correct_T: Tensor
+    mean_logit_T: Tensor
+
+
+class Policy(nn.Module):
+    """Wraps a causal LM. `layout` is "packed" or "padded", `head` is "fused" or "logits"."""
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__()
+        self.lm = lm
+        text_config = lm.config.get_text_config()
+        self.softcap: Optional[float] = getattr(text_config, "final_logit_softcapping", None)
+        self.temperature = _head_temperature(text_config)
+        self.head = "fused"
+        self.layout = "padded"
+
+    def set_layout(self, layout: str, device: torch.device) -> None:
+        self.layout = layout
+        self.lm.set_attn_implementation(
+            attention.packed_implementation(device) if layout == "packed" else "sdpa"
+        )
+
+    def forward(self, batch: Batch) -> Output:
+        index_N = batch.trained_T.nonzero()[:, 0]
+        target_N = batch.tokens_T[index_N]
+        # The hidden state before a token predicts it. A sequence's first token is never trained.
+        hidden_ND, logits_NV = self._hidden_or_logits(batch, index_N - 1)
+        if logits_NV is not None:
+            logp_N, stats = ops.logprob(logits_NV, target_N)
+        else:
+            head = self.lm.get_output_embeddings()
+            bias = getattr(head, "bias", None)
+            logp_N, stats = ops.linear_logprob(
+                hidden_ND, head.weight, target_N, bias, self.softcap, self.temperature
+            )
+        return Output(*(self._spread(x, index_N, batch.tokens_T) for x in (logp_N, *stats)))
+
+    @staticmethod
+    def _spread(x_N: Tensor, index_N: Tensor, like_T: Tensor) -> Tensor:
+        return torch.zeros(len(like_T), dtype=torch.float32, device=x_N.device).scatter(0, index_N, x_N)
+
+    def _hidden_or_logits(self, batch: Batch, pick_N: Tensor) -> tuple[Tensor, Optional[Tensor]]:
+        model = self.lm if self.head == "logits" else self.lm.base_model
+        if self.layout == "packed":
+            out = model(
+                input_ids=batch.tokens_T[None],
+                position_ids=batch.positions_T[None],
+                use_cache=False,
+                cu_seq_lens_q=batch.cu_seqlens,
+                cu_seq_lens_k=batch.cu_seqlens,
+                max_length_q=batch.max_seqlen,
+                max_length_k=batch.max_seqlen,
+            )
+            flat = slice(None)
+        else:
+            tokens_SL, mask_SL = _pad(batch)
+            positions_SL = torch.arange(tokens_SL.shape[1], device=tokens_SL.device).expand_as(tokens_SL)
+            kwargs = {"position_ids": positions_SL} if _takes(model, "position_ids") else {}
+            out = model(input_ids=tokens_SL, attention_mask=mask_SL.long(), use_cache=False, **kwargs)
+            flat = mask_SL.flatten()
+        x = out.logits if self.head == "logits" else out.last_hidden_state
+        x = x.flatten(0, 1)[flat][pick_N]
+        return (x, x) if self.head == "logits" else (x, None)
+
+    @torch.no_grad()
+    def probe(self, device: torch.device, dtype: torch.dtype, wanted: str) -> None:
+        """Choose head and layout by comparing them with each sequence run alone through the model's own
+        logits. Collective: all ranks run the same forwards.
+
+        Raises UserError if the model cannot be made to agree with itself.
+        """
+        both = _probe_batch(self.lm.config.get_text_config().vocab_size, device)
+        self.head = "logits"
+        self.set_layout("padded", device)
+        truth = torch.cat([self(one).logp_T for one in _each_sequence(both)])
+        tolerance = PROBE_TOLERANCE[dtype]
+
+        def agrees() -> bool:
+            num_trained = both.trained_T.sum()
+            return float((self(both).logp_T - truth).abs().sum() / num_trained) <= tolerance
+
+        self.head = "fused"
+        if not agrees():
+            self.head = "logits"
+            log.warning("%s: the head is more than a matrix; its own logits are used (more memory)", self.name)
+            if not agrees():
+                raise UserError(f"model.path: {self.name} gives other log-probs in a padded batch than alone")
+        if wanted == "padded" or not _takes(self.lm.base_model, "cu_seq_lens_q"):
+            return
+        self.set_layout("packed", device)
+        try:
+            if agrees():
+                return
+            reason = "sequences side by side see each other"
+        except attention.PackingUnsupported as error:
+            reason = str(error)
+        if wanted == "packed":
+            raise UserError(f"model.attention: packed does not work for {self.name}: {reason}")
+        log.warning("%s: batches are padded, since packing does not work here: %s", self.name, reason)
+        self.set_layout("padded", device)
+
+    @property
+    def name(self) -> str:
+        return type(self.lm).__name__
+
+
+def _head_temperature(text_config: object) -> float:
+    """What the logits are divided by: Granite's logits_scaling, or one over Cohere's logit_scale."""
+    scale = getattr(text_config, "logit_scale", None)
+    return float(getattr(text_config, "logits_scaling", None) or 1.0) / float(scale or 1.0)
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    parameters = inspect.signature(model.forward).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _pad(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Right-padded tokens and mask, [S, L] each."""
+    lengths = batch.cu_seqlens.diff()
+    mask_SL = torch.arange(batch.max_seqlen, device=lengths.device)[None, :] < lengths[:, None]
+    tokens_SL = torch.zeros_like(mask_SL, dtype=torch.int64)
+    tokens_SL[mask_SL] = batch.tokens_T
+    return tokens_SL, mask_SL
+
+
+def _probe_batch(vocab_size: int, device: torch.device) -> Batch:
+    """Two sequences of 7 and 12 tokens; every token but the first is trained."""
+    generator = torch.Generator().manual_seed(7)
+    lengths = (7, 12)
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    return Batch(
+        tokens_T=torch.randint(0, vocab_size, (sum(lengths),), generator=generator),
+        positions_T=positions,
+        cu_seqlens=torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32),
+        trained_T=positions > 0,
+        rows=np.arange(2),
+        max_seqlen=max(lengths),
+    ).to(device)
+
+
+def _each_sequence(batch: Batch) -> list[Batch]:
+    out = []
+    bounds = batch.cu_seqlens.tolist()
+    for start, end in zip(bounds[:-1], bounds[1:]):
+        out.append(
+            dataclasses.replace(
+                batch,
+                tokens_T=batch.tokens_T[start:end],
+                positions_T=batch.positions_T[start:end],
+                trained_T=batch.trained_T[start:end],
+                cu_seqlens=torch.tensor([0, end - start], dtype=torch.int32, device=batch.tokens_T.device),
+                max_seqlen=end - start,
+            )
+        )
+    return out

@@ -1,0 +1,74 @@
+"""AdamW over sharded fp32 master weights, the learning rate as a function of the step, clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from strop.config import OptimConfig
+from strop.dist import Dist
+
+
+def build(config: OptimConfig, model: nn.Module) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only; `lr` is set by the loop before every step."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    beta1, beta2 = config.betas
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
+
+
+def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
+    """Learning rate of optimiser step `step` (from 0): linear warm-up, then the schedule down to
+    lr * min_lr_ratio at the last step."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    done = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
+    left = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def materialise(optimizer: torch.optim.Optimizer, num_steps: int) -> None:
+    """AdamW's state as it is after `num_steps` steps, with moments to be filled from a checkpoint."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p] = {
+                "step": torch.tensor(float(num_steps), device=p.device if p.is_cuda else "cpu"),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+
+
+def local_grads(params: Iterable[nn.Parameter]) -> list[Tensor]:
+    """This rank's shards of the gradients."""
+    grads = [p.grad for p in params if p.grad is not None]
+    return [g.to_local() if isinstance(g, DTensor) else g for g in grads]
+
+
+def global_grad_norm(grads: list[Tensor], dist: Dist) -> float:
+    """2-norm of the whole gradient. The squares are summed in fp64 on each rank, then over the ranks."""
+    num_copies = dist.mesh.size() // dist.mesh.size(dist.mesh.ndim - 1)
+    square = 0.0
+    if grads:
+        norms = torch.stack(torch._foreach_norm(grads, 2)).double()
+        square = float(norms.square().sum())
+    return math.sqrt(dist.sum([square / num_copies])[0])
+
+
+def scale_grads(grads: list[Tensor], factor: float) -> None:
+    if factor != 1.0 and grads:
+        torch._foreach_mul_(grads, factor)

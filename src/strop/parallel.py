@@ -1,0 +1,84 @@
+"""FSDP2: every transformer block, and what is left at the root, sharded over the mesh's last axis.
+
+Weights are fp32 shards; a block's are gathered in the compute type just before its forward and its
+backward. Gradients are summed, not averaged, in fp32: the loss has been divided by the global count already.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+
+from strop.config import TrainConfig
+from strop.dist import Dist
+from strop.models.policy import Policy
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+WHOLE_GRADIENT_BYTES = 2 * 2**30
+"""Up to this size the fp32 gradient of all weights is kept whole on each rank over the micro batches of a
+step and reduced once; a larger one is reduced after every micro batch, to save memory."""
+
+_SAVED_OPS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def shard(policy: Policy, config: TrainConfig, dist: Dist) -> None:
+    """Checkpoint, compile and shard `policy` in place. Needs the resolved precision."""
+    dtype = DTYPES[config.precision]
+    mp = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for parent, name, block in transformer_blocks(policy.lm):
+        if config.activation_checkpointing != "none":
+            block = _checkpointed(block, config.activation_checkpointing)
+            setattr(parent, name, block)
+        if config.compile:
+            block.compile()
+        fully_shard(block, mesh=dist.mesh, mp_policy=mp)
+    fully_shard(policy, mesh=dist.mesh, mp_policy=mp)
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # gloo knows plain sums only.
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def transformer_blocks(model: PreTrainedModel) -> list[tuple[nn.Module, str, nn.Module]]:
+    """(parent, attribute, block) of each repeated block, as the model itself names their classes."""
+    names = set(model._no_split_modules or ())
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    children = [(parent, name, block) for parent in lists for name, block in parent.named_children()]
+    return [c for c in children if type(c[2]).__name__ in names]
+
+
+def _checkpointed(block: nn.Module, mode: str) -> nn.Module:
+    # Dropout is off, so there is no random state to restore in the recomputation.
+    if mode == "full":
+        return checkpoint_wrapper(block, preserve_rng_state=False)
+
+    def policy(ctx, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if op in _SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return checkpoint_wrapper(
+        block, context_fn=lambda: create_selective_checkpoint_contexts(policy), preserve_rng_state=False
+    )
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bf16 matmuls run in hardware here: Ampere or newer, AMX or AVX-512 bf16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def reduce_each_micro_batch(policy: Policy) -> bool:
+    """Whether gradients are reduced after every micro batch instead of once a step."""
+    return 4 * sum(p.numel() for p in policy.parameters()) > WHOLE_GRADIENT_BYTES

@@ -1,0 +1,78 @@
+"""`python3 -m strop.slurm begin|end`, for sbatch/lib.sh: on the host, uninstalled, standard library only.
+
+`begin ALGO ARGS` prints shell assignments for the ranks. `end --exit CODE --signals "USR1 TERM"` prints
+"ACTION EXIT_CODE"; the summary for the reader goes to stderr, which is the job's output file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+
+from strop.errors import EXIT_USER, UserError
+from strop.slurm import body, command, env, lease, stop
+
+
+def main(argv: Sequence[str]) -> int:
+    if argv[:1] == ["begin"] and len(argv) > 1:
+        return begin(argv[1], list(argv[2:]))
+    if argv[:1] == ["end"]:
+        return end(list(argv[1:]))
+    print("usage: python3 -m strop.slurm begin ALGO ARGS | end --exit CODE --signals NAMES", file=sys.stderr)
+    return EXIT_USER
+
+
+def begin(algo: str, args: list[str]) -> int:
+    job = env.read_job()
+    try:
+        tasks = env.tasks_per_node() if job.launcher == "slurm" else env.local_ranks()
+        begun = body.begin(algo, args, job)
+    except UserError as error:
+        say(str(error))
+        return EXIT_USER
+    except (lease.Held, body.Exhausted, command.SlurmError) as error:
+        say(str(error))
+        return 1
+    for note in begun.notes:
+        say(note)
+    where = f"job {job.target} on {','.join(job.nodes)}" if job.target else "this machine"
+    say(f"run {begun.run_dir}, attempt {begun.attempt}, {where}")
+    values = {
+        "STROP_RUN_DIR": begun.run_dir,
+        "STROP_ATTEMPT": begun.attempt,
+        "STROP_JOB_ID": job.target or "",
+        "STROP_RESTART_COUNT": job.restart_count,
+        "STROP_END_TIME": "" if begun.end_time is None else int(begun.end_time),
+        "STROP_TASKS_PER_NODE": tasks,
+        "STROP_GPUS_PER_NODE": env.num_gpus() if job.launcher == "slurm" else 0,
+        "STROP_NUM_NODES": len(job.nodes),
+    }
+    for name, value in values.items():
+        print(f"export {name}={shlex.quote(str(value))}")
+    return 0
+
+
+def end(argv: list[str]) -> int:
+    stop.block_signals()  # the requeue that this very command asks for sends TERM to it
+    parser = argparse.ArgumentParser(prog="python3 -m strop.slurm end")
+    parser.add_argument("--exit", type=int, required=True)
+    parser.add_argument("--signals", default="")
+    options = parser.parse_args(argv)
+    job = env.read_job()
+    decision = body.end(job, options.exit, options.signals.split())
+    text = f"run {job.run_dir}, attempt {job.attempt}: {decision.summary}"
+    say(decision.summary if decision.cause == "user" else text)
+    body.notify(job, decision, text)
+    print(decision.action, decision.exit_code)
+    return 0
+
+
+def say(text: str) -> None:
+    for line in text.splitlines():
+        print(f"strop: {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

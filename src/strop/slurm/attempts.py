@@ -1,0 +1,188 @@
+"""The record of every start of a job, on disk: attempts/0001.json, attempts/0002.json, ...
+
+`begin` creates the next record with O_EXCL and state X before any rank starts. Rank 0 rewrites it (by
+rename) as DONE, YIELD or FAIL; the batch shell's `end` adds cause and action. A left-over X is an attempt
+that died hard. The newest record is also the run's *lease*: `begin` refuses while its owner lives
+(`strop.slurm.lease`), and an attempt with a newer one beside it must not commit any more
+(`holds_lease`), which stops ranks that Slurm could not reach when it declared their node dead.
+
+A rank that fails leaves a verdict in logs/NNNN/, since srun's exit code does not tell causes apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import socket
+import time
+from pathlib import Path
+from typing import Any, Optional
+
+from strop.slurm import files, lease, stop
+
+STATES = ("X", "DONE", "YIELD", "FAIL")
+KINDS = ("user", "diverged", "storage", "oom", "hang", "exception", "peer")
+
+
+def record_file(run_dir: Path, attempt: int) -> Path:
+    return run_dir / "attempts" / f"{attempt:04d}.json"
+
+
+def log_dir(run_dir: Path, attempt: int) -> Path:
+    return run_dir / "logs" / f"{attempt:04d}"
+
+
+def begin(
+    run_dir: Path,
+    *,
+    job_id: Optional[str],
+    restart_count: int,
+    nodes: list[str],
+    pid: Optional[int] = None,
+    wait_s: float = 180.0,
+    **facts: Any,
+) -> int:
+    """Create the next attempt's record and return its number, or raise `lease.Held`.
+
+    `pid` is the process whose life is the attempt's (default: this one). Any further `facts` (code,
+    launcher, arguments) are recorded as they are. An owner that is still dying is given `wait_s`.
+    Two that begin at once see each other: one creates the file, the other finds its living owner.
+    """
+    (run_dir / "attempts").mkdir(parents=True, exist_ok=True)
+    pid = pid or os.getpid()
+    me = lease.Owner(job_id, restart_count, socket.gethostname(), pid, lease.process_start(pid))
+    while True:
+        records = read_all(run_dir)
+        if records:
+            lease.wait_until_free(run_dir, records[-1], me, wait_s)
+        attempt = records[-1]["attempt"] + 1 if records else 1
+        record = {
+            "attempt": attempt,
+            "state": "X",
+            **me.as_record(),
+            "nodes": list(nodes),
+            "began": time.time(),
+            "committed_step": committed_step(run_dir),
+            **facts,
+        }
+        if _create(record_file(run_dir, attempt), record):
+            break
+    if records and records[-1]["state"] == "X":
+        stop.request(run_dir, records[-1]["attempt"], f"superseded by attempt {attempt}")
+    log_dir(run_dir, attempt).mkdir(parents=True, exist_ok=True)
+    return attempt
+
+
+def _create(path: Path, record: dict[str, Any]) -> bool:
+    """False if somebody else was faster."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileExistsError:
+        return False
+    with os.fdopen(descriptor, "w") as file:
+        file.write(json.dumps(record, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    files.fsync_directory(path.parent)
+    return True
+
+
+def finish(
+    run_dir: Path, attempt: int, state: str, *, step: Optional[int], reason: Optional[str] = None
+) -> None:
+    """The outcome, written by rank 0 before the final barrier."""
+    assert state in STATES[1:], state
+    update(run_dir, attempt, state=state, step=step, reason=reason, ended=time.time())
+
+
+def update(run_dir: Path, attempt: int, **fields: Any) -> dict[str, Any]:
+    """Add fields to a record, by rename. One writer at a time: `begin`, then rank 0, then `end`."""
+    record = read(run_dir, attempt)
+    record.update(fields)
+    files.write_json(record_file(run_dir, attempt), record)
+    return record
+
+
+def read(run_dir: Path, attempt: int) -> dict[str, Any]:
+    """One record. A file that was cut off by its creator's death reads as an X of an unknown owner."""
+    path = record_file(run_dir, attempt)
+    record = files.read_json(path)
+    if not isinstance(record, dict):
+        record = {"attempt": attempt, "state": "X", "began": path.stat().st_mtime, "broken": True}
+    return record
+
+
+def read_all(run_dir: Path) -> list[dict[str, Any]]:
+    """All records, oldest first."""
+    folder = run_dir / "attempts"
+    names = os.listdir(folder) if folder.is_dir() else []
+    numbers = sorted(int(name[:-5]) for name in names if re.fullmatch(r"\d{4,}\.json", name))
+    return [read(run_dir, number) for number in numbers]
+
+
+def holds_lease(run_dir: Path, attempt: int) -> bool:
+    """Ask before every commit: False once a newer attempt has begun, and then nothing may be written."""
+    return not record_file(run_dir, attempt + 1).exists()
+
+
+def committed_step(run_dir: Path) -> Optional[int]:
+    """Step of the newest committed checkpoint; None before the first."""
+    folder = run_dir / "checkpoints"
+    names = os.listdir(folder) if folder.is_dir() else []
+    steps = [int(name[5:]) for name in names if re.fullmatch(r"step-\d+", name)]
+    return max((s for s in steps if (folder / f"step-{s:06d}" / "COMMITTED.json").exists()), default=None)
+
+
+def write_verdict(
+    run_dir: Path,
+    attempt: int,
+    rank: int,
+    *,
+    kind: str,
+    exit_code: int,
+    message: str,
+    exception: Optional[str] = None,
+    traceback: Optional[str] = None,
+    step: Optional[int] = None,
+    phase: Optional[str] = None,
+    node: Optional[str] = None,
+) -> None:
+    """Say why this rank ends. `peer`: it only followed another rank's end. The first verdict stays."""
+    assert kind in KINDS, kind
+    path = log_dir(run_dir, attempt) / f"verdict-{rank:05d}.json"
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    verdict = {
+        "rank": rank,
+        "node": node or socket.gethostname(),
+        "kind": kind,
+        "exit_code": exit_code,
+        "message": message,
+        "exception": exception,
+        "traceback": traceback,
+        "step": step,
+        "phase": phase,
+        "time": time.time(),
+        "fingerprint": fingerprint(exception or kind, traceback or message),
+    }
+    files.write_json(path, verdict)
+
+
+def read_verdicts(run_dir: Path, attempt: int) -> list[dict[str, Any]]:
+    """All verdicts of an attempt, by rank."""
+    paths = sorted(log_dir(run_dir, attempt).glob("verdict-*.json"))
+    return [verdict for verdict in map(files.read_json, paths) if isinstance(verdict, dict)]
+
+
+def fingerprint(kind: str, trace: str) -> str:
+    """Equal for the same failure at the same place.
+
+    Of a Python traceback or faulthandler's dump only `file.py:line` counts, not the values in the message,
+    which differ from one attempt to the next; without frames, the text without its numbers.
+    """
+    frames = re.findall(r'File "([^"]+)", line (\d+)', trace)
+    place = [f"{os.path.basename(name)}:{line}" for name, line in frames] or [re.sub(r"\d+", "#", trace)]
+    return hashlib.sha256("\n".join([kind, *place]).encode()).hexdigest()[:12]

@@ -1,0 +1,288 @@
+"""What becomes of a job when its ranks have ended: a pure function from facts to a decision.
+
+`classify` names the cause, strongest witness first: the outcome that rank 0 recorded, what a rank said in
+its verdict, what Slurm says about the job, and last the traces of a death without words. `decide` turns
+cause and budgets into an action. Budgets count attempts *since the last newly committed step*, so a run
+that moves forward may fail forever, and one that does not stops soon. srun's exit code is hardly used:
+a signal beats a code in it, and its own kills look like the ranks'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from strop.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_HANG, EXIT_STORAGE, EXIT_USER, EXIT_YIELD
+
+FAILURE_LIMIT = 5
+FINGERPRINT_LIMIT = 3
+REPEAT_LIMIT = 2
+"""Native crash at the same place, or out of memory at the same step."""
+YIELD_LIMIT = 10
+"""Stops that committed nothing new. They cost no failure budget, but ten in a row lead nowhere."""
+
+YIELDS = ("preempted", "time_limit", "stopped", "requeued", "lost", "late")
+FAILURES = ("oom", "hang", "segfault", "killed", "startup", "exception")
+FINAL = ("done", "user", "diverged", "storage", "cancelled")
+STARTUP_PHASES = ("INIT", "PREFLIGHT", "RESUME")
+EXIT_UNKNOWN = 1
+
+WORDS = {
+    "done": "finished",
+    "preempted": "preempted",
+    "time_limit": "time limit near",
+    "stopped": "asked to stop",
+    "requeued": "put back into the queue by Slurm or its owner",
+    "lost": "died without a word (node lost, or killed at once)",
+    "late": "was to stop, but was killed before it could commit",
+    "cancelled": "cancelled",
+    "user": "the configuration or the data is wrong",
+    "diverged": "diverged",
+    "storage": "cannot write",
+    "oom": "out of memory",
+    "hang": "hung",
+    "segfault": "crashed in native code",
+    "killed": "a rank was killed",
+    "startup": "failed before its first step",
+    "exception": "failed",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one rank said about its end; `kind` is one of attempts.KINDS."""
+
+    rank: int
+    node: str
+    kind: str
+    exit_code: int
+    message: str
+    step: Optional[int] = None
+    phase: Optional[str] = None
+    fingerprint: Optional[str] = None
+    time: float = 0.0
+
+
+@dataclass(frozen=True)
+class Crash:
+    """faulthandler's dump in a rank's stderr."""
+
+    rank: Optional[int]
+    message: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What Slurm says about the job when its ranks have ended."""
+
+    known: bool = True
+    can_requeue: bool = True
+    requeued: bool = False
+    """Slurm is already putting it back: its restart count is above ours."""
+    ended: bool = False
+    """Slurm is ending it (COMPLETING) for another reason than these: scancel."""
+    time_limit: bool = False
+    preempted: bool = False
+
+
+@dataclass(frozen=True)
+class Past:
+    """An earlier attempt since the last newly committed step."""
+
+    cause: str
+    fingerprint: Optional[str] = None
+    step: Optional[int] = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    state: str
+    """Of the attempt's record: X (no outcome was written), DONE, YIELD or FAIL."""
+    launcher_exit: int
+    step: Optional[int] = None
+    committed_step: Optional[int] = None
+    reason: Optional[str] = None
+    """Why the ranks yielded, as rank 0 recorded it."""
+    signals: tuple[str, ...] = ()
+    """What the batch shell received: USR1, TERM, INT."""
+    stop_requested: bool = False
+    """There is a stop file."""
+    verdicts: tuple[Verdict, ...] = ()
+    crash: Optional[Crash] = None
+    job: JobState = JobState()
+    history: tuple[Past, ...] = ()
+    last_words: str = ""
+    """The end of the stderr of a rank that left no verdict."""
+
+
+@dataclass(frozen=True)
+class Cause:
+    name: str
+    message: str = ""
+    fingerprint: Optional[str] = None
+    step: Optional[int] = None
+    rank: Optional[int] = None
+    node: Optional[str] = None
+    phase: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    action: str
+    """requeue | stop | hold | finished"""
+    exit_code: int
+    cause: str
+    summary: str
+    fingerprint: Optional[str] = None
+    exclude: tuple[str, ...] = ()
+    """Nodes that failed the pre-flight check: the next attempt shall not get them."""
+
+
+def decide(facts: Facts) -> Decision:
+    cause = classify(facts)
+    past = (*facts.history, Past(cause.name, cause.fingerprint, cause.step))
+    action, exit_code, why = _act(facts, cause, past)
+    exclude = (cause.node,) if cause.node and (cause.phase or "").upper() == "PREFLIGHT" else ()
+    return Decision(
+        action, exit_code, cause.name, _summary(facts, cause, action, why), cause.fingerprint, exclude
+    )
+
+
+def classify(facts: Facts) -> Cause:
+    if facts.state == "DONE":
+        return Cause("done")
+    first = first_failure(facts.verdicts)
+    if first and first.kind in ("user", "diverged"):
+        return _from_verdict(first.kind, first)
+    if facts.job.ended and not facts.job.requeued and not facts.job.time_limit:
+        return Cause("cancelled")
+    if facts.state != "YIELD" and first:
+        startup = first.step in (None, 0) or (first.phase or "").upper() in STARTUP_PHASES
+        kind = "startup" if first.kind == "exception" and startup else first.kind
+        return _from_verdict(kind, first)
+    if facts.state != "YIELD" and facts.crash:
+        crash = facts.crash
+        return Cause("segfault", crash.message, crash.fingerprint, facts.step, crash.rank)
+    if facts.job.requeued:
+        return Cause("requeued")
+    asked = _why_stopped(facts)
+    if facts.state == "YIELD":
+        return Cause(asked or "stopped", facts.reason or "")
+    if asked:  # no outcome: with exit code 0 the stop came before there was anything to save
+        return Cause(asked if facts.launcher_exit == 0 else "late", facts.last_words)
+    if facts.launcher_exit == 0:
+        message = "all ranks ended with exit code 0, but no outcome was recorded"
+        return Cause("exception", message, fingerprint="no-outcome")
+    return Cause("killed", facts.last_words)
+
+
+def first_failure(verdicts: Sequence[Verdict]) -> Optional[Verdict]:
+    """The cause among the consequences: what is certain first, then what is specific, then the earliest.
+
+    Clocks of nodes differ, so time only breaks ties; "peer" verdicts follow somebody else's end.
+    """
+    rank_of_kind = {"user": 0, "diverged": 1, "storage": 2, "oom": 3, "exception": 4, "hang": 4}
+    causes = [v for v in verdicts if v.kind in rank_of_kind]
+    return min(causes, key=lambda v: (rank_of_kind[v.kind], v.time, v.rank), default=None)
+
+
+def since_progress(records: Sequence[Mapping[str, Any]], committed_now: Optional[int]) -> tuple[Past, ...]:
+    """The attempts that budgets count: those since the newest commit, or since a decision to stop.
+
+    An attempt's record says what was committed when it began; so the next record says what it committed.
+    A record without a cause belongs to an attempt whose batch shell died too. Somebody who starts a
+    stopped run again has looked into it, and gets a fresh budget.
+    """
+    history: list[Past] = []
+    newest = -1
+    for i, record in enumerate(records):
+        committed = records[i + 1].get("committed_step") if i + 1 < len(records) else committed_now
+        if committed is not None and committed > newest:
+            newest, history = committed, []
+        history.append(Past(record.get("cause") or "lost", record.get("fingerprint"), record.get("step")))
+        if record.get("action") in ("stop", "hold", "finished"):
+            history = []
+    return tuple(history)
+
+
+def exhausted(past: Sequence[Past]) -> Optional[str]:
+    """Why the last of these attempts must not be repeated; None while there is budget."""
+    last = past[-1]
+    if last.cause in YIELDS:
+        fruitless = sum(p.cause in YIELDS for p in past)
+        return f"stopped {fruitless} times without a new checkpoint" if fruitless >= YIELD_LIMIT else None
+    failures = [p for p in past if p.cause in FAILURES]
+    if last.cause == "segfault" and _count(past, last, "fingerprint") >= REPEAT_LIMIT:
+        return f"crashed at the same place {REPEAT_LIMIT} times without a new checkpoint"
+    if last.cause == "oom" and _count(past, last, "step") >= REPEAT_LIMIT:
+        return f"out of memory at the same step {REPEAT_LIMIT} times: this batch does not fit"
+    if last.cause in ("exception", "hang") and _count(past, last, "fingerprint") >= FINGERPRINT_LIMIT:
+        return f"the same failure {FINGERPRINT_LIMIT} times without a new checkpoint"
+    if len(failures) >= FAILURE_LIMIT:
+        return f"{len(failures)} failures without a new checkpoint: {', '.join(p.cause for p in failures)}"
+    return None
+
+
+def _count(past: Sequence[Past], last: Past, field: str) -> int:
+    return sum(p.cause == last.cause and getattr(p, field) == getattr(last, field) for p in past)
+
+
+def _from_verdict(kind: str, v: Verdict) -> Cause:
+    return Cause(kind, v.message, v.fingerprint, v.step, v.rank, v.node, v.phase)
+
+
+def _why_stopped(facts: Facts) -> Optional[str]:
+    if facts.job.preempted:
+        return "preempted"
+    if facts.job.time_limit:
+        return "time_limit"
+    if "USR1" in facts.signals and "TERM" not in facts.signals:
+        return "time_limit"
+    return "stopped" if facts.signals or facts.stop_requested else None
+
+
+def _act(facts: Facts, cause: Cause, past: Sequence[Past]) -> tuple[str, int, str]:
+    """(action, exit code, why) for a cause."""
+    committed = EXIT_YIELD if facts.state == "YIELD" else EXIT_UNKNOWN
+    fixed = {
+        "done": ("finished", EXIT_DONE, ""),
+        "user": ("stop", EXIT_USER, "not requeued: correct it and submit again"),
+        "diverged": ("stop", EXIT_DIVERGED, "not requeued: the same steps would diverge again"),
+        "storage": ("hold", EXIT_STORAGE, "held: make room, then release it"),
+        "cancelled": ("stop", committed, "not requeued: it was cancelled"),
+    }
+    if cause.name in fixed:
+        return fixed[cause.name]
+    exit_code = {"hang": EXIT_HANG}.get(cause.name, EXIT_UNKNOWN)
+    if cause.name in YIELDS:
+        exit_code = committed
+    spent = exhausted(past)
+    if spent:
+        return "stop", EXIT_USER if cause.name == "oom" and "same step" in spent else exit_code, spent
+    if not facts.job.can_requeue:
+        return "stop", exit_code, "not requeued: the job may not be (--no-requeue, or not a batch job)"
+    failures = sum(p.cause in FAILURES for p in past)
+    budget = f" (failure {failures} of {FAILURE_LIMIT} without a new checkpoint)"
+    return "requeue", exit_code, "requeued" + (budget if cause.name in FAILURES else "")
+
+
+def _summary(facts: Facts, cause: Cause, action: str, why: str) -> str:
+    """First line: what happened, in the failing rank's words if it left any. Last line: what comes now."""
+    where = [] if cause.rank is None else [f"rank {cause.rank}"]
+    where += [cause.node] if cause.node else []
+    where += [f"phase {cause.phase}"] if cause.phase else []
+    step = cause.step if cause.step is not None else facts.step
+    where += [f"step {step}"] if step is not None else []
+    head = f"{WORDS[cause.name]}" + (f" ({', '.join(where)})" if where else "")
+    lines = [f"{head}: {cause.message}" if cause.message else head]
+    if cause.name == "user":  # the first line names the key, file or row
+        lines = [cause.message, head]
+    if cause.name == "late":
+        lines.append("the time between the signal and the kill was too short: raise --signal=B:USR1@SECONDS")
+    if facts.committed_step is None:
+        lines.append("nothing is committed yet")
+    else:
+        lines.append(f"committed up to step {facts.committed_step}")
+    return "\n".join([*lines, why] if why else lines)

@@ -1,0 +1,214 @@
+"""The only reader of os.environ.
+
+Three sides read it. A *rank* reads what its wrapper has set (`read_env`): who it is and which attempt of
+which run it belongs to. The *batch host* reads what Slurm says about the job (`read_job`). The rank's
+*wrapper* stands between both: it reads what srun, or the local launcher, says about the task
+(`read_task`) and turns it into the variables of a rank (`rank_variables`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+from strop.errors import UserError
+from strop.slurm import hostlist
+
+
+@dataclass(frozen=True)
+class Env:
+    """What a rank knows about itself before torch is imported."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+    node: str
+    run_dir: Optional[Path]
+    attempt: Optional[int]
+    job_id: Optional[str]
+    restart_count: int
+    end_time: Optional[float]
+    """Unix seconds at which Slurm ends the job; None when it has no end."""
+    ifname: Optional[str]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the batch host knows about the job; outside of Slurm `job_id` is None."""
+
+    job_id: Optional[str]
+    array_job_id: Optional[str]
+    array_task_id: Optional[str]
+    restart_count: int
+    nodes: tuple[str, ...]
+    launcher: str
+    """"slurm" or "local"."""
+    run_dir: Optional[Path]
+    """Of the attempt that has begun; None before."""
+    attempt: Optional[int]
+    shell_pid: Optional[int]
+    """Of the batch shell, which lives exactly as long as the attempt."""
+    notify: Optional[str]
+
+    @property
+    def target(self) -> Optional[str]:
+        """The job's name for scontrol. The number alone of an array's task may mean the whole array."""
+        if self.array_job_id and self.array_task_id:
+            return f"{self.array_job_id}_{self.array_task_id}"
+        return self.job_id
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of srun or of the local launcher."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+    node: str
+    cpus: Optional[int]
+    run_dir: Path
+    attempt: int
+    python: Optional[str]
+    ifname: Optional[str]
+
+
+def read_env(environ: Optional[Mapping[str, str]] = None) -> Env:
+    """Without STROP_RANK this is a single process that nobody launched: rank 0 of 1, no run directory."""
+    e = os.environ if environ is None else environ
+    return Env(
+        rank=int(e.get("STROP_RANK", 0)),
+        world_size=int(e.get("STROP_WORLD_SIZE", 1)),
+        local_rank=int(e.get("STROP_LOCAL_RANK", 0)),
+        local_size=int(e.get("STROP_LOCAL_SIZE", 1)),
+        node=e.get("STROP_NODE") or socket.gethostname(),
+        run_dir=Path(e["STROP_RUN_DIR"]) if e.get("STROP_RUN_DIR") and "STROP_RANK" in e else None,
+        attempt=int(e["STROP_ATTEMPT"]) if e.get("STROP_ATTEMPT") and "STROP_RANK" in e else None,
+        job_id=e.get("STROP_JOB_ID") or None,
+        restart_count=int(e.get("STROP_RESTART_COUNT") or 0),
+        end_time=float(e["STROP_END_TIME"]) if e.get("STROP_END_TIME") else None,
+        ifname=e.get("STROP_IFNAME") or None,
+    )
+
+
+def read_job(environ: Optional[Mapping[str, str]] = None) -> Job:
+    """The job as the batch host sees it; the local launcher keeps its own restart count."""
+    e = os.environ if environ is None else environ
+    local = e.get("STROP_LAUNCHER") == "local" or not e.get("SLURM_JOB_ID")
+    nodes = hostlist.expand(e.get("SLURM_JOB_NODELIST", "")) if not local else [socket.gethostname()]
+    restarts = e.get("STROP_LOCAL_RESTARTS") if local else e.get("SLURM_RESTART_COUNT")
+    return Job(
+        job_id=None if local else e["SLURM_JOB_ID"],
+        array_job_id=None if local else e.get("SLURM_ARRAY_JOB_ID"),
+        array_task_id=None if local else e.get("SLURM_ARRAY_TASK_ID"),
+        restart_count=int(restarts or 0),
+        nodes=tuple(nodes),
+        launcher="local" if local else "slurm",
+        run_dir=Path(e["STROP_RUN_DIR"]) if e.get("STROP_RUN_DIR") else None,
+        attempt=int(e["STROP_ATTEMPT"]) if e.get("STROP_ATTEMPT") else None,
+        shell_pid=int(e["STROP_SHELL_PID"]) if e.get("STROP_SHELL_PID") else None,
+        notify=e.get("STROP_NOTIFY") or None,
+    )
+
+
+def read_task(environ: Optional[Mapping[str, str]] = None) -> Task:
+    """srun's variables; the local launcher sets the same ones, so that there is one way to start a rank.
+
+    `local_size` comes from SLURM_STEP_TASKS_PER_NODE ("4(x2),3"), since nodes may differ.
+    """
+    e = os.environ if environ is None else environ
+    node_index = int(e.get("SLURM_NODEID", 0))
+    return Task(
+        rank=int(e["SLURM_PROCID"]),
+        world_size=int(e["SLURM_NTASKS"]),
+        local_rank=int(e["SLURM_LOCALID"]),
+        local_size=expand_counts(e["SLURM_STEP_TASKS_PER_NODE"])[node_index],
+        node=e.get("SLURMD_NODENAME") or socket.gethostname(),
+        cpus=int(e["SLURM_CPUS_PER_TASK"]) if e.get("SLURM_CPUS_PER_TASK") else None,
+        run_dir=Path(e["STROP_RUN_DIR"]),
+        attempt=int(e["STROP_ATTEMPT"]),
+        python=e.get("PYTHON") or None,
+        ifname=e.get("STROP_IFNAME") or None,
+    )
+
+
+def rank_variables(task: Task, environ: Mapping[str, str], num_cpus: int) -> dict[str, str]:
+    """The environment of a rank: everything it has, plus its STROP_* variables.
+
+    Without OMP_NUM_THREADS every rank of a node would start as many threads as the node has CPUs.
+    `num_cpus` is what this process may run on; with no binding that is the whole node.
+    """
+    share = max(1, num_cpus // task.local_size)
+    threads = min(task.cpus, num_cpus) if task.cpus else share
+    variables = dict(environ)
+    variables.setdefault("OMP_NUM_THREADS", str(threads))
+    variables.update(
+        STROP_RANK=str(task.rank),
+        STROP_WORLD_SIZE=str(task.world_size),
+        STROP_LOCAL_RANK=str(task.local_rank),
+        STROP_LOCAL_SIZE=str(task.local_size),
+        STROP_NODE=task.node,
+    )
+    if task.ifname:
+        variables.setdefault("GLOO_SOCKET_IFNAME", task.ifname)
+        variables.setdefault("NCCL_SOCKET_IFNAME", task.ifname)
+    return variables
+
+
+def expand_counts(text: str) -> list[int]:
+    """Slurm's short form for a number per node: "4(x2),3" -> [4, 4, 3]."""
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if match is None:
+            raise ValueError(f"not a list of counts per node: {text!r}")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
+
+
+def num_gpus(environ: Optional[Mapping[str, str]] = None) -> int:
+    """GPUs of this node in the allocation; 0 when Slurm names none.
+
+    Which variable is set depends on how they were asked for (--gpus-per-node, --gres, --gpus, --exclusive).
+    """
+    e = os.environ if environ is None else environ
+    if e.get("SLURM_GPUS_ON_NODE"):
+        return int(e["SLURM_GPUS_ON_NODE"])
+    if e.get("SLURM_GPUS_PER_NODE"):  # "8", "a100:8" or "a100:4,v100:4"
+        return sum(int(part.rsplit(":", 1)[-1]) for part in e["SLURM_GPUS_PER_NODE"].split(","))
+    for name in ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS"):  # indices: "0,1,2" or "0-3"
+        if e.get(name):
+            return len(hostlist.expand(f"[{e[name]}]"))
+    return 0
+
+
+def tasks_per_node(environ: Optional[Mapping[str, str]] = None) -> int:
+    """One task a GPU; on nodes without GPUs one a node. --ntasks-per-node, if given, is obeyed."""
+    e = os.environ if environ is None else environ
+    gpus = num_gpus(e)
+    asked = e.get("SLURM_NTASKS_PER_NODE")
+    if not asked:
+        return max(1, gpus)
+    if gpus and int(asked) > gpus:
+        raise UserError(
+            f"--ntasks-per-node={asked}: the allocation has {gpus} GPU(s) on a node; at most one task a GPU"
+        )
+    return int(asked)
+
+
+def all_variables() -> dict[str, str]:
+    """A copy of the environment, to pass on to a child."""
+    return dict(os.environ)
+
+
+def local_ranks(environ: Optional[Mapping[str, str]] = None) -> int:
+    """How many ranks the local launcher starts."""
+    e = os.environ if environ is None else environ
+    return int(e.get("STROP_LOCAL_RANKS") or 1)

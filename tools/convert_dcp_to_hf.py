@@ -1,0 +1,91 @@
+"""A run's checkpoint as a Hugging Face directory: safetensors, configuration, tokenizer, chat template.
+
+    python -m tools.convert_dcp_to_hf --run runs/NAME [--step N|latest|best] [--out DIR]
+                                      [--dtype bf16|fp16|fp32] [--max-shard-size 4GB] [--force]
+
+or with the names that users of NeMo RL know:
+
+    python -m tools.convert_dcp_to_hf --config FILE --dcp-ckpt-path STEP_DIR --hf-ckpt-path DIR
+
+Without --out the result is runs/NAME/export/step-000100, without --dtype it has the base model's type.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import yaml
+
+from strop.config import ModelConfig
+from strop.errors import UserError
+from tools.command_line import command_parser, run
+
+
+def read_model_config(file: Path) -> ModelConfig:
+    """The model section of a run's config.yaml (or of any configuration file of strop's)."""
+    try:
+        section = yaml.safe_load(file.read_text())["model"]
+        config = ModelConfig(**section)
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        known = ", ".join(field.name for field in fields(ModelConfig))
+        raise UserError(f"{file}: no readable `model` section with the keys {known}: {error}") from error
+    if config.path is None:
+        raise UserError(f"{file}: model.path is not set")
+    return config
+
+
+def parse_size(text: str) -> int:
+    """ "4GB", "500MB", "0.5 GB" or plain bytes -> bytes (decimal units, as in transformers)."""
+    match = re.fullmatch(r"([0-9.]+)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
+    if match is None or match[1].count(".") > 1 or match[1] == ".":
+        raise UserError(f"--max-shard-size {text}: expected a size such as 4GB or 500MB")
+    size = int(float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2].upper()])
+    if size <= 0:
+        raise UserError(f"--max-shard-size {text}: must be positive")
+    return size
+
+
+def main() -> None:
+    parser = command_parser(__doc__)
+    parser.add_argument("--run", type=Path, help="run directory")
+    parser.add_argument("--step", default="latest", help="step number, latest or best")
+    parser.add_argument("--config", type=Path, help="configuration with the base model (instead of --run)")
+    parser.add_argument("--dcp-ckpt-path", type=Path, help="checkpoint directory (with --config)")
+    parser.add_argument("--out", "--hf-ckpt-path", dest="out", type=Path, help="directory to write")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"))
+    parser.add_argument("--max-shard-size", default="4GB")
+    parser.add_argument("--force", action="store_true", help="replace an existing --out")
+    args = parser.parse_args()
+    by_path = args.config is not None and args.dcp_ckpt_path is not None and args.out is not None
+    if (args.run is None) == (not by_path):
+        parser.error("give --run, or --config with --dcp-ckpt-path and --hf-ckpt-path")
+
+    from strop.models import export  # imports torch: after the arguments are known to make sense
+
+    if by_path:
+        base, directory, out = read_model_config(args.config), args.dcp_ckpt_path, args.out
+        if not (directory / ".metadata").is_file():
+            raise UserError(f"--dcp-ckpt-path {directory}: not a DCP checkpoint (no .metadata in it)")
+    else:
+        base = read_model_config(args.run / "config.yaml")
+        directory = export.find_checkpoint(args.run, args.step)
+        out = args.out or args.run / "export" / directory.name
+    export.export_checkpoint(
+        directory,
+        base,
+        out,
+        dtype=args.dtype,
+        max_shard_bytes=parse_size(args.max_shard_size),
+        replace=args.force,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(f"wrote {out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)
