@@ -14,7 +14,6 @@ import errno
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from strop.dist import Dist
 from strop.errors import StorageError
+from strop.slurm import files
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +47,14 @@ def committed_steps(root: Path) -> list[int]:
     return sorted(int(m.group(1)) for m in found if m)
 
 
-def save(root: Path, step: int, attempt: int, tensors: dict[str, Tensor], state: dict[str, Any], dist: Dist) -> None:
-    """Write and commit `step`. Collective. A step that is committed already is left as it is.
+def save(root: Path, step: int, attempt: int, tensors: dict[str, Tensor], state: dict[str, Any], dist: Dist) -> bool:
+    """Write and commit `step`; False if it is committed already. Collective.
 
     Raises StorageError on every rank if any rank could not write; what was committed before is untouched.
     """
     final = step_dir(root, step)
     if dist.any((final / MARKER).exists()):
-        return
+        return False
     tmp = root / f"{final.name}.a{attempt}.tmp"
     failure = _attempted(lambda: _clear(tmp, final)) if dist.is_main else None
     if not (failure := _first(dist.gather(failure))):
@@ -67,13 +67,14 @@ def save(root: Path, step: int, attempt: int, tensors: dict[str, Tensor], state:
         gathered = dist.gather((failure, entries))
         failure = _first([f for f, _ in gathered])
         if dist.is_main and not failure:
-            files = {name: entry for _, part in gathered for name, entry in part.items()}
-            failure = _attempted(lambda: _commit(tmp, final, files, state))
+            hashes = {name: entry for _, part in gathered for name, entry in part.items()}
+            failure = _attempted(lambda: _commit(tmp, final, hashes, state))
         failure = dist.broadcast(failure)
     if failure:
         if dist.is_main:
             shutil.rmtree(tmp, ignore_errors=True)
         raise StorageError(errno.EIO, f"checkpoint of step {step} could not be written: {failure}")
+    return True
 
 
 def _attempted(action: Any) -> Optional[str]:
@@ -111,35 +112,14 @@ def describe(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _commit(tmp: Path, final: Path, files: dict[str, Any], state: dict[str, Any]) -> None:
-    _write_synced(tmp / STATE, state)
-    files = {**files, STATE: describe(tmp / STATE)}
-    _write_synced(tmp / MANIFEST, {"files": dict(sorted(files.items()))})
-    _sync_dir(tmp)
+def _commit(tmp: Path, final: Path, hashes: dict[str, Any], state: dict[str, Any]) -> None:
+    files.write_json(tmp / STATE, state)
+    hashes = {**hashes, STATE: describe(tmp / STATE)}
+    files.write_json(tmp / MANIFEST, {"files": dict(sorted(hashes.items()))})
     tmp.rename(final)
-    _sync_dir(final.parent)
-    marker = {"step": state["step"], "manifest": describe(final / MANIFEST)}
-    _write_synced(final / (MARKER + ".tmp"), marker)
-    (final / (MARKER + ".tmp")).rename(final / MARKER)
-    _sync_dir(final)
-    hint = final.parent / "LATEST"
-    hint.with_suffix(".tmp").write_text(final.name + "\n")
-    hint.with_suffix(".tmp").rename(hint)
-
-
-def _write_synced(path: Path, content: dict[str, Any]) -> None:
-    with path.open("w") as stream:
-        json.dump(content, stream, indent=1, sort_keys=True)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync_dir(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    files.fsync_directory(final.parent)
+    files.write_json(final / MARKER, {"step": state["step"], "manifest": describe(final / MANIFEST)})
+    files.write_atomic(final.parent / "LATEST", final.name + "\n")
 
 
 def verify(path: Path, part: int = 0, num_parts: int = 1) -> None:
@@ -151,13 +131,13 @@ def verify(path: Path, part: int = 0, num_parts: int = 1) -> None:
         marker = json.loads((path / MARKER).read_text())
         if describe(path / MANIFEST) != marker["manifest"]:
             raise Damaged(f"{path / MANIFEST} is not the one that was committed")
-        files = json.loads((path / MANIFEST).read_text())["files"]
+        hashes = json.loads((path / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError) as error:
         raise error if isinstance(error, Damaged) else Damaged(f"{path}: {error}") from error
-    for name in sorted(files)[part::num_parts]:
-        if not (path / name).is_file() or (path / name).stat().st_size != files[name]["size"]:
+    for name in sorted(hashes)[part::num_parts]:
+        if not (path / name).is_file() or (path / name).stat().st_size != hashes[name]["size"]:
             raise Damaged(f"{path / name} is missing or truncated")
-        if describe(path / name) != files[name]:
+        if describe(path / name) != hashes[name]:
             raise Damaged(f"{path / name} has changed since it was written")
 
 

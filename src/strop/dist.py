@@ -10,7 +10,7 @@ import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.distributed as td
@@ -20,6 +20,7 @@ from strop.config import DistConfig
 from strop.errors import UserError
 from strop.slurm import rendezvous
 from strop.slurm.env import Env
+from strop.slurm.stop import StopRequest
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,11 @@ class Dist:
         td.destroy_process_group()
 
 
-def start(config: DistConfig, env: Env, run_dir: Path, attempt: int) -> Dist:
+def start(config: DistConfig, env: Env, run_dir: Path, attempt: int, stop: StopRequest) -> Dist:
     """Join the other ranks: rank 0 publishes where it listens, in this attempt's directory."""
     device = choose_device(config, env)
     timeout = datetime.timedelta(seconds=config.timeout_s)
-    store = _store(config, env, run_dir, attempt, timeout)
+    store = _store(config, env, run_dir, attempt, timeout, stop)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     td.init_process_group(backend, store=store, rank=env.rank, world_size=env.world_size, timeout=timeout)
     shard = config.shard_size or env.world_size
@@ -103,16 +104,19 @@ def choose_device(config: DistConfig, env: Env) -> torch.device:
     return device
 
 
-def _store(config: DistConfig, env: Env, run_dir: Path, attempt: int, timeout: datetime.timedelta) -> td.Store:
+def _store(
+    config: DistConfig, env: Env, run_dir: Path, attempt: int, timeout: datetime.timedelta, stop: StopRequest
+) -> td.Store:
     if env.world_size == 1:
         return td.HashStore()
     if env.rank == 0:
-        address: Optional[str] = rendezvous.own_address(env.ifname)
+        address = rendezvous.own_address(env.ifname)
         # Port 0: the system gives a free one, so that two jobs on one node never collide.
         store = td.TCPStore(address, 0, env.world_size, is_master=True, timeout=timeout, wait_for_workers=False)
         rendezvous.publish(run_dir, attempt, address, store.port)
-        return store
     address, port = rendezvous.wait_for(
-        run_dir, attempt, env.rank, env.world_size, timeout_s=config.rendezvous_timeout_s
+        run_dir, attempt, env.rank, env.world_size, config.rendezvous_timeout_s, stop
     )
+    if env.rank == 0:
+        return store
     return td.TCPStore(address, port, env.world_size, is_master=False, timeout=timeout, wait_for_workers=False)

@@ -73,7 +73,8 @@ def loss(out: Output, batch: Batch, cfg: Config) -> tuple[Tensor, Metrics]:
     term is the mean over the tokens of each chosen completion.
     """
     assert batch.ref_logp_T is not None
-    num_trained = ops.segment_sum(batch.trained_T.float(), batch.cu_seqlens)
+    # Only a batch that stands in for a rank without rows has sequences without trained tokens.
+    num_trained = ops.segment_sum(batch.trained_T.float(), batch.cu_seqlens).clamp(min=1.0)
     logp = ops.segment_sum(out.logp_T, batch.cu_seqlens)
     ratio = logp - ops.segment_sum(batch.ref_logp_T, batch.cu_seqlens)
     if cfg.dpo.average_log_probs or cfg.dpo.loss == "ipo":

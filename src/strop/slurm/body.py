@@ -45,7 +45,7 @@ def begin(algo: str, args: Sequence[str], job: env.Job) -> Begun:
     committed = attempts.committed_step(run.directory)
     notes = []
     if committed is not None:
-        note = code.check(code_now, records, allow="run.allow_code_change=true" in args)
+        note = code.check(code_now, records, allow=run.allow_code_change)
         notes += [note] if note else []
     _refuse_if_exhausted(run.directory, records, committed)
     attempt = attempts.begin(

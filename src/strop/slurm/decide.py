@@ -277,6 +277,8 @@ def _summary(facts: Facts, cause: Cause, action: str, why: str) -> str:
     where += [f"step {step}"] if step is not None else []
     head = f"{WORDS[cause.name]}" + (f" ({', '.join(where)})" if where else "")
     lines = [f"{head}: {cause.message}" if cause.message else head]
+    if cause.name == "user":  # the first line names the key, file or row
+        lines = [cause.message, head]
     if cause.name == "late":
         lines.append("the time between the signal and the kill was too short: raise --signal=B:USR1@SECONDS")
     if facts.committed_step is None:

@@ -2,7 +2,7 @@
 
 `run.name` and `run.dir` come from the command line, else from the configuration file, else the job
 gives the name. Only the file's top-level `run:` block is scanned, line by line; the trainer checks that
-its parsed configuration agrees.
+its parsed configuration agrees. On the command line the aliases of NeMo RL's users count too.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
+from strop.aliases import ALIASES
 from strop.errors import UserError
 from strop.slurm.env import Job
+
+KEYS = ("name", "dir", "allow_code_change")
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class RunName:
     """Absolute: <run.dir>/<name>, run.dir being relative to the directory that the job runs in."""
     given: bool
     """By the user; otherwise it is made of the job's number."""
+    allow_code_change: bool
 
 
 def resolve(algo: str, args: Sequence[str], job: Job, root: Path) -> RunName:
@@ -34,12 +38,11 @@ def resolve(algo: str, args: Sequence[str], job: Job, root: Path) -> RunName:
     name = settings.get("name")
     if name is not None and (not name or "/" in name or name.startswith(".")):
         raise UserError(f"run.name={name!r}: a plain directory name is needed, without '/' or a leading '.'")
+    given = name is not None
+    name = name or _default(algo, job)
     parent = Path(settings.get("dir") or "runs").expanduser()
-    return RunName(
-        name or _default(algo, job),
-        (Path.cwd() / parent).resolve() / (name or _default(algo, job)),
-        name is not None,
-    )
+    allow = (settings.get("allow_code_change") or "").lower() == "true"
+    return RunName(name, (Path.cwd() / parent).resolve() / name, given, allow)
 
 
 def config_file(algo: str, args: Sequence[str], root: Path) -> Path:
@@ -59,7 +62,7 @@ def config_file(algo: str, args: Sequence[str], root: Path) -> Path:
 
 
 def scan_config(path: Path) -> dict[str, str]:
-    """name and dir of the top-level `run:` block, written as a block, as {name: X, dir: Y} or as run.name."""
+    """KEYS of the top-level `run:` block, written as a block, as {name: X, dir: Y} or as run.name."""
     found: dict[str, str] = {}
     inside = False
     for line in path.read_text().splitlines() if path.is_file() else []:
@@ -71,8 +74,8 @@ def scan_config(path: Path) -> dict[str, str]:
         else:
             pairs = [line] if inside else []
         for pair in pairs:
-            match = re.match(r"\s*(name|dir):\s*(.*?)\s*(?:\s#.*)?$", pair)
-            value = _scalar(match[2]) if match else None
+            match = re.match(r"\s*(\w+):\s*(.*?)\s*(?:\s#.*)?$", pair)
+            value = _scalar(match[2]) if match and match[1] in KEYS else None
             if match and value is not None:
                 found[match[1]] = value
     return found
@@ -81,10 +84,11 @@ def scan_config(path: Path) -> dict[str, str]:
 def _overrides(args: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for arg in args:
-        match = re.match(r"\+?run\.(name|dir)=(.*)$", arg)
-        value = _scalar(match[2]) if match else None
-        if match and value is not None:
-            found[match[1]] = value
+        key, equals, text = arg.lstrip("+").partition("=")
+        section, _, name = (ALIASES[key].key if key in ALIASES else key).partition(".")
+        value = _scalar(text)
+        if equals and section == "run" and name in KEYS and value is not None:
+            found[name] = value
     return found
 
 

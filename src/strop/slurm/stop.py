@@ -21,8 +21,8 @@ HEARTBEAT_EVERY_S = 30.0
 
 
 def block_signals() -> None:
-    """Hold USR1 and TERM back; they wait until `StopRequest.poll` fetches them. An exec keeps this."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    """Hold USR1 and TERM back, and nothing else, until `StopRequest.poll` fetches them. An exec keeps this."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, SIGNALS)
 
 
 def stop_file(run_dir: Path, attempt: int) -> Path:

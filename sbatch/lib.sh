@@ -1,0 +1,159 @@
+#!/usr/bin/env bash
+# The job body: bash sbatch/lib.sh ALGO [--config FILE] [key=value ...]
+#
+#   begin     python3 -m strop.slurm begin: which run, is it free, the attempt's record
+#   run_ranks srun (or the local launcher) starts one rank a GPU, maybe in a container
+#   wait      a signal becomes a stop request; the ranks commit, record the outcome and exit 0
+#   end       python3 -m strop.slurm end: decides, requeues, sums up, gives the exit code
+#
+# What a site or a user may set (see configs/sites/example.env):
+#   PYTHON         interpreter of the trainer; default .venv/bin/python of the repository, else python3
+#   CONTAINER      image; started by Pyxis if srun knows it, else by Apptainer
+#   MOUNTS         "/data:/data,/scratch:/scratch", added to the repository and the working directory
+#   HOST_PYTHON    python3 >= 3.9 of the batch host, which takes the decisions (standard library only)
+#   STROP_LAUNCHER=local STROP_LOCAL_RANKS=N   the same body without Slurm, on this machine
+#   STROP_NOTIFY   command that gets the summary on its stdin when the job ends for good
+set -euo pipefail
+
+say() { printf 'strop: %s\n' "$*" >&2; }
+
+fail() {
+    say "$1"
+    exit 78 # the user's error: see src/strop/errors.py
+}
+
+# shellcheck disable=SC2317 # reached through trap
+# bash runs a trap only between commands: what it waits for must be a background process and `wait`.
+on_signal() {
+    signals+="$1 "
+    if [[ $1 == INT && $signals == *INT*INT* && -n $ranks_pid ]]; then
+        kill -HUP "$ranks_pid" 2>/dev/null || true # a second Ctrl-C: no more waiting for the commit
+        return
+    fi
+    request_stop
+}
+
+# A file, because a container may swallow the signal; the signal, because a file may be seen late.
+request_stop() {
+    [[ -n ${STROP_ATTEMPT:-} && -n $signals ]] || return 0
+    local file
+    file=$STROP_RUN_DIR/attempts/$(printf '%04d' "$STROP_ATTEMPT").stop
+    [[ -e $file ]] || printf '%s\n' "${signals%% *}" >"$file"
+    if [[ -n $ranks_pid ]]; then kill -USR1 "$ranks_pid" 2>/dev/null || true; fi
+}
+
+find_pythons() {
+    host_python=${HOST_PYTHON:-python3}
+    "$host_python" -c 'import sys; sys.exit(sys.version_info < (3, 9))' ||
+        fail "HOST_PYTHON=$host_python: python3 3.9 or newer is needed on the batch host"
+    if [[ -z ${PYTHON:-} ]]; then
+        PYTHON=python3
+        if [[ -z ${CONTAINER:-} && -x $root/.venv/bin/python ]]; then PYTHON=$root/.venv/bin/python; fi
+    elif [[ -z ${CONTAINER:-} ]] && ! command -v "$PYTHON" >/dev/null; then
+        fail "PYTHON=$PYTHON: no such program on $(hostname)"
+    fi
+    export PYTHON
+    export PYTHONPATH=$root/src${PYTHONPATH:+:$PYTHONPATH}
+}
+
+# Before the attempt begins: a missing tool is the user's or the site's error, no failure of the run.
+find_container_tool() {
+    container_tool=none
+    [[ -n ${CONTAINER:-} ]] || return 0
+    if [[ $(srun --help 2>/dev/null) == *--container-image* ]]; then
+        container_tool=pyxis
+    elif command -v apptainer >/dev/null; then
+        container_tool=apptainer
+    else
+        fail "CONTAINER=$CONTAINER: this cluster has neither Pyxis (srun --container-image) nor apptainer"
+    fi
+}
+
+# Sets the arrays `container_options`, for srun, and `container`, what stands between srun and python.
+set_container() {
+    container_options=() container=()
+    local mounts="$root:$root,$PWD:$PWD,${STROP_RUN_DIR%/*}:${STROP_RUN_DIR%/*}${MOUNTS:+,$MOUNTS}"
+    if [[ $container_tool == pyxis ]]; then
+        container_options=("--container-image=$CONTAINER" "--container-mounts=$mounts" "--container-workdir=$PWD")
+    elif [[ $container_tool == apptainer ]]; then
+        container=(apptainer exec --bind "$mounts" --pwd "$PWD")
+        if ((STROP_GPUS_PER_NODE > 0)); then container+=(--nv); fi
+        container+=("$CONTAINER")
+    fi
+}
+
+# --kill-on-bad-exit and --wait: else the others wait for a dead rank until the time limit.
+# --cpus-per-task: a step no longer inherits it from the job (Slurm 22.05), and would get one CPU.
+run_ranks() {
+    if [[ ${STROP_LAUNCHER:-} == local ]]; then
+        exec "$host_python" -m strop.slurm.local_launch --ranks "$STROP_TASKS_PER_NODE" -- "$@"
+    fi
+    local options=(--kill-on-bad-exit=1 --wait=60 --export=ALL
+        "--nodes=$STROP_NUM_NODES" "--ntasks-per-node=$STROP_TASKS_PER_NODE"
+        "--ntasks=$((STROP_NUM_NODES * STROP_TASKS_PER_NODE))")
+    local cpus=$((${SLURM_CPUS_ON_NODE:-1} / STROP_TASKS_PER_NODE))
+    if ((cpus > 0)); then options+=("--cpus-per-task=$cpus"); fi
+    if ((STROP_GPUS_PER_NODE > 0)); then options+=("--gpus-per-node=$STROP_GPUS_PER_NODE"); fi
+    # The job's own settings of these would contradict the ones above.
+    unset SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE SLURM_TASKS_PER_NODE SLURM_CPUS_PER_TASK
+    set_container
+    exec srun "${options[@]}" ${container_options[@]+"${container_options[@]}"} \
+        ${container[@]+"${container[@]}"} "$PYTHON" -m strop.slurm.launch -- "$@"
+}
+
+# A `wait` returns as soon as a trap has run; the ranks are still there then. The last one has their code,
+# unless they ended while a trap ran: it is asked once more (127: it has been given already).
+wait_for_ranks() {
+    launcher_exit=0
+    while kill -0 "$ranks_pid" 2>/dev/null; do
+        launcher_exit=0
+        wait "$ranks_pid" || launcher_exit=$?
+    done
+    local last=0
+    wait "$ranks_pid" 2>/dev/null || last=$?
+    if ((last != 127)); then launcher_exit=$last; fi
+}
+
+# One attempt; sets `action` and `exit_code`.
+attempt() {
+    local assignments
+    ranks_pid=''
+    assignments=$("$host_python" -m strop.slurm begin "$@") || exit $?
+    eval "$assignments"
+    run_ranks "$@" &
+    ranks_pid=$!
+    request_stop # a signal that came during `begin`
+    wait_for_ranks
+    ranks_pid=''
+    read -r action exit_code < <("$host_python" -m strop.slurm end --exit "$launcher_exit" --signals "$signals")
+}
+
+main() {
+    (($# > 0)) || fail 'usage: bash sbatch/lib.sh ALGO [--config FILE] [key=value ...]'
+    root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+    signals='' ranks_pid=''
+    trap 'on_signal USR1' USR1
+    trap 'on_signal TERM' TERM
+    trap 'on_signal INT' INT
+    if [[ -z ${SLURM_JOB_ID:-} && ${STROP_LAUNCHER:-} != local ]]; then
+        fail "not inside a Slurm job. Submit it: sbatch sbatch/$1.sh ...  Or run it on this machine: STROP_LAUNCHER=local STROP_LOCAL_RANKS=2 bash sbatch/lib.sh $1 ..."
+    fi
+    find_pythons
+    find_container_tool
+    export STROP_SHELL_PID=$$ STROP_LOCAL_RESTARTS=0
+    attempt "$@"
+    while [[ ${STROP_LAUNCHER:-} == local && $action == requeue ]]; do
+        signals=''
+        STROP_LOCAL_RESTARTS=$((STROP_LOCAL_RESTARTS + 1))
+        attempt "$@" "run.name=${STROP_RUN_DIR##*/}" # a name that was made of the time
+    done
+    if [[ ${STROP_LAUNCHER:-} == local && $exit_code == 75 ]]; then
+        local name=" run.name=${STROP_RUN_DIR##*/}"
+        if [[ $* == *run.name=* ]]; then name=''; fi
+        say "to go on: STROP_LAUNCHER=local bash sbatch/lib.sh $*$name"
+    fi
+    exit "$exit_code"
+}
+
+# bash reads a script as it runs it: in a function it is read whole, and a `git pull` cannot change a job.
+main "$@"

@@ -1,0 +1,188 @@
+"""What happened to every row: read, used, left out and why.
+
+The ledger is filled while rows are tokenised, kept beside the token store (so that a cache hit knows it
+too) and copied to `data/ledger.json` of the run. Rows that cannot be used travel through the pipeline as
+`BadRow` and meet the user's policy here, in the order of the input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from strop.data.store import TokenisedRow
+from strop.errors import UserError
+
+EXAMPLES = 5
+"""Rows named for each reason, the first ones."""
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be trained on as it is."""
+
+    source: str
+    line: int
+    reason: str
+    """A short constant: not_json, not_utf8, not_an_object, wrong_fields, not_unicode, template, boundary,
+    same_pair, no_trained_token, over_length."""
+    message: str
+    """For the user: what is wrong with this very row, without its place."""
+    tokens: int = 0
+    """Its length where that is known."""
+
+    @property
+    def place(self) -> str:
+        return place(self.source, self.line)
+
+
+def place(source: str, line: int) -> str:
+    """How messages call a row."""
+    return f"{source}, {'line' if '.jsonl' in source else 'row'} {line}"
+
+
+@dataclass
+class Dropped:
+    """Rows of one source left out for one reason."""
+
+    rows: int = 0
+    tokens: int = 0
+    """Their tokens, where they were tokenised."""
+    examples: list[dict[str, str | int]] = field(default_factory=list)
+    """[{line, message}] of the first few."""
+
+
+@dataclass
+class SourceLedger:
+    """The rows of one file or hub set."""
+
+    name: str
+    used: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    longest: int = 0
+    """Tokens of the longest sequence that is used."""
+    other_split: int = 0
+    """Rows that `data.split` gives to another set; not counted as read."""
+    merged_boundary: int = 0
+    """Used rows in which a token spans the end of the prompt; it is trained."""
+    dropped: dict[str, Dropped] = field(default_factory=dict)
+
+    @property
+    def num_dropped(self) -> int:
+        return sum(entry.rows for entry in self.dropped.values())
+
+    @property
+    def read(self) -> int:
+        return self.used + self.num_dropped
+
+
+@dataclass
+class Ledger:
+    """The rows of one set (train, validation)."""
+
+    split: str
+    sources: dict[str, SourceLedger] = field(default_factory=dict)
+
+    def of(self, source: str) -> SourceLedger:
+        return self.sources.setdefault(source, SourceLedger(source))
+
+    def use(self, row: TokenisedRow) -> None:
+        entry = self.of(row.source)
+        entry.used += 1
+        entry.merged_boundary += row.merged_boundary
+        for tokens, trained in row.sequences:
+            entry.tokens += len(tokens)
+            entry.trained_tokens += int(trained.sum())
+            entry.longest = max(entry.longest, len(tokens))
+
+    def drop(self, row: BadRow) -> None:
+        entry = self.of(row.source).dropped.setdefault(row.reason, Dropped())
+        entry.rows += 1
+        entry.tokens += row.tokens
+        if len(entry.examples) < EXAMPLES:
+            entry.examples.append({"line": row.line, "message": row.message})
+
+    @property
+    def used(self) -> int:
+        return sum(entry.used for entry in self.sources.values())
+
+    @property
+    def read(self) -> int:
+        return sum(entry.read for entry in self.sources.values())
+
+    def check(self, max_dropped_fraction: float) -> None:
+        """UserError if too many rows were left out, or all of them."""
+        dropped = self.read - self.used
+        if self.used and dropped <= max_dropped_fraction * self.read:
+            return
+        if not self.read:
+            elsewhere = sum(entry.other_split for entry in self.sources.values())
+            why = f": data.split gives all {elsewhere:,} rows to the other sets" if elsewhere else ""
+            raise UserError(f"the {self.split} set has no rows{why}")
+        lines = [
+            f"{dropped:,} of {self.read:,} rows of the {self.split} set ({dropped / self.read:.1%}) were "
+            f"dropped, more than data.max_dropped_fraction={max_dropped_fraction} allows"
+            if dropped > max_dropped_fraction * self.read
+            else f"all {self.read:,} rows of the {self.split} set were dropped"
+        ]
+        for entry in self.sources.values():
+            for reason, rows in entry.dropped.items():
+                first = rows.examples[0]
+                advice = "; data.max_length is the key to raise" if reason == "over_length" else ""
+                lines.append(
+                    f"  {rows.rows:,} {reason}, the first at "
+                    f"{place(entry.name, int(first['line']))}: {first['message']}{advice}"
+                )
+        raise UserError("\n".join(lines))
+
+    def save(self, path: Path) -> None:
+        totals = {"read": self.read, "used": self.used, "dropped": self.read - self.used}
+        record = {
+            "split": self.split,
+            **totals,
+            "sources": [{"read": entry.read, **dataclasses.asdict(entry)} for entry in self.sources.values()],
+        }
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Ledger:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        ledger = cls(split=record["split"])
+        for entry in record["sources"]:
+            del entry["read"]
+            entry["dropped"] = {reason: Dropped(**rows) for reason, rows in entry["dropped"].items()}
+            ledger.sources[entry["name"]] = SourceLedger(**entry)
+        return ledger
+
+    def table(self) -> str:
+        """Plain text, one line a source, the reasons below it."""
+        head = ("source", "read", "used", "dropped", "tokens", "trained", "longest")
+        body: list[tuple[str, ...]] = []
+        for entry in self.sources.values():
+            numbers = (entry.read, entry.used, entry.num_dropped, entry.tokens, entry.trained_tokens)
+            body.append((entry.name, *(f"{n:,}" for n in (*numbers, entry.longest))))
+            for reason, rows in entry.dropped.items():
+                body.append((f"  {reason}", "", "", f"{rows.rows:,}", f"{rows.tokens:,}", "", ""))
+            if entry.merged_boundary:
+                body.append(
+                    ("  prompt ends inside a token", "", f"({entry.merged_boundary:,})", "", "", "", "")
+                )
+            if entry.other_split:
+                body.append(("  other split", f"({entry.other_split:,})", "", "", "", "", ""))
+        return f"{self.split} set\n" + _columns([head, *body])
+
+
+def _columns(rows: Iterable[tuple[str, ...]]) -> str:
+    """First column to the left, the others to the right, as wide as needed."""
+    rows = list(rows)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]
+        ).rstrip()
+        for row in rows
+    )

@@ -1,0 +1,136 @@
+"""Raw sources to a token store: once per run, by one process, kept by content.
+
+sources -> rows of this split -> rendered -> tokenised -> counted in the ledger -> written aside, renamed.
+The store's directory is named by everything that decides what is in it. So a second run with the same
+data finds it, a changed file or setting never does, and two processes that prepare the same thing at once
+end with one of two equal results. Ranks open it by its path.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from strop.config import Config, DataConfig
+from strop.data import sources
+from strop.data.ledger import BadRow, Ledger
+from strop.data.render import Rendered, Renderer, chat_template
+from strop.data.sources import Source
+from strop.data.store import FORMAT, TokenisedRow, TokenStore
+from strop.data.tokenise import Tokeniser
+from strop.errors import StorageError, UserError
+
+PIPELINE = 1
+"""Raise it when the same row would be tokenised or masked in another way than before."""
+
+
+def has_validation(config: DataConfig) -> bool:
+    """Whether the configuration names a validation set, or one lies beside the training set."""
+    if config.split is not None:
+        return sources.shares(config.split)[1] > 0
+    return bool(sources.find(config, "validation"))
+
+
+def prepare(
+    config: Config,
+    tokenizer: Any,
+    tokenizer_digest: str,
+    cache_dir: Path | str,
+    kind: str,
+    split: str = "train",
+    progress: Callable[[int], None] = lambda rows_done: None,
+) -> tuple[TokenStore, Ledger]:
+    """The token store and ledger of one set: found in the cache, else made.
+
+    kind: preference or sft. split: train or validation (see `has_validation`). tokenizer: a transformers
+    tokenizer. progress is called with the number of rows done, now and then.
+    Raises UserError (key, file or row named; nothing is left behind) and StorageError.
+    """
+    found = sources.find(config.data, split)
+    template = chat_template(config.model.chat_template, tokenizer)
+    digest = _digest(config, found, tokenizer_digest, template, kind, split)
+    path = Path(cache_dir) / f"{kind}-{split}-{digest[:24]}"
+    if not (path / "store.json").exists():
+        ledger = Ledger(split)
+        renderer = Renderer(kind, tokenizer, template, kind == "sft" and config.sft.train_on_prompt)
+        tokeniser = Tokeniser(tokenizer, config.data.max_length)
+        rows = tokeniser(_rendered(found, config.data, split, renderer, ledger))
+        try:
+            TokenStore.write(
+                path,
+                _counted(rows, config.data, ledger, progress),
+                kind=kind,
+                digest=digest,
+                finish=lambda aside: ledger.save(aside / "ledger.json"),
+            )
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise StorageError(error.errno, f"{error.strerror} (data.cache_dir)", str(path)) from error
+            raise
+    ledger = Ledger.load(path / "ledger.json")
+    ledger.check(config.data.max_dropped_fraction)
+    return TokenStore.open(path), ledger
+
+
+def _digest(
+    config: Config, found: list[Source], tokenizer_digest: str, template: str | None, kind: str, split: str
+) -> str:
+    """Address of the store's content, of the ledger, and so of the names of the sources too."""
+    record = {
+        "format": [FORMAT, PIPELINE],
+        "kind": kind,
+        "sources": [[source.name, sources.digest(source)] for source in found],
+        "split": [split, config.data.split] if config.data.split is not None else split,
+        "tokenizer": tokenizer_digest,
+        "template": template,
+        "max_length": config.data.max_length,
+        "over_length": config.data.over_length,
+        "on_bad_row": config.data.on_bad_row,
+        "train_on_prompt": kind == "sft" and config.sft.train_on_prompt,
+    }
+    return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=32).hexdigest()
+
+
+def _rendered(
+    found: list[Source], config: DataConfig, split: str, renderer: Renderer, ledger: Ledger
+) -> Iterator[Rendered | BadRow]:
+    """The rows of all sources that belong to this split, as texts."""
+    for source in found:
+        for row in sources.read(source):
+            if isinstance(row, BadRow):
+                yield row
+            elif config.split is not None and sources.in_split(row, config.split) != split:
+                ledger.of(source.name).other_split += 1
+            else:
+                yield renderer(row)
+
+
+def _counted(
+    rows: Iterator[TokenisedRow | BadRow],
+    config: DataConfig,
+    ledger: Ledger,
+    progress: Callable[[int], None],
+) -> Iterator[TokenisedRow]:
+    """The usable rows; the others meet the policies. Raises at the end if too many were left out."""
+    for done, row in enumerate(rows, start=1):
+        if isinstance(row, BadRow):
+            _refuse_or_drop(row, config, ledger)
+        else:
+            ledger.use(row)
+            yield row
+        if done % 1000 == 0:
+            progress(done)
+    ledger.check(config.max_dropped_fraction)
+
+
+def _refuse_or_drop(row: BadRow, config: DataConfig, ledger: Ledger) -> None:
+    key, keep_going = ("over_length", "drop") if row.reason == "over_length" else ("on_bad_row", "skip")
+    if getattr(config, key) != keep_going:
+        raise UserError(
+            f"{row.place}: {row.message}\n  (data.{key}={keep_going} leaves such rows out and counts them)"
+        )
+    ledger.drop(row)

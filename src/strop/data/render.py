@@ -1,0 +1,276 @@
+"""From a raw row to the texts that are tokenised, and the characters of them that are trained.
+
+A row of strings is plain text: prompt + completion, to which the tokeniser adds BOS (where it wants one)
+and EOS. A row of messages goes through a chat template, which writes all special tokens itself. Both
+halves of a preference pair share one prompt. What counts as completion is everything that the template
+writes from the end of its generation prompt on, the end-of-turn token included; in `messages`, each turn
+of the assistant likewise. (TRL has the same reading of rows: losses can be compared.)
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from strop.data.ledger import BadRow
+from strop.data.sources import Row
+from strop.errors import UserError
+
+Message = dict[str, Any]
+
+NEEDED = {
+    "preference": "chosen and rejected, with prompt unless they are message lists that share their beginning",
+    "sft": "messages, or prompt and completion, or input and output",
+}
+
+
+@dataclass(frozen=True)
+class Text:
+    """One sequence before it is tokenised."""
+
+    text: str
+    trained: list[tuple[int, int]]
+    """[(begin, end)] of characters."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    source: str
+    line: int
+    texts: list[Text]
+    """chosen and rejected, or the only one."""
+    templated: bool
+    """The template wrote BOS and end-of-turn tokens; plain text still needs BOS and EOS."""
+
+
+class Refused(Exception):
+    """Why a row cannot be used; becomes a BadRow with the row's place."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason, self.message = reason, message
+
+
+def chat_template(setting: str | None, tokenizer: Any) -> str | None:
+    """The Jinja text in force: `model.chat_template` (a template or a file of it), else the tokenizer's."""
+    if setting is None:
+        own = getattr(tokenizer, "chat_template", None)
+        return own.get("default") if isinstance(own, dict) else own
+    if "{%" in setting or "{{" in setting:
+        return setting
+    path = Path(setting).expanduser()
+    if not path.is_file():
+        raise UserError(f"model.chat_template: neither a Jinja template nor a file: {setting}")
+    return path.read_text(encoding="utf-8")
+
+
+class Renderer:
+    """Renders rows of one kind with one tokenizer and template."""
+
+    def __init__(
+        self, kind: str, tokenizer: Any, template: str | None, train_on_prompt: bool = False
+    ) -> None:
+        self.kind = kind
+        self.tokenizer = tokenizer
+        self.template = template
+        self.train_on_prompt = train_on_prompt
+
+    def __call__(self, row: Row) -> Rendered | BadRow:
+        try:
+            tools = _tools(row.fields)
+            if self.kind == "preference":
+                texts, templated = self._preference(row.fields, tools)
+            else:
+                texts, templated = self._sft(row.fields, tools)
+            for item in texts:
+                _check_unicode(item.text)
+        except Refused as refused:
+            return BadRow(row.source, row.line, refused.reason, refused.message)
+        if self.train_on_prompt:
+            texts = [Text(item.text, [(0, len(item.text))]) for item in texts]
+        return Rendered(row.source, row.line, texts, templated)
+
+    def _preference(self, fields: dict[str, Any], tools: Any) -> tuple[list[Text], bool]:
+        prompt, chosen, rejected = (_known(fields.get(key)) for key in ("prompt", "chosen", "rejected"))
+        if chosen is None or rejected is None or (prompt is None and isinstance(chosen, str)):
+            raise _wrong_fields("preference", fields)
+        if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
+            return [_plain(prompt, chosen), _plain(prompt, rejected)], False
+        head, tails = _conversation(prompt, [chosen, rejected])
+        return self._templated(head, tails, tools), True
+
+    def _sft(self, fields: dict[str, Any], tools: Any) -> tuple[list[Text], bool]:
+        if (messages := _known(fields.get("messages"))) is not None:
+            if isinstance(messages, str):
+                raise Refused("wrong_fields", "messages is a string, not a list of messages")
+            return [self._dialogue(messages, tools)], True
+        for names in (("prompt", "completion"), ("input", "output")):
+            prompt, completion = (_known(fields.get(name)) for name in names)
+            if prompt is None or completion is None:
+                continue
+            if isinstance(prompt, str) and isinstance(completion, str):
+                return [_plain(prompt, completion)], False
+            head, tails = _conversation(prompt, [completion])
+            return self._templated(head, tails, tools), True
+        raise _wrong_fields("sft", fields)
+
+    def _templated(self, prompt: list[Message], tails: list[list[Message]], tools: Any) -> list[Text]:
+        """The prompt with each completion, which begins at the same character in all of them."""
+        fulls = [self._render(prompt + tail, tools) for tail in tails]
+        begin = self._end_of_prompt(prompt, fulls, tools)
+        return [Text(full, [(begin, len(full))]) for full in fulls]
+
+    def _dialogue(self, messages: list[Message], tools: Any) -> Text:
+        """A whole conversation; the assistant's turns are trained, each found by rendering up to it.
+
+        A conversation that the assistant opens has no prompt for that first turn: it is context.
+        """
+        turns = [i for i, message in enumerate(messages) if i > 0 and message["role"] == "assistant"]
+        if not turns:
+            raise Refused("no_trained_token", "no message of the assistant follows another one")
+        full = self._render(messages, tools)
+        spans = []
+        for turn in turns:
+            begin = self._end_of_prompt(messages[:turn], [full], tools)
+            upto = full if turn == len(messages) - 1 else self._render(messages[: turn + 1], tools)
+            if not full.startswith(upto):
+                raise _unstable(turn + 1)
+            spans.append((begin, len(upto)))
+        return Text(full, spans)
+
+    def _end_of_prompt(self, prompt: list[Message], fulls: list[str], tools: Any) -> int:
+        """The character at which the completion begins: where the generation prompt ends.
+
+        Templates exist that open a turn otherwise once it is there (a thinking mark in the generation
+        prompt only): then it is where the two differ, but never before the prompt's messages end.
+        """
+        opening = self._render(prompt, tools, generate=True)
+        begin = min(_shared(opening, full) for full in fulls)
+        if begin < len(opening) and begin < len(self._render(prompt, tools)):
+            raise _unstable(len(prompt))
+        return begin
+
+    def _render(self, messages: list[Message], tools: Any, *, generate: bool = False) -> str:
+        import jinja2
+
+        if self.template is None:
+            raise UserError(
+                "the data has messages, but the tokenizer has no chat template: set model.chat_template "
+                "(a Jinja template or the path of one)"
+            )
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                chat_template=self.template,
+                add_generation_prompt=generate,
+                tokenize=False,
+                strftime_now=_no_date_of_today,
+            )
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(f"model.chat_template: line {error.lineno}: {error.message}") from None
+        except (jinja2.TemplateError, TypeError) as error:
+            raise Refused("template", f"the chat template refuses it: {error}") from None
+
+
+def _no_date_of_today(form: str) -> str:
+    """For templates that print the date (Llama 3): the same rows must give the same tokens tomorrow."""
+    return datetime(2024, 7, 26).strftime(form)
+
+
+def _check_unicode(text: str) -> None:
+    """JSON can spell half a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise Refused(
+            "not_unicode",
+            f"character {error.start + 1} of the text ({half}) is half a surrogate pair",
+        ) from None
+
+
+def _shared(a: str, b: str) -> int:
+    """Length of the beginning that two strings have in common."""
+    if b.startswith(a):
+        return len(a)
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def _unstable(count: int) -> Refused:
+    return Refused(
+        "template",
+        f"the chat template renders the first {count} message{'s' * (count > 1)} differently once others "
+        "follow, so the completion cannot be told from the prompt",
+    )
+
+
+def _plain(prompt: str, completion: str) -> Text:
+    text = prompt + completion
+    return Text(text, [(len(prompt), len(text))])
+
+
+def _known(value: Any) -> str | list[Message] | None:
+    """A string, a checked message list, or None where the field is missing."""
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, (list, tuple)) or not value:
+        raise Refused("wrong_fields", f"neither text nor a list of messages: {_short(value)}")
+    messages = []
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise Refused(
+                "wrong_fields", f'a message is not {{"role": ..., "content": ...}}: {_short(message)}'
+            )
+        messages.append({key: item for key, item in message.items() if item is not None})
+    return messages
+
+
+def _conversation(
+    prompt: str | list[Message] | None, completions: list[str | list[Message]]
+) -> tuple[list[Message], list[list[Message]]]:
+    """Prompt messages and the messages of each completion, in whichever form the row has them.
+
+    Completions may repeat the prompt (as hub sets do) or, without a prompt, share their beginning.
+    """
+    tails = [[{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in completions]
+    head = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if head is None:
+        shared = 0
+        while shared < min(map(len, tails)) and all(tail[shared] == tails[0][shared] for tail in tails):
+            shared += 1
+        # Equal halves share everything; they are told apart later, as what they are.
+        shared = min(shared, min(map(len, tails)) - 1)
+        head = tails[0][:shared]
+    if all(tail[: len(head)] == head for tail in tails):
+        tails = [tail[len(head) :] for tail in tails]
+    if not head:
+        raise Refused("wrong_fields", "there is no prompt, and the completions share no first message")
+    for tail in tails:
+        if not tail or tail[0]["role"] != "assistant":
+            raise Refused("wrong_fields", "the completion does not begin with a message of the assistant")
+    return head, tails
+
+
+def _tools(fields: dict[str, Any]) -> Any:
+    """The tools field, which data sets often keep as JSON in a string."""
+    tools = fields.get("tools")
+    if not isinstance(tools, str):
+        return tools or None
+    try:
+        return json.loads(tools) or None if tools.strip() else None
+    except json.JSONDecodeError as error:
+        raise Refused("wrong_fields", f"tools is not JSON: {error.msg}") from None
+
+
+def _wrong_fields(kind: str, fields: dict[str, Any]) -> Refused:
+    found = ", ".join(key if value is not None else f"{key} (null)" for key, value in fields.items())
+    return Refused("wrong_fields", f"it has the fields {found or '(none)'}; needed: {NEEDED[kind]}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

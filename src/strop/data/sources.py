@@ -1,0 +1,330 @@
+"""From what the configuration names to a stream of raw rows.
+
+`data.train` names a file (JSONL, JSON, Parquet; .gz for the first two), a directory with training.jsonl
+and the like, a directory that `datasets` saved, a hub set, or a list of these. `find` turns the names into
+`Source`s, `read` streams (source, line number, fields) out of one, `digest` is the address of its content.
+A line that cannot be read is passed on as a `BadRow`; what makes a whole source unusable is an error.
+`in_split` deals rows out to train, validation and test by a hash of their content, so that equal rows land
+on the same side, whatever file they are in.
+"""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from strop.config import DataConfig
+from strop.data.ledger import BadRow
+from strop.errors import UserError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+SPLITS = ("train", "validation", "test")
+FILE_NAMES = {"train": ("training", "train"), "validation": ("validation",), "test": ("test",)}
+READ_ROWS = 1000
+"""Rows of a Parquet file or a hub set in memory at a time."""
+
+
+@dataclass(frozen=True)
+class Source:
+    name: str
+    """As the messages call it: the path, or hub name and split."""
+    format: str
+    """jsonl, json, parquet, or hub (whatever `datasets` loads)."""
+    path: str
+    """Of the file or saved directory; the name of a hub set."""
+    subset: str | None = None
+    """Hub sets: configuration name."""
+    split: str | None = None
+    """Hub sets: the split there."""
+
+
+@dataclass(frozen=True)
+class Row:
+    source: str
+    line: int
+    """From 1; the number of the row where the format has no lines."""
+    fields: dict[str, Any]
+
+
+def find(config: DataConfig, split: str) -> list[Source]:
+    """The sources of `train` or `validation`; none where the configuration has no validation set."""
+    if config.split is not None:
+        shares(config.split)
+        if config.validation is not None:
+            raise UserError(
+                "data.split and data.validation are both given: the validation set is one or the other"
+            )
+    if split == "train" or config.split is not None:
+        if config.train is None:
+            raise UserError("data.train is not set: a file, a directory, a hub name or a list of these")
+        return [_find_one(name, "data.train", "train", config) for name in _names(config.train, "data.train")]
+    if config.validation is not None:
+        names = _names(config.validation, "data.validation")
+        return [_find_one(name, "data.validation", "validation", config) for name in names]
+    found = [_beside(name, config) for name in _names(config.train, "data.train")]
+    return [source for source in found if source is not None]
+
+
+def _names(value: Any, key: str) -> list[str]:
+    names = value if isinstance(value, (list, tuple)) else [value]
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"{key}: a path, a hub name or a list of these, not {value!r}")
+    return list(names)
+
+
+def _find_one(name: str, key: str, split: str, config: DataConfig) -> Source:
+    path = Path(name).expanduser()
+    if path.is_file():
+        return _file(path, name, key)
+    if path.is_dir():
+        source = _directory(path, name, split, config)
+        if source is None:
+            raise UserError(
+                f"{key}: {name} has none of {', '.join(_wanted(split))}\n  it holds: {_listing(path)}"
+            )
+        return source
+    if _looks_like_path(name):
+        raise UserError(f"{key}: no such file or directory: {name}{_nearest(path)}")
+    return Source(_hub_name(name, config, split), "hub", name, config.hub_subset, _hub_split(config, split))
+
+
+def _beside(name: str, config: DataConfig) -> Source | None:
+    """The validation set that lies beside a training set, where there is one."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _directory(path, name, "validation", config)
+    if path.exists() or _looks_like_path(name) or config.hub_validation_split is None:
+        return None
+    return _find_one(name, "data.train", "validation", config)
+
+
+def _file(path: Path, name: str, key: str) -> Source:
+    for suffix in SUFFIXES:
+        if path.name.endswith(suffix):
+            return Source(name, suffix.split(".")[1], str(path))
+    raise UserError(f"{key}: {name} has none of the endings {', '.join(SUFFIXES)}")
+
+
+def _directory(path: Path, name: str, split: str, config: DataConfig) -> Source | None:
+    """training.jsonl and the like by name, else what `datasets` saved or a copy of a hub set."""
+    found = [path / file for file in _wanted(split) if (path / file).is_file()]
+    if len(found) > 1:
+        raise UserError(f"{name} holds both {found[0].name} and {found[1].name}: name one of them")
+    if found:
+        return _file(found[0], str(Path(name) / found[0].name), name)
+    if not any((path / mark).exists() for mark in ("dataset_dict.json", "state.json", "data", "README.md")):
+        return None
+    if split == "validation" and config.hub_validation_split is None:
+        return None
+    return Source(
+        _hub_name(name, config, split), "hub", str(path), config.hub_subset, _hub_split(config, split)
+    )
+
+
+def _wanted(split: str) -> list[str]:
+    return [stem + suffix for stem in FILE_NAMES[split] for suffix in SUFFIXES]
+
+
+def _hub_split(config: DataConfig, split: str) -> str:
+    if split == "train":
+        return config.hub_split
+    if config.hub_validation_split is None:
+        raise UserError("data.hub_validation_split is not set: which split of the hub set is for validation?")
+    return config.hub_validation_split
+
+
+def _hub_name(name: str, config: DataConfig, split: str) -> str:
+    subset = f"/{config.hub_subset}" if config.hub_subset else ""
+    return f"{name}{subset}:{_hub_split(config, split)}"
+
+
+def _looks_like_path(name: str) -> bool:
+    """A hub name is `name` or `owner/name`; it has no data ending and no directory here starts it."""
+    parts = name.split("/")
+    return (
+        name.endswith(SUFFIXES)
+        or len(parts) > 2
+        or parts[0] in ("", ".", "..", "~")
+        or (len(parts) == 2 and Path(parts[0]).is_dir())
+    )
+
+
+def _nearest(path: Path) -> str:
+    """Names like the missing one, in the deepest directory of its path that exists."""
+    parent, missing = path.parent, path.name
+    while not parent.is_dir():
+        parent, missing = parent.parent, parent.name
+    close = difflib.get_close_matches(missing, [entry.name for entry in parent.iterdir()], n=3)
+    if close:
+        return f"\n  in {parent} there is: {', '.join(close)}"
+    return f"\n  {parent} holds: {_listing(parent)}"
+
+
+def _listing(path: Path) -> str:
+    names = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more if names else "nothing"
+
+
+def digest(source: Source) -> str:
+    """Hex digest of what the source holds: the bytes of a file, the fingerprint of a hub set."""
+    if source.format == "hub":
+        return str(_load(source)._fingerprint)
+    with open(source.path, "rb") as file:
+        hasher = hashlib.blake2b(digest_size=32)
+        while block := file.read(1 << 20):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
+def read(source: Source) -> Iterator[Row | BadRow]:
+    """Stream the rows of a source. UserError if it has none or is damaged as a whole."""
+    readers = {"jsonl": _read_jsonl, "json": _read_json, "parquet": _read_parquet, "hub": _read_hub}
+    empty = True
+    for row in readers[source.format](source):
+        empty = False
+        yield row
+    if empty:
+        raise UserError(f"{source.name}: the data set is empty")
+
+
+def _open(source: Source) -> Any:
+    """The bytes of a file, unpacked where it is a .gz."""
+    return gzip.open(source.path) if source.path.endswith(".gz") else open(source.path, "rb")
+
+
+def _read_jsonl(source: Source) -> Iterator[Row | BadRow]:
+    number = 0
+    try:
+        with _open(source) as file:
+            for number, line in enumerate(file, start=1):
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                if line.strip():
+                    yield _parse_line(source, number, line)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{source.name}: damaged gzip data after line {number} ({error})") from None
+
+
+def _parse_line(source: Source, number: int, line: bytes) -> Row | BadRow:
+    try:
+        value = json.loads(line.rstrip().decode("utf-8"))
+    except UnicodeDecodeError as error:
+        message = f"not UTF-8 (byte {error.start + 1} of the line is 0x{line[error.start]:02x})"
+        return BadRow(source.name, number, "not_utf8", message)
+    except json.JSONDecodeError as error:
+        return BadRow(source.name, number, "not_json", f"not JSON: {error.msg} (column {error.colno})")
+    except (ValueError, RecursionError) as error:  # a number of 4,300 digits, brackets without end
+        return BadRow(source.name, number, "not_json", f"not readable JSON: {error}")
+    return _as_row(source, number, value)
+
+
+def _as_row(source: Source, number: int, value: Any) -> Row | BadRow:
+    if isinstance(value, dict):
+        return Row(source.name, number, value)
+    names = {list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return BadRow(
+        source.name, number, "not_an_object", f"{names.get(type(value), 'a number')}, not an object of fields"
+    )
+
+
+def _read_json(source: Source) -> Iterator[Row | BadRow]:
+    """A list of objects; a .json file that does not begin with `[` holds one object a line, as often."""
+    try:
+        with _open(source) as file:
+            text = file.read().decode("utf-8-sig")
+        if not text.lstrip().startswith("["):
+            yield from _read_jsonl(source)
+            return
+        rows = json.loads(text)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{source.name}: damaged gzip data ({error})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source.name}: not UTF-8 at byte {error.start + 1}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{source.name}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}"
+        ) from None
+    for number, value in enumerate(rows, start=1):
+        yield _as_row(source, number, value)
+
+
+def _read_parquet(source: Source) -> Iterator[Row | BadRow]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(source.path) as file:
+            for batch in file.iter_batches(batch_size=READ_ROWS):
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield Row(source.name, number, fields)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        if getattr(error, "errno", None):  # the disk's fault, not the file's
+            raise
+        raise UserError(f"{source.name}: damaged Parquet after row {number} ({error})") from None
+
+
+def _read_hub(source: Source) -> Iterator[Row | BadRow]:
+    number = 0
+    for batch in _load(source).iter(batch_size=READ_ROWS):
+        for values in zip(*batch.values()):
+            number += 1
+            yield Row(source.name, number, dict(zip(batch.keys(), values)))
+
+
+def _load(source: Source) -> Any:
+    """A `datasets.Dataset`: saved with save_to_disk, a local copy of a hub set, or from the hub."""
+    import datasets
+
+    path = Path(source.path)
+    try:
+        if (path / "dataset_dict.json").exists():
+            splits = datasets.load_from_disk(source.path)
+            if source.split not in splits:
+                raise ValueError(f"unknown split {source.split!r}; it has {', '.join(splits)}")
+            return splits[source.split]
+        if (path / "state.json").exists():
+            return datasets.load_from_disk(source.path)
+        return datasets.load_dataset(source.path, source.subset, split=source.split)
+    except (datasets.exceptions.DatasetNotFoundError, ValueError) as error:
+        raise UserError(f"{source.name}: {_first_line(error)} (neither a local path nor a hub set)") from None
+    except ConnectionError as error:
+        text = f"{source.name} is no local path, and the hub cannot be reached: {_first_line(error)}"
+        if datasets.config.HF_HUB_OFFLINE:
+            raise UserError(text) from None
+        raise ConnectionError(text) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def shares(split: str) -> tuple[float, float, float]:
+    """ "98,1,1" -> shares of train, validation and test that add up to 1."""
+    try:
+        parts = [float(part) for part in str(split).split(",")]
+    except ValueError:
+        parts = []
+    if len(parts) != 3 or not all(0 <= part < float("inf") for part in parts) or parts[0] == 0:
+        raise UserError(f"data.split: three shares such as 98,1,1 (train, validation, test), not {split!r}")
+    return parts[0] / sum(parts), parts[1] / sum(parts), parts[2] / sum(parts)
+
+
+def in_split(row: Row, split: str) -> str:
+    """train, validation or test: decided by the row's content alone."""
+    content = json.dumps(row.fields, sort_keys=True, ensure_ascii=False, default=str)
+    word = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    point = int.from_bytes(word, "big") / 2**64
+    train, validation, _ = shares(split)
+    if point < train:
+        return "train"
+    return "validation" if point < train + validation else "test"

@@ -1,0 +1,155 @@
+"""A run's directory as the trainer sees it: agreement with what stands there, records, verdicts.
+
+The directory outlives attempts. Its config.yaml is written once, with every `auto` resolved; whoever
+comes later must agree with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import platform
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import yaml
+
+from strop import config as config_module
+from strop.config import Config
+from strop.errors import Diverged, StorageError, UserError
+from strop.slurm import attempts, files, lease
+from strop.slurm.env import Env
+from strop.slurm.rendezvous import PeerFailed
+from strop.slurm.stop import StopRequest
+
+log = logging.getLogger(__name__)
+
+PEER_SIGNS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL", "TCPStore")
+"""What a collective's error says when the cause is another rank's end."""
+
+
+@dataclass
+class Position:
+    """Where this rank is, for its verdict."""
+
+    phase: str = "start"
+    step: Optional[int] = None
+
+
+@dataclass(frozen=True)
+class Run:
+    dir: Path
+    attempt: int
+    env: Env
+    stop: StopRequest
+    launched: bool
+    """False where this process was started by hand and keeps its own record."""
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.dir / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return attempts.log_dir(self.dir, self.attempt)
+
+
+def open_run(config: Config, env: Env) -> Run:
+    """The run that the launcher has begun, or a new attempt of this process's own."""
+    if env.run_dir is not None and env.attempt is not None:
+        if config.run.name is not None and config.run.name != env.run_dir.name:
+            raise UserError(f"run.name: {config.run.name!r}, but the job's run is {env.run_dir}")
+        return Run(env.run_dir, env.attempt, env, StopRequest(env.run_dir, env.attempt), launched=True)
+    name = config.run.name or f"{config.algo}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = (Path(config.run.dir) / name).absolute()
+    if run_dir.exists() and any(run_dir.iterdir()) and not (run_dir / "attempts").is_dir():
+        raise UserError(f"run.name: {run_dir} exists and is no run of strop: choose another name")
+    try:
+        attempt = attempts.begin(run_dir, job_id=None, restart_count=0, nodes=[env.node], launcher="direct")
+    except lease.Held as error:
+        raise UserError(f"run.name: {error}") from error
+    return Run(run_dir, attempt, env, StopRequest(run_dir, attempt), launched=False)
+
+
+def agree(run: Run, config: Config) -> Config:
+    """Rank 0: `config` with the choices that the run made before in place of `auto`.
+
+    Raises UserError with the list of differences unless `run.allow_config_change`.
+    """
+    path = run.dir / "config.yaml"
+    if not path.exists():
+        return config
+    old = yaml.safe_load(path.read_text())
+    if old.get("algo") != config.algo:
+        raise UserError(f"run.name: {run.dir} is a run of {old.get('algo')}, not of {config.algo}")
+    config = dataclasses.replace(
+        config,
+        model=_resolved(config.model, old["model"], "attention"),
+        train=_resolved(config.train, old["train"], "precision"),
+    )
+    lines = config_module.differences(old, config)
+    if lines and not config.run.allow_config_change:
+        raise UserError(
+            f"the configuration differs from the one that {run.dir} was started with "
+            "(run.allow_config_change=true to go on all the same):\n  " + "\n  ".join(lines)
+        )
+    for line in lines:
+        log.warning("CONFIGURATION CHANGED: %s", line)
+    return config
+
+
+def _resolved(section: Any, old: dict[str, Any], key: str) -> Any:
+    return dataclasses.replace(section, **{key: old[key]}) if getattr(section, key) == "auto" else section
+
+
+def write_config(run: Run, config: Config) -> None:
+    """Rank 0, once all choices are made; a later attempt leaves the first one's."""
+    path = run.dir / "config.yaml"
+    if not path.exists() or config.run.allow_config_change:
+        files.write_atomic(path, config_module.dump_yaml(config))
+
+
+def record_machine(run: Run, facts: dict[str, Any]) -> None:
+    """Rank 0: what the bits depend on beside code and configuration; a change is a loud line."""
+    facts = {"machine": platform.machine(), **facts}
+    before = [r["machine"] for r in attempts.read_all(run.dir) if isinstance(r.get("machine"), dict)]
+    if before and before[-1] != facts:
+        changed = [f"{k}: {before[-1].get(k)} -> {v}" for k, v in facts.items() if before[-1].get(k) != v]
+        log.warning("MACHINE CHANGED (results are no longer bit for bit): %s", ", ".join(changed))
+    attempts.update(run.dir, run.attempt, machine=facts)
+
+
+def classify(error: BaseException) -> tuple[str, int]:
+    """(kind of verdict, exit code) of what ended this rank."""
+    if isinstance(error, (UserError, Diverged, StorageError)):
+        return error.kind, error.exit_code
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "oom", 1
+    follows = isinstance(error, RuntimeError) and any(sign in str(error) for sign in PEER_SIGNS)
+    if isinstance(error, PeerFailed) or follows:
+        return "peer", 1
+    return "exception", 1
+
+
+def fail(run: Run, error: BaseException, *, step: Optional[int], phase: str) -> int:
+    """Leave this rank's verdict, and the record if nobody else keeps it. The exit code."""
+    kind, exit_code = classify(error)
+    attempts.write_verdict(
+        run.dir,
+        run.attempt,
+        run.env.rank,
+        kind=kind,
+        exit_code=exit_code,
+        message=str(error) or type(error).__name__,
+        exception=type(error).__name__,
+        traceback="".join(traceback.format_exception(error)),
+        step=step,
+        phase=phase,
+        node=run.env.node,
+    )
+    if not run.launched:
+        attempts.finish(run.dir, run.attempt, "FAIL", step=step, reason=kind)
+    return exit_code

@@ -1,0 +1,86 @@
+"""`python -m strop.train ALGO [--config FILE] [key=value ...]`: one rank of a run, or a whole small one.
+
+The configuration is read and refused before torch is imported. What happens after that, happens in
+`strop.loop`; here it is turned into the attempt's record, a verdict and an exit code.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Optional
+
+from strop import config as config_module
+from strop import run as run_module
+from strop.errors import EXIT_DONE, EXIT_USER, UserError
+from strop.obs import logs
+from strop.slurm import attempts, rendezvous, stop
+from strop.slurm.env import Env, read_env
+
+log = logging.getLogger("strop")
+
+USAGE = f"usage: python -m strop.train {{{','.join(config_module.ALGOS)}}} [--config FILE] [key=value ...]"
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in ("-h", "--help"):
+        print(USAGE + "\nEvery key of an algorithm: python -m strop.train ALGO --help")
+        return EXIT_DONE
+    env = read_env()
+    stop.block_signals()
+    try:
+        if not words or words[0] not in config_module.ALGOS:
+            raise UserError(f"{words[0] if words else 'no algorithm'}: {USAGE}")
+        path, overrides = config_module.parse_args(words[1:], words[0])
+        notes: list[str] = []
+        config = config_module.load(words[0], path, overrides, notes)
+        run = run_module.open_run(config, env)
+    except UserError as error:
+        return _refuse(error, env)
+    logs.setup(config.log.level, env.rank)
+    if env.rank == 0:
+        for note in notes:
+            log.info("note: %s", note)
+    return _train(run, config)
+
+
+def _refuse(error: UserError, env: Env) -> int:
+    """The user's error before there is a run: said once, by the batch shell where there is one."""
+    if env.run_dir is not None and env.attempt is not None:
+        attempts.write_verdict(
+            env.run_dir, env.attempt, env.rank, kind="user", exit_code=EXIT_USER, message=str(error)
+        )
+    else:
+        print(f"error: {error}", file=sys.stderr)
+    return EXIT_USER
+
+
+def _train(run: run_module.Run, config: config_module.Config) -> int:
+    from strop import loop  # torch and transformers: seconds that a wrong key need not wait for
+
+    position = run_module.Position()
+    try:
+        loop.train(run, config, position)
+    except rendezvous.Stopped as error:
+        log.info("stopped before training: %s", error)
+        if run.env.rank == 0:
+            attempts.finish(run.dir, run.attempt, "YIELD", step=position.step, reason=str(error))
+    except Exception as error:
+        code = run_module.fail(run, error, step=position.step, phase=position.phase)
+        expected = isinstance(error, UserError)
+        log.error("%s: %s", type(error).__name__, error, exc_info=not expected)
+        if not run.launched and expected:
+            print(f"error: {error}", file=sys.stderr)
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # The other ranks may be inside a collective that can never end: destructors would wait for them.
+        os._exit(code)
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

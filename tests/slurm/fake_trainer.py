@@ -1,0 +1,121 @@
+"""Stands for `strop.train` where a test is about the job and not about training: counts steps to a goal.
+
+Arguments key=value: steps (goal), step_s, fail (user|exception|kill|segv|diverged|oom|exit0), at (the step at which
+rank `rank` fails), once (only in the first attempt), hold_commit_s (how long a commit takes). Every step is written to
+steps.jsonl by rank 0; a stop request is agreed on through files, since there is no process group here.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from strop.errors import EXIT_DIVERGED, EXIT_USER
+from strop.slurm import attempts, rendezvous, stop
+from strop.slurm.env import Env, read_env
+
+EXIT_CODES = {"user": EXIT_USER, "diverged": EXIT_DIVERGED}
+
+
+def main(args: dict[str, str]) -> int:
+    faulthandler.enable()
+    env = read_env()
+    assert env.run_dir is not None
+    assert env.attempt is not None
+    request = stop.StopRequest(env.run_dir, env.attempt)
+    if env.rank == 0:
+        rendezvous.publish(env.run_dir, env.attempt, rendezvous.own_address(env.ifname), 1)
+    rendezvous.wait_for(env.run_dir, env.attempt, env.rank, env.world_size, 60.0, request)
+    step = attempts.committed_step(env.run_dir) or 0
+    goal = int(args.get("steps", 5))
+    while step < goal:
+        step += 1
+        time.sleep(float(args.get("step_s", 0.1)))
+        if env.rank == 0:
+            with open(env.run_dir / "steps.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, "attempt": env.attempt}) + "\n")
+        fail(env, args, step)
+        reason = agree(env, request, step)
+        if reason:
+            commit(env, step, args)
+            return end(env, "YIELD", step, reason)
+    commit(env, step, args)
+    return end(env, "DONE", step, None)
+
+
+def fail(env: Env, args: dict[str, str], step: int) -> None:
+    kind = args.get("fail")
+    if kind is None or step != int(args.get("at", 2)) or env.rank != int(args.get("rank", 0)):
+        return
+    if args.get("once") and env.attempt != 1:
+        return
+    assert env.run_dir is not None
+    assert env.attempt is not None
+    if kind in ("kill", "segv"):
+        os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSEGV)
+    if kind == "exit0":
+        os._exit(0)
+    code = EXIT_CODES.get(kind, 1)
+    message = args.get("message", f"made to fail: {kind}")
+    attempts.write_verdict(
+        env.run_dir,
+        env.attempt,
+        env.rank,
+        kind=kind,
+        exit_code=code,
+        message=message,
+        step=step,
+        phase="TRAIN",
+        node=env.node,
+    )
+    os._exit(code)
+
+
+def agree(env: Env, request: stop.StopRequest, step: int) -> str | None:
+    """Rank 0's view at this step counts for all; it waits for every rank, as a collective would."""
+    assert env.run_dir is not None
+    logs = attempts.log_dir(env.run_dir, env.attempt or 0)
+    path = logs / f"agreed-{step}"
+    (logs / f"reached-{step}-{env.rank}").touch()
+    if env.rank == 0:
+        while not all((logs / f"reached-{step}-{rank}").exists() for rank in range(env.world_size)):
+            time.sleep(0.02)
+        aside = path.with_suffix(".tmp")
+        aside.write_text(request.poll() or "")
+        aside.rename(path)
+    while not path.exists():
+        time.sleep(0.02)
+    return path.read_text() or None
+
+
+def commit(env: Env, step: int, args: dict[str, str]) -> None:
+    assert env.run_dir is not None
+    assert env.attempt is not None
+    if env.rank != 0:
+        return
+    time.sleep(float(args.get("hold_commit_s", 0)))
+    folder: Path = env.run_dir / "checkpoints" / f"step-{step:06d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    assert attempts.holds_lease(env.run_dir, env.attempt)
+    (folder / "COMMITTED.json").write_text("{}")
+
+
+def end(env: Env, state: str, step: int, reason: str | None) -> int:
+    assert env.run_dir is not None
+    assert env.attempt is not None
+    mark = attempts.log_dir(env.run_dir, env.attempt) / "ended"
+    if env.rank == 0:
+        attempts.finish(env.run_dir, env.attempt, state, step=step, reason=reason)
+        mark.touch()
+    while not mark.exists():
+        time.sleep(0.02)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(dict(arg.split("=", 1) for arg in sys.argv[2:] if "=" in arg)))

@@ -1,0 +1,211 @@
+"""The job body on the real local cluster, with a fake trainer: what becomes of a job, however it ends.
+
+The truth is Slurm's: job state, restart count and exit code as `scontrol show job` gives them, beside the
+run's own records. A fake trainer is enough, since here only the job is tested.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from strop.slurm import attempts, command
+
+ROOT = Path(__file__).resolve().parents[2]
+FAKE = Path(__file__).parent / "fake_python"
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture
+def submit(slurm_cluster, tmp_path, monkeypatch):
+    """submit("--nodes=2", "steps=5") -> job id; what begins with -- and precedes the rest is sbatch's."""
+    monkeypatch.setenv("SLURM_CONF", slurm_cluster.environ["SLURM_CONF"])
+    monkeypatch.setenv("PYTHON", str(FAKE))
+    monkeypatch.chdir(tmp_path)
+    started: list[str] = []
+
+    def run(*words: str) -> str:
+        options = [w for w in words if w.startswith("--")]
+        args = [w for w in words if not w.startswith("--")]
+        # the template wants whole nodes; these jobs are tiny, and several run at once
+        shell = ["sbatch", "--parsable", *options, str(ROOT / "sbatch" / "dpo.sh"), *args]
+        job = subprocess.run(shell, check=True, capture_output=True, text=True).stdout.strip()
+        started.append(job)
+        return job
+
+    yield run
+    for job in started:
+        subprocess.run(["scancel", job], capture_output=True)
+
+
+def wait_until(what, limit_s: float = 60.0):
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        value = what()
+        if value:
+            return value
+        time.sleep(0.1)
+    raise AssertionError(f"not within {limit_s} s")
+
+
+def ended(job: str, limit_s: float = 60.0) -> dict[str, str]:
+    def look():
+        record = command.show_job(job)
+        return record if record and record["JobState"] in ENDED else None
+
+    return wait_until(look, limit_s)
+
+
+def steps(run: Path) -> list[dict]:
+    path = run / "steps.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def causes(run: Path) -> list[str]:
+    return [record.get("cause") for record in attempts.read_all(run)]
+
+
+def output(job: str) -> str:
+    return Path(f"dpo-{job}.out").read_text()
+
+
+def test_two_nodes_to_the_end(submit):
+    job = submit("--nodes=2", "steps=3")
+    assert ended(job)["ExitCode"] == "0:0"
+    run = Path(f"runs/dpo-{job}")
+    record = attempts.read(run, 1)
+    assert (record["state"], record["nodes"], record["job_id"]) == ("DONE", ["node1", "node2"], job)
+    assert [s["step"] for s in steps(run)] == [1, 2, 3]
+    assert len(list((run / "logs/0001").glob("present-*"))) == 2  # one rank a node without GPUs
+
+
+def test_usr1_yields_requeues_and_finishes(submit):
+    """Slurm's --signal=B:USR1@... goes to the batch shell alone; `scancel --batch` sends the same."""
+    job = submit("--nodes=2", "steps=25", "run.name=usr1")
+    run = Path("runs/usr1")
+    wait_until(lambda: len(steps(run)) >= 3)
+    subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=True)
+    record = ended(job)
+    assert (record["JobState"], record["ExitCode"], record["Restarts"]) == ("COMPLETED", "0:0", "1")
+    assert causes(run) == ["time_limit", "done"]
+    assert [s["step"] for s in steps(run)] == list(range(1, 26))  # no step twice, none missing
+    assert "requeued" in output(job)
+    assert "attempt 2" in output(job)  # appended to, not truncated
+
+
+def test_preemption_with_grace(submit):
+    """TERM goes to the steps only; a job that exits 0 now would never run again, so it requeues itself."""
+    job = submit("--nodes=2", "--partition=low", "steps=40", "run.name=low")
+    wait_until(lambda: len(steps(Path("runs/low"))) >= 3)
+    high = submit("--nodes=2", "--partition=high", "steps=2", "run.name=high")
+    assert ended(high)["JobState"] == "COMPLETED"
+    record = ended(job)
+    assert (record["JobState"], record["Restarts"]) == ("COMPLETED", "1")
+    assert causes(Path("runs/low")) == ["preempted", "done"]
+    assert [s["step"] for s in steps(Path("runs/low"))] == list(range(1, 41))
+
+
+def test_scancel_commits_and_is_final(submit):
+    job = submit("--nodes=2", "steps=600", "run.name=cancelled")
+    run = Path("runs/cancelled")
+    wait_until(lambda: len(steps(run)) >= 3)
+    subprocess.run(["scancel", job], check=True)
+    record = ended(job)
+    assert (record["JobState"], record["Restarts"]) == ("CANCELLED", "0")
+    wait_until(lambda: causes(run) == ["cancelled"], 15)
+    assert attempts.committed_step(run) == steps(run)[-1]["step"]
+    assert "not requeued" in output(job)
+
+
+def test_users_error_is_final_and_readable(submit):
+    job = submit("--nodes=2", "steps=50", "fail=user", "rank=1", "message=optim.lrr: unknown key")
+    record = ended(job)
+    assert (record["JobState"], record["ExitCode"], record["Restarts"]) == ("FAILED", "78:0", "0")
+    assert "strop: optim.lrr: unknown key" in output(job).splitlines()
+    assert "node2" in output(job)  # which rank, and where
+
+
+def test_bad_arguments_end_before_any_rank_starts(submit):
+    job = submit("run.name=a/b")
+    record = ended(job)
+    assert (record["JobState"], record["ExitCode"]) == ("FAILED", "78:0")
+    assert "run.name='a/b'" in output(job)
+    assert not Path("runs").exists()
+
+
+def test_killed_rank_is_requeued_and_counted(submit):
+    job = submit("--nodes=2", "steps=20", "fail=kill", "rank=1", "at=3", "once=1", "run.name=killed")
+    record = ended(job, 90)
+    assert (record["JobState"], record["Restarts"]) == ("COMPLETED", "1")
+    assert causes(Path("runs/killed")) == ["killed", "done"]
+    assert "failure 1 of 5" in output(job)
+
+
+def test_segfault_twice_is_final(submit):
+    job = submit("--nodes=1", "steps=20", "fail=segv", "run.name=segv")
+    record = ended(job, 90)
+    assert (record["JobState"], record["ExitCode"], record["Restarts"]) == ("FAILED", "1:0", "1")
+    assert causes(Path("runs/segv")) == ["segfault", "segfault"]
+    assert re.search(r"Segmentation fault.*fake_trainer\.py", output(job))
+
+
+def test_requeue_by_hand(submit):
+    """The owner's `scontrol requeue`: TERM, then KILL; the ranks commit in between, and nobody asks twice."""
+    job = submit("--nodes=2", "steps=40", "run.name=hand")
+    run = Path("runs/hand")
+    wait_until(lambda: len(steps(run)) >= 3)
+    subprocess.run(["scontrol", "requeue", job], check=True)
+    record = ended(job)
+    assert (record["JobState"], record["Restarts"]) == ("COMPLETED", "1")
+    assert causes(run) == ["requeued", "done"]
+    assert [s["step"] for s in steps(run)] == list(range(1, 41))
+
+
+def test_no_requeue_ends_with_75(submit):
+    job = submit("--nodes=1", "--no-requeue", "steps=600", "run.name=no")
+    wait_until(lambda: len(steps(Path("runs/no"))) >= 3)
+    subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=True)
+    record = ended(job)
+    assert (record["JobState"], record["ExitCode"]) == ("FAILED", "75:0")
+    again = submit("--nodes=1", "--no-requeue", f"steps={len(steps(Path('runs/no'))) + 2}", "run.name=no")
+    assert ended(again)["ExitCode"] == "0:0"  # the same name goes on where it stands
+
+
+def test_array_tasks_are_runs_of_their_own(submit):
+    array = submit("--nodes=1", "--array=3-4", "steps=8")
+    for task in ("3", "4"):
+        wait_until(lambda: len(steps(Path(f"runs/dpo-{array}_{task}"))) >= 2)  # noqa: B023
+    # The number of one task equals the array's: a requeue of it must not touch the other.
+    subprocess.run(["scancel", "--batch", "--signal=USR1", f"{array}_4"], check=True)
+    assert ended(f"{array}_3")["Restarts"] == "0"
+    assert ended(f"{array}_4")["Restarts"] == "1"
+    assert causes(Path(f"runs/dpo-{array}_4")) == ["time_limit", "done"]
+    assert causes(Path(f"runs/dpo-{array}_3")) == ["done"]
+
+
+def test_second_job_of_a_living_run_is_refused(submit):
+    job = submit("--nodes=1", "steps=600", "run.name=shared")
+    wait_until(lambda: steps(Path("runs/shared")))
+    second = submit("--nodes=1", "steps=600", "run.name=shared")
+    assert ended(second)["ExitCode"] == "1:0"
+    assert f"in use by job {job} (RUNNING)" in output(second)
+    assert len(attempts.read_all(Path("runs/shared"))) == 1
+
+
+def test_time_limit(submit):
+    """The real thing once: Slurm's own signal before the end of --time=1. It may come up to 60 s early."""
+    job = submit("--nodes=1", "--time=1", "--signal=B:USR1@50", "steps=150", "run.name=limit")
+    record = ended(job, 180)
+    assert (record["JobState"], record["ExitCode"]) == ("COMPLETED", "0:0")
+    assert int(record["Restarts"]) >= 1
+    assert set(causes(Path("runs/limit"))) == {"time_limit", "done"}
+    assert [s["step"] for s in steps(Path("runs/limit"))] == list(range(1, 151))
