@@ -47,14 +47,14 @@ def committed_steps(root: Path) -> list[int]:
     return sorted(int(m.group(1)) for m in found if m)
 
 
-def save(root: Path, step: int, attempt: int, tensors: dict[str, Tensor], state: dict[str, Any], dist: Dist) -> None:
-    """Write and commit `step`. Collective. A step that is committed already is left as it is.
+def save(root: Path, step: int, attempt: int, tensors: dict[str, Tensor], state: dict[str, Any], dist: Dist) -> bool:
+    """Write and commit `step`; False if it is committed already. Collective.
 
     Raises StorageError on every rank if any rank could not write; what was committed before is untouched.
     """
     final = step_dir(root, step)
     if dist.any((final / MARKER).exists()):
-        return
+        return False
     tmp = root / f"{final.name}.a{attempt}.tmp"
     failure = _attempted(lambda: _clear(tmp, final)) if dist.is_main else None
     if not (failure := _first(dist.gather(failure))):
@@ -74,6 +74,7 @@ def save(root: Path, step: int, attempt: int, tensors: dict[str, Tensor], state:
         if dist.is_main:
             shutil.rmtree(tmp, ignore_errors=True)
         raise StorageError(errno.EIO, f"checkpoint of step {step} could not be written: {failure}")
+    return True
 
 
 def _attempted(action: Any) -> Optional[str]:

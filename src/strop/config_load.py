@@ -12,10 +12,11 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import inspect
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -44,13 +45,16 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
+        mapping = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                problem = "a key must be a plain name"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            if key_node.value in mapping:
                 problem = f"{key_node.value} is given twice"
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
+            mapping[key_node.value] = self.construct_object(value_node, deep=deep)
+        return mapping
 
 
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
@@ -97,7 +101,7 @@ class Leaf:
 
 def leaves(schema: type) -> dict[str, Leaf]:
     """Every key of a tree of dataclasses, dotted, in its order, with type, default and docstring."""
-    docs = _docstrings(Path(str(__import__(schema.__module__, fromlist=["_"]).__file__)))
+    docs = _docstrings(Path(inspect.getfile(schema)))
     found: dict[str, Leaf] = {}
 
     def walk(cls: type, prefix: str, default: Any) -> None:
@@ -232,40 +236,41 @@ def _entry(loader: _Loader, key: str, node: yaml.Node, where: str) -> Entry:
 
 # ------------------------------------------------------------------------------------ checks and merge
 
-FITS: dict[Any, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    list[float]: "a list of numbers",
-    dict[str, Any]: "a mapping",
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    bool: ("true or false", lambda v: isinstance(v, bool)),
+    int: ("a whole number", lambda v: _is_number(v) and isinstance(v, int)),
+    float: ("a number", _is_number),
+    str: ("text", lambda v: isinstance(v, str)),
+    list[float]: ("a list of numbers", lambda v: isinstance(v, list) and all(map(_is_number, v))),
+    dict[str, Any]: ("a mapping", lambda v: isinstance(v, dict)),
+    Any: ("text or a list of texts", lambda v: not isinstance(v, dict)),
 }
-"""The types that the schema uses, and how a message names them."""
+"""The types that the schema uses: how a message names each, and what belongs to it."""
 
 
 def fit(entry: Entry, hint: Any) -> Any:
     """The entry's value as the field's type; UserError if it is of another."""
-    value = entry.value
+    value, text = entry.value, entry.text
     inner, optional = _without_none(hint)
-    if (value is None and optional) or inner is Any:
-        return value
-    if isinstance(entry.text, str) and INTERPOLATION in entry.text:
-        return entry.text  # resolved, and checked once more, after the merge
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if inner is str and value is not None and entry.text is not None:
-        return entry.text
-    if inner is float and is_number:
+    if value is None and (optional or inner is Any):
+        return None
+    if text is not None and INTERPOLATION in text:
+        return text  # resolved, and checked once more, after the merge
+    if inner is str and text is not None and value is not None:
+        return text
+    name, belongs = KINDS[inner]
+    if not belongs(value):
+        raise UserError(
+            f"{entry.where}: {entry.key} is {_show(entry)}, expected {name}{' or null' if optional else ''}"
+        )
+    if inner is float:
         return float(value)
-    if inner == list[float] and isinstance(value, list):
-        if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value):
-            return [float(v) for v in value]
-    elif inner is int:
-        if is_number and isinstance(value, int):
-            return value
-    elif isinstance(value, typing.get_origin(inner) or inner):
-        return value
-    expected = FITS[inner] + (" or null" if optional else "")
-    raise UserError(f"{entry.where}: {entry.key} is {_show(entry)}, expected {expected}")
+    return [float(v) for v in value] if inner == list[float] else value
 
 
 def _without_none(hint: Any) -> tuple[Any, bool]:
@@ -341,31 +346,30 @@ def merge(
     schema: type, known: Mapping[str, Leaf], layers: Sequence[Sequence[Entry]]
 ) -> tuple[Any, dict[str, str]]:
     """Defaults < layers in their order. Returns the tree and, for each key that was set, where."""
-    tree = OmegaConf.structured(schema)
-    where: dict[str, str] = {}
-    for layer in layers:
-        nested: dict[str, Any] = {}
-        for entry in layer:
-            *path, name = entry.key.split(".")
-            target = nested
-            for part in path:
-                target = target.setdefault(part, {})
-            target[name] = entry.value
-            where[entry.key] = entry.where
-        tree = OmegaConf.merge(tree, nested)
-    plain = _resolved(tree)
+    where = {entry.key: entry.where for layer in layers for entry in layer}
+    try:
+        tree = OmegaConf.merge(OmegaConf.structured(schema), *(_nested(layer) for layer in layers))
+        plain: Any = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as e:
+        key = str(e.full_key or "")
+        place_ = where.get(key.partition("[")[0], COMMAND_LINE)
+        reason = str(e).splitlines()[0]
+        raise UserError(f"{place_}: {key}: ${{...}} cannot be resolved: {reason}") from None
     for key, place_ in where.items():
         if key in known:
-            value: Any = plain
+            value = plain
             for part in key.split("."):
                 value = value[part]
             fit(Entry(key, value, None, place_), known[key].hint)
     return OmegaConf.to_object(tree), where
 
 
-def _resolved(tree: Any) -> Any:
-    try:
-        return OmegaConf.to_container(tree, resolve=True)
-    except OmegaConfBaseException as e:
-        reason = str(e).splitlines()[0]
-        raise UserError(f"{e.full_key or 'configuration'}: ${{...}} cannot be resolved: {reason}") from None
+def _nested(layer: Sequence[Entry]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for entry in layer:
+        *path, name = entry.key.split(".")
+        target = tree
+        for part in path:
+            target = target.setdefault(part, {})
+        target[name] = entry.value
+    return tree

@@ -1,225 +1,284 @@
 """The one training loop, for every algorithm.
 
-Rank 0 prepares the data, then all ranks meet, shard the model, go back to the newest committed checkpoint
-and step through the plan. A step: the batches of this rank (made ahead by a thread), their count over all
-ranks, forward and backward with the loss's *sum* divided by that count, one update. Whatever one rank
-alone finds out (a signal, a NaN) is reduced before anybody acts on it, so all ranks leave the loop together.
-
-Stopping at any moment is ordinary: what is not committed is computed again to the same bits.
+A step: the batches of this rank (made ahead by a thread), their count over all ranks, forward and backward
+with the loss's *sum* divided by that count, one update. Then validation and a checkpoint, if due. Whatever
+one rank alone finds out (a signal, a NaN) is reduced before anybody acts on it, so all ranks leave the loop
+together. Stopping at any moment is ordinary: what is not committed is computed again to the same bits.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import ModuleType
-from typing import Any, Optional
+from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from strop import checkpoint, optim, parallel
-from strop import run as run_module
-from strop.algos import reference
+from strop import checkpoint, optim, parallel, setup
 from strop.config import Config
-from strop.data import plan, prepare
 from strop.data.batch import Batch, Prefetcher, make_batch
-from strop.data.store import TokenStore
-from strop.dist import Dist, choose_device
-from strop.dist import start as start_dist
+from strop.dist import Dist
 from strop.errors import Diverged, UserError
-from strop.models import hf
-from strop.models.policy import Policy
-from strop.obs.report import Report
-from strop.run import Run
-from strop.slurm import attempts, files, rendezvous
+from strop.report import Report
+from strop.run import Position, Run
+from strop.setup import Trainer
+from strop.slurm import attempts, files
 
 log = logging.getLogger("strop")
 
-FIRST_LOSS_SCALE = 2.0**16
+Metrics = dict[str, tuple[Tensor, Tensor]]
+
 LOSS_SCALE_GROWS_EVERY = 2000
+SMALLEST_LOSS_SCALE = 2.0**-10
 
 
-@dataclass
-class Position:
-    """Where this rank is, for its verdict."""
+class Meter:
+    """(sum, count) pairs over micro batches, reduced over the ranks once."""
 
-    phase: str = "start"
-    step: Optional[int] = None
+    def __init__(self) -> None:
+        self._totals: Metrics = {}
 
+    def add(self, metrics: Metrics, weight: float = 1.0) -> None:
+        for name, (total, count) in metrics.items():
+            pair = (total.detach() * weight, count * weight)
+            old = self._totals.get(name)
+            self._totals[name] = pair if old is None else (old[0] + pair[0], old[1] + pair[1])
 
-@dataclass
-class State:
-    """All that a checkpoint holds beside tensors. The data's state is `step`, since the plan is a function."""
-
-    step: int = 0
-    """Optimiser steps done."""
-    num_tokens: int = 0
-    """Tokens seen in training, prompts included."""
-    validated: bool = False
-    """The validation that is due after `step` has been done."""
-    best_value: Optional[float] = None
-    best_step: Optional[int] = None
-    misses: int = 0
-    """Validations since the best one."""
-    loss_scale: float = FIRST_LOSS_SCALE
-    scale_steps: int = 0
-    """Steps since the loss scale changed (fp16)."""
-    metrics_bytes: int = 0
-    """Length of metrics.jsonl at the commit: what lies beyond is of steps that are done again."""
-
-
-@dataclass
-class Trainer:
-    """What the loop works with; only `state` changes."""
-
-    run: Run
-    config: Config
-    algo: ModuleType
-    dist: Dist
-    policy: Policy
-    optimizer: torch.optim.AdamW
-    train_store: TokenStore
-    val_store: Optional[TokenStore]
-    report: Report
-    position: Position
-    max_steps: int
-    train_ref: Optional[np.ndarray] = None
-    val_ref: Optional[np.ndarray] = None
-    state: State = field(default_factory=State)
+    def reduce(self, dist: Dist) -> dict[str, float]:
+        """Means over all ranks, by name. Every rank must have added the same names."""
+        names = sorted(self._totals)
+        values = torch.stack([x.double() for name in names for x in self._totals[name]]).tolist()
+        sums = dist.sum(values)
+        return {name: sums[2 * i] / sums[2 * i + 1] for i, name in enumerate(names) if sums[2 * i + 1]}
 
 
 def train(run: Run, config: Config, position: Position) -> None:
-    """Train to the end or to a stop request; the record says which. Raises what ends the attempt."""
-    algo = importlib.import_module(f"strop.algos.{config.algo}")
-    assert config.model.path is not None
-    hf.check_model(config.model.path)
+    """Train to the end or to a stop request; the attempt's record says which. Raises what ends it."""
     report = Report(run, config)
-    position.phase = "data"
-    train_store, val_store = _data(run, config, algo, report)
-    position.phase = "rendezvous"
-    dist = start_dist(config.dist, run.env, run.dir, run.attempt, run.stop)
-    position.phase = "model"
-    config = _settle(run, config, dist)
-    with report.phase("building the model"):
-        policy = Policy(hf.build_empty(config.model))
-        policy.eval()  # dropout is off: the policy and its reference must be one function
-        _check_disk(run, config, policy, dist)
-        parallel.shard(policy, config.train, dist)
-        optimizer = optim.build(config.optim, policy)
-    per_epoch = _steps_per_epoch(config, train_store)
-    max_steps = config.train.max_steps or math.ceil(config.train.max_epochs * per_epoch)
-    t = Trainer(
-        run, config, algo, dist, policy, optimizer, train_store, val_store, report, position, max_steps
-    )
-    outcome = _steps(t) if _load(t) else "YIELD"
-    if dist.is_main:
-        reason = run.stop.reason if outcome == "YIELD" else None
+    t = setup.build(run, config, position, report)
+    outcome = "YIELD"
+    if t.ready:
+        report.start(t.config, t.state.metrics_bytes, t.state.step, t.max_steps, _gpu_name(t))
+        outcome = _run_steps(t)
+    if t.dist.is_main:
+        reason = (run.stop.reason or "another rank was asked to stop") if outcome == "YIELD" else None
         attempts.finish(run.dir, run.attempt, outcome, step=t.state.step, reason=reason)
     report.close()
     # Nobody leaves before the record is there: a rank that ends early may have the others ended.
-    dist.barrier()
-    dist.close()
+    t.dist.barrier()
+    t.dist.close()
 
 
-def _data(run: Run, config: Config, algo: ModuleType, report: Report) -> tuple[TokenStore, Optional[TokenStore]]:
-    """Rank 0 tokenises (or finds it done) and tells the others where; they wait without a collective,
-    whose time-out long work would exceed."""
-    told = run.logs / "data.json"
-    if run.env.rank == 0:
-        run_module.agree(run, config)
-        cache = Path(config.data.cache_dir or run.dir.parent / ".cache")
-        tokenizer = hf.load_tokenizer(config.model)
-        digest = hf.tokenizer_digest(tokenizer)
-        paths: dict[str, Optional[str]] = {"train": None, "validation": None}
-        ledgers = []
-        splits = ["train"] + (["validation"] if prepare.has_validation(config.data) else [])
-        for split in splits:
-            with report.phase(f"{split} data"):
-                store, ledger = prepare.prepare(config, tokenizer, digest, cache, algo.KIND, split)
-            ledgers.append(ledger)
-            paths[split] = str(store.path)
-        report.ledgers(ledgers)
-        files.write_json(told, paths)
-    else:
-        rendezvous.wait_for_file(run.dir, run.attempt, run.env.rank, told, run.stop)
-        paths = json.loads(told.read_text())
-    assert paths["train"] is not None
-    return TokenStore.open(paths["train"]), TokenStore.open(paths["validation"]) if paths["validation"] else None
+def _gpu_name(t: Trainer) -> str | None:
+    """This rank's GPU as NVML knows it: the index in the process says nothing about the node's."""
+    if t.dist.device.type != "cuda":
+        return None
+    uuid = str(torch.cuda.get_device_properties(t.dist.device).uuid)
+    return uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
 
 
-def _settle(run: Run, config: Config, dist: Dist) -> Config:
-    """The configuration with its machine-dependent choices made, the same on every rank."""
-    if dist.is_main:
-        config = run_module.agree(run, config)
-        facts = {
-            "device": torch.cuda.get_device_name() if dist.device.type == "cuda" else _cpu_name(),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "ranks": dist.world_size,
-        }
-        run_module.record_machine(run, facts)
-    config = dist.broadcast(config)
-    if config.train.precision == "auto":
-        precision = "bf16" if not dist.any(not parallel.has_bf16(dist.device)) else "fp32"
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision=precision))
-    return config
+def _run_steps(t: Trainer) -> str:
+    """"DONE", or "YIELD" after committing where it stands."""
+    if t.state.step == 0 and t.config.validation.at_start and not t.state.validated and not _validate(t):
+        return "YIELD"
+    if t.state.step > 0 and not _after_step(t):
+        return "YIELD"
+    with Prefetcher(_batches(t)) as steps:
+        asked = time.monotonic()
+        for batches in steps:
+            data_s = time.monotonic() - asked
+            if _patience_is_over(t):
+                log.info("early stop: %d validations without a better %s", t.state.misses, t.config.checkpoint.best_metric)
+                break
+            if not _step(t, batches, data_s) or not _after_step(t):
+                return "YIELD"
+            asked = time.monotonic()
+    _save(t)
+    return "DONE"
 
 
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+def _batches(t: Trainer) -> Iterator[list[Batch]]:
+    for step in range(t.state.step, t.max_steps):
+        own = setup.step_bins(t, step)[t.dist.rank]
+        batches = [make_batch(t.train_store, rows, t.train_ref) for rows in own]
+        yield [b.pin() for b in batches] if t.dist.device.type == "cuda" else batches
 
 
-def _check_disk(run: Run, config: Config, policy: Policy, dist: Dist) -> None:
-    """Weights and two moments in fp32, once while writing beside the ones that are kept."""
-    need = 12 * sum(p.numel() for p in policy.parameters())
-    free = dist.broadcast(shutil.disk_usage(run.dir).free)
-    if free < need:
-        raise UserError(
-            f"run.dir: {free / 2**30:.1f} GiB free in {run.dir}, but one checkpoint of this model takes "
-            f"{need / 2**30:.1f} GiB"
-        )
-
-
-def _steps_per_epoch(config: Config, store: TokenStore) -> int:
-    limit = config.train.limit_train_batches
-    return plan.steps_per_epoch(store.num_rows, config.train.global_batch_size, limit)
-
-
-def _load(t: Trainer) -> bool:
-    """Weights, reference log-probs and the newest checkpoint; False if asked to stop on the way.
-
-    A resumed run whose reference is complete reads nothing but its checkpoint.
-    """
-    root = t.run.checkpoints
-    root.mkdir(exist_ok=True)
-    if t.dist.is_main:
-        checkpoint.remove_rubble(root)
-    t.position.phase = "resume"
-    with t.report.phase("verifying checkpoints"):
-        step = checkpoint.newest_verified(root, t.dist)
-    weights = t.config.model.path
-    if step is None:
-        with t.report.phase("loading weights"):
-            hf.scatter_weights(t.policy, t.config.model, t.dist)
-    _choose_layout(t)
-    if t.algo.NEEDS_REFERENCE and not _reference(t, weights_loaded=step is None):
+def _step(t: Trainer, batches: list[Batch], data_s: float) -> bool:
+    """One optimiser step. False if asked to stop before it; then the state is committed."""
+    c, state = t.config, t.state
+    begin = time.monotonic()
+    t.position.phase, t.position.step = "train", state.step
+    stop = t.run.stop.poll() is not None
+    count, tokens, stops = t.dist.sum(
+        [sum(t.algo.count(b) for b in batches), sum(_num_tokens(b) for b in batches), float(stop)]
+    )
+    if stops:
+        _save(t)
         return False
-    if step is not None:
-        with t.report.phase(f"loading checkpoint of step {step}"):
-            tensors = _tensors(t)
-            t.state = State(**checkpoint.load(root, step, tensors))
-            _mark_optimizer(t)
-        t.position.step = step
-        log.info("resumed at step %d", step)
-    t.report.start(t.state.metrics_bytes, t.max_steps, t.state.step)
+    meter = Meter()
+    for i, batch in enumerate(batches):
+        t.policy.set_requires_gradient_sync(t.reduce_each or i == len(batches) - 1)
+        loss, metrics = _forward(t, batch)
+        weight = 0.0 if batch.is_dummy else 1.0
+        (loss * (weight * state.loss_scale / count)).backward()
+        meter.add(metrics, weight)
+    means = meter.reduce(t.dist)
+    lr = optim.learning_rate(c.optim, state.step, t.max_steps)
+    norm = _update(t, lr, means["loss"], batches)
+    state.step += 1
+    state.num_tokens += int(tokens)
+    state.validated = False
+    t.position.step = state.step
+    line = {
+        "step": state.step,
+        "epoch": state.step / t.steps_per_epoch,
+        "loss": means.pop("loss"),
+        "grad_norm": norm,
+        "learning_rate": lr,
+        "num_tokens": state.num_tokens,
+        **means,
+    }
+    t.report.step(line, tokens=int(tokens), seconds=time.monotonic() - begin, data_s=data_s)
     return True
+
+
+def _forward(t: Trainer, batch: Batch) -> tuple[Tensor, Metrics]:
+    """The loss's sum over the batch, and metrics with the loss among them."""
+    count = t.algo.count(batch)
+    batch = batch.to(t.dist.device)
+    loss, metrics = t.algo.loss(t.policy(batch), batch, t.config)
+    return loss, {"loss": (loss, loss.new_tensor(float(count))), **metrics}
+
+
+def _num_tokens(batch: Batch) -> int:
+    return 0 if batch.is_dummy else len(batch.tokens_T)
+
+
+def _update(t: Trainer, lr: float, loss: float, batches: list[Batch]) -> float:
+    """Clip and step; the gradient's norm before clipping. Raises Diverged if it or the loss is not finite."""
+    state, c = t.state, t.config
+    grads = optim.local_grads(t.policy.parameters())
+    norm = optim.global_grad_norm(grads, t.dist) / state.loss_scale
+    finite = math.isfinite(norm) and math.isfinite(loss)
+    if not finite and not _may_rescale(t, loss):
+        raise Diverged(_dump_batch(t, batches, loss, norm))
+    if finite:
+        clip = c.train.max_grad_norm
+        factor = clip / norm if clip is not None and norm > clip else 1.0
+        optim.scale_grads(grads, factor / state.loss_scale)
+        optim.set_learning_rate(t.optimizer, lr)
+        t.optimizer.step()
+    t.optimizer.zero_grad(set_to_none=True)
+    if c.train.precision == "fp16":
+        _adapt_loss_scale(t, finite)
+    return norm
+
+
+def _may_rescale(t: Trainer, loss: float) -> bool:
+    """An fp16 gradient that overflows under a loss scale is tried with a smaller one."""
+    fp16 = t.config.train.precision == "fp16"
+    return fp16 and math.isfinite(loss) and t.state.loss_scale > SMALLEST_LOSS_SCALE
+
+
+def _adapt_loss_scale(t: Trainer, finite: bool) -> None:
+    """Halved after an overflow (that step changes no weight), doubled after many steps without one."""
+    state = t.state
+    state.scale_steps += 1
+    if not finite:
+        state.loss_scale, state.scale_steps = state.loss_scale / 2, 0
+    elif state.scale_steps == LOSS_SCALE_GROWS_EVERY:
+        state.loss_scale, state.scale_steps = state.loss_scale * 2, 0
+
+
+def _dump_batch(t: Trainer, batches: list[Batch], loss: float, norm: float) -> str:
+    """Keep which rows the step was made of; the message for the user. Collective."""
+    rows = [int(r) for own in t.dist.gather([r for b in batches for r in b.rows]) for r in own]
+    path = t.run.logs / f"diverged-step-{t.state.step + 1:06d}.json"
+    if t.dist.is_main:
+        ids = [dict(zip(("source", "line"), t.train_store.row_id(r))) for r in rows]
+        path.write_text(json.dumps({"step": t.state.step + 1, "rows": ids}, indent=1))
+    return (
+        f"step {t.state.step + 1}: loss {loss} and gradient norm {norm} are not both finite; nothing of it is "
+        f"committed, its rows are in {path}"
+    )
+
+
+def _after_step(t: Trainer) -> bool:
+    """Validation and checkpoint, if due at this step; False if stopped (and committed) on the way."""
+    v, step = t.config.validation, t.state.step
+    last = step >= t.max_steps
+    due = v.at_end if last else v.every is not None and step % v.every == 0
+    if due and not t.state.validated and not _validate(t):
+        _save(t)
+        return False
+    every = t.config.checkpoint.every
+    if (every is not None and step % every == 0) or t.state.best_step == step:
+        _save(t)
+    return True
+
+
+def _validate(t: Trainer) -> bool:
+    """Exact means over the validation set, whatever the batches; False if asked to stop in the middle."""
+    if t.val_store is None:
+        t.state.validated = True
+        return True
+    t.position.phase = "validation"
+    meter = Meter()
+    bins = setup.validation_bins(t)[t.dist.rank]
+    with Prefetcher(make_batch(t.val_store, rows, t.val_ref) for rows in bins) as batches:
+        for batch in batches:
+            if setup.stop_agreed(t):
+                return False
+            with torch.no_grad():
+                _, metrics = _forward(t, batch)
+            meter.add(metrics, 0.0 if batch.is_dummy else 1.0)
+    means = {f"eval_{name}": value for name, value in meter.reduce(t.dist).items()}
+    t.report.validation({"step": t.state.step, **means})
+    t.state.validated = True
+    _note_best(t, means)
+    return True
+
+
+def _note_best(t: Trainer, means: dict[str, float]) -> None:
+    """Keep the best value of `checkpoint.best_metric`, and how long ago it was."""
+    c, state = t.config.checkpoint, t.state
+    if c.best_metric is None or state.step == 0:
+        return
+    if c.best_metric not in means:
+        raise UserError(f"checkpoint.best_metric: no {c.best_metric} in validation; there are {', '.join(means)}")
+    value = means[c.best_metric]
+    falls = c.best_mode == "min" or (c.best_mode == "auto" and c.best_metric.endswith("loss"))
+    gain = math.inf if state.best_value is None else (state.best_value - value if falls else value - state.best_value)
+    if gain > t.config.validation.min_delta:
+        state.best_value, state.best_step, state.misses = value, state.step, 0
+    else:
+        state.misses += 1
+
+
+def _patience_is_over(t: Trainer) -> bool:
+    patience = t.config.validation.patience
+    return patience is not None and t.state.misses >= patience
+
+
+def _save(t: Trainer) -> None:
+    """Commit the state as it stands (nothing to do at step 0, or where it is committed already)."""
+    if t.state.step == 0:
+        return
+    t.position.phase = "save"
+    begin = time.monotonic()
+    t.state.metrics_bytes = t.report.sync()
+    root, state = t.run.checkpoints, dataclasses.asdict(t.state)
+    if not checkpoint.save(root, t.state.step, t.run.attempt, setup.tensors(t), state, t.dist):
+        return
+    if t.dist.is_main:
+        if t.state.best_step == t.state.step:
+            best = {"step": t.state.step, "metric": t.config.checkpoint.best_metric, "value": t.state.best_value}
+            files.write_json(root / "BEST.json", best)
+        checkpoint.clean_up(root, t.config.checkpoint.keep_last, t.state.best_step)
+    t.report.saved(t.state.step, seconds=time.monotonic() - begin)

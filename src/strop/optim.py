@@ -42,6 +42,17 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
+def materialise(optimizer: torch.optim.Optimizer, num_steps: int) -> None:
+    """AdamW's state as it is after `num_steps` steps, with moments to be filled from a checkpoint."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p] = {
+                "step": torch.tensor(float(num_steps), device=p.device if p.is_cuda else "cpu"),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+
+
 def local_grads(params: Iterable[nn.Parameter]) -> list[Tensor]:
     """This rank's shards of the gradients."""
     grads = [p.grad for p in params if p.grad is not None]

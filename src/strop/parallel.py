@@ -72,6 +72,13 @@ def _checkpointed(block: nn.Module, mode: str) -> nn.Module:
     )
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether bf16 matmuls run in hardware here: Ampere or newer, AMX or AVX-512 bf16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def reduce_each_micro_batch(policy: Policy) -> bool:
     """Whether gradients are reduced after every micro batch instead of once a step."""
     return 4 * sum(p.numel() for p in policy.parameters()) > WHOLE_GRADIENT_BYTES

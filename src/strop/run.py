@@ -31,6 +31,14 @@ PEER_SIGNS = ("Connection closed by peer", "Connection reset by peer", "Broken p
 """What a collective's error says when the cause is another rank's end."""
 
 
+@dataclass
+class Position:
+    """Where this rank is, for its verdict."""
+
+    phase: str = "start"
+    step: Optional[int] = None
+
+
 @dataclass(frozen=True)
 class Run:
     dir: Path

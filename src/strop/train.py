@@ -61,15 +61,15 @@ def _refuse(error: UserError, env: Env) -> int:
 def _train(run: run_module.Run, config: config_module.Config) -> int:
     from strop import loop  # torch and transformers: seconds that a wrong key need not wait for
 
-    progress = loop.Position()
+    position = run_module.Position()
     try:
-        loop.train(run, config, progress)
+        loop.train(run, config, position)
     except rendezvous.Stopped as error:
         log.info("stopped before training: %s", error)
         if run.env.rank == 0:
-            attempts.finish(run.dir, run.attempt, "YIELD", step=progress.step, reason=str(error))
+            attempts.finish(run.dir, run.attempt, "YIELD", step=position.step, reason=str(error))
     except Exception as error:
-        code = run_module.fail(run, error, step=progress.step, phase=progress.phase)
+        code = run_module.fail(run, error, step=position.step, phase=position.phase)
         expected = isinstance(error, UserError)
         log.error("%s: %s", type(error).__name__, error, exc_info=not expected)
         if not run.launched and expected:

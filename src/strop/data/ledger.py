@@ -27,8 +27,8 @@ class BadRow:
     source: str
     line: int
     reason: str
-    """A short constant: not_json, not_utf8, not_an_object, wrong_fields, template, boundary, same_pair,
-    no_trained_token, over_length."""
+    """A short constant: not_json, not_utf8, not_an_object, wrong_fields, not_unicode, template, boundary,
+    same_pair, no_trained_token, over_length."""
     message: str
     """For the user: what is wrong with this very row, without its place."""
     tokens: int = 0
@@ -146,7 +146,7 @@ class Ledger:
             **totals,
             "sources": [{"read": entry.read, **dataclasses.asdict(entry)} for entry in self.sources.values()],
         }
-        path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Ledger:
@@ -167,6 +167,10 @@ class Ledger:
             body.append((entry.name, *(f"{n:,}" for n in (*numbers, entry.longest))))
             for reason, rows in entry.dropped.items():
                 body.append((f"  {reason}", "", "", f"{rows.rows:,}", f"{rows.tokens:,}", "", ""))
+            if entry.merged_boundary:
+                body.append(
+                    ("  prompt ends inside a token", "", f"({entry.merged_boundary:,})", "", "", "", "")
+                )
             if entry.other_split:
                 body.append(("  other split", f"({entry.other_split:,})", "", "", "", "", ""))
         return f"{self.split} set\n" + _columns([head, *body])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Refused(Exception):
 
 
 def chat_template(setting: str | None, tokenizer: Any) -> str | None:
-    """The Jinja text in force: `model.chat_template` (a template or a file with one), else the tokenizer's."""
+    """The Jinja text in force: `model.chat_template` (a template or a file of it), else the tokenizer's."""
     if setting is None:
         own = getattr(tokenizer, "chat_template", None)
         return own.get("default") if isinstance(own, dict) else own
@@ -84,6 +85,8 @@ class Renderer:
                 texts, templated = self._preference(row.fields, tools)
             else:
                 texts, templated = self._sft(row.fields, tools)
+            for item in texts:
+                _check_unicode(item.text)
         except Refused as refused:
             return BadRow(row.source, row.line, refused.reason, refused.message)
         if self.train_on_prompt:
@@ -165,11 +168,29 @@ class Renderer:
                 chat_template=self.template,
                 add_generation_prompt=generate,
                 tokenize=False,
+                strftime_now=_no_date_of_today,
             )
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"model.chat_template: line {error.lineno}: {error.message}") from None
         except (jinja2.TemplateError, TypeError) as error:
             raise Refused("template", f"the chat template refuses it: {error}") from None
+
+
+def _no_date_of_today(form: str) -> str:
+    """For templates that print the date (Llama 3): the same rows must give the same tokens tomorrow."""
+    return datetime(2024, 7, 26).strftime(form)
+
+
+def _check_unicode(text: str) -> None:
+    """JSON can spell half a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise Refused(
+            "not_unicode",
+            f"character {error.start + 1} of the text ({half}) is half a surrogate pair",
+        ) from None
 
 
 def _shared(a: str, b: str) -> int:

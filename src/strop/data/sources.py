@@ -215,7 +215,7 @@ def _read_jsonl(source: Source) -> Iterator[Row | BadRow]:
 
 def _parse_line(source: Source, number: int, line: bytes) -> Row | BadRow:
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = json.loads(line.rstrip().decode("utf-8"))
     except UnicodeDecodeError as error:
         message = f"not UTF-8 (byte {error.start + 1} of the line is 0x{line[error.start]:02x})"
         return BadRow(source.name, number, "not_utf8", message)

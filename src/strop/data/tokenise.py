@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -39,14 +38,6 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=32).hexdigest()
 
 
-@dataclass(frozen=True)
-class Encoded:
-    ids: list[int]
-    ends: list[int] | None
-    """[T] characters of the text up to the end of each token; None from a tokenizer without offsets."""
-    starts: list[int] | None
-
-
 class Tokeniser:
     """Masks and limits for one tokenizer and one kind of rows."""
 
@@ -69,38 +60,58 @@ class Tokeniser:
 
     def _batch(self, rows: list[Rendered | BadRow]) -> Iterator[TokenisedRow | BadRow]:
         texts = [item for row in rows if isinstance(row, Rendered) for item in row.texts]
-        encoded = iter(zip(self._encode([item.text for item in texts]), self._prompts(texts)))
+        masked = iter(self._masked(texts))
         for row in rows:
             if isinstance(row, BadRow):
                 yield row
                 continue
+            sequences = [next(masked) for _ in row.texts]
             try:
-                yield self._row(row, [next(encoded) for _ in row.texts])
+                yield self._row(row, sequences)
             except Refused as refused:
                 yield BadRow(row.source, row.line, refused.reason, refused.message)
 
-    def _row(self, row: Rendered, encoded: list[tuple[Encoded, list[int] | None]]) -> TokenisedRow | BadRow:
-        sequences, merged_boundary = [], False
-        for item, (full, prompt) in zip(row.texts, encoded):
-            if prompt is not None and full.ids[: len(prompt)] == prompt:
-                trained = np.arange(len(full.ids)) >= len(prompt)
-            else:
-                merged_boundary |= prompt is not None
-                trained = self._by_characters(item, full)
-            sequences.append(self._finish(row, item, full.ids, trained))
+    def _masked(self, texts: list[Text]) -> list[tuple[list[int], np.ndarray | None, bool]]:
+        """[(ids, trained bool [T], a token spans the boundary)]; no mask where there is no way to find it.
+
+        A prompt is encoded once, however many completions it has. Offsets cost more than the ids do, so
+        only the texts that need them are encoded with offsets.
+        """
+        all_ids = self._encode([item.text for item in texts])
+        prompts = [_prompt(item) for item in texts]
+        distinct = list(dict.fromkeys(prompt for prompt in prompts if prompt is not None))
+        prompt_ids = dict(zip(distinct, self._encode(distinct)))
+        masks: list[np.ndarray | None] = []
+        for ids, prompt in zip(all_ids, prompts):
+            before = prompt_ids[prompt] if prompt is not None else None
+            holds = before is not None and ids[: len(before)] == before
+            masks.append(np.arange(len(ids)) >= len(before or ()) if holds else None)
+        rest = [i for i, mask in enumerate(masks) if mask is None]
+        if self.tokenizer.is_fast and rest:
+            for i, offsets in zip(rest, self._offsets([texts[i].text for i in rest])):
+                masks[i] = _by_characters(texts[i], offsets)
+        merged = {i for i in rest if prompts[i] is not None}
+        return [(ids, mask, i in merged) for i, (ids, mask) in enumerate(zip(all_ids, masks))]
+
+    def _row(
+        self, row: Rendered, encoded: list[tuple[list[int], np.ndarray | None, bool]]
+    ) -> TokenisedRow | BadRow:
+        sequences = []
+        for ids, trained, _ in encoded:
+            if trained is None:
+                raise Refused("boundary", "the tokenizer has no offsets to find the trained tokens by")
+            sequences.append(self._finish(row, ids, trained))
         if len(sequences) == 2 and np.array_equal(sequences[0][0], sequences[1][0]):
-            return BadRow(row.source, row.line, "same_pair", "chosen and rejected are the same")
+            raise Refused("same_pair", "chosen and rejected are the same")
         if not all(trained.any() for _, trained in sequences):
-            return BadRow(row.source, row.line, "no_trained_token", "the completion has no token to train on")
+            raise Refused("no_trained_token", "the completion has no token to train on")
         longest = max(len(ids) for ids, _ in sequences)
         if longest > self.max_length:
             message = f"{longest:,} tokens, more than data.max_length={self.max_length}"
             return BadRow(row.source, row.line, "over_length", message, sum(len(ids) for ids, _ in sequences))
-        return TokenisedRow(row.source, row.line, sequences, merged_boundary)
+        return TokenisedRow(row.source, row.line, sequences, any(merged for _, _, merged in encoded))
 
-    def _finish(
-        self, row: Rendered, item: Text, ids: list[int], trained: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _finish(self, row: Rendered, ids: list[int], trained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Plain text gets the BOS and EOS it lacks; the first token is never trained."""
         tokens = np.array(ids, dtype=np.int32)
         if not row.templated:
@@ -117,53 +128,46 @@ class Tokeniser:
         trained[:1] = False
         return tokens, trained
 
-    def _by_characters(self, item: Text, full: Encoded) -> np.ndarray:
-        """bool [T]: tokens that reach into a trained span.
-
-        Byte-level tokenizers may trim white space from offsets, which moves a start to the right and
-        turns a token of white space into (end, end). Hence a token is judged by its end, and by its start
-        only where it ends beyond the span.
-        """
-        if full.ends is None or full.starts is None:
-            raise Refused("boundary", "the tokenizer has no offsets to find the trained tokens by")
-        starts, ends = np.array(full.starts), np.array(full.ends)
-        trained = np.zeros(len(full.ids), dtype=np.bool_)
-        for begin, end in item.trained:
-            trained |= (ends > begin) & ((ends <= end) | (starts < end))
-        return trained
-
-    def _prompts(self, texts: list[Text]) -> list[list[int] | None]:
-        """ids(prompt) of each text that is a prompt and one completion; a shared prompt is encoded once."""
-        prompts = [self._prompt(item) for item in texts]
-        distinct = list(dict.fromkeys(prompt for prompt in prompts if prompt is not None))
-        ids = {prompt: encoded.ids for prompt, encoded in zip(distinct, self._encode(distinct))}
-        return [None if prompt is None else ids[prompt] for prompt in prompts]
-
-    def _prompt(self, item: Text) -> str | None:
-        begin, end = item.trained[0]
-        return item.text[:begin] if end == len(item.text) else None
-
-    def _encode(self, texts: list[str]) -> list[Encoded]:
-        """Without special tokens, padding or truncation."""
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        """Ids without special tokens, padding or truncation."""
         if not texts:
             return []
-        fast = self.tokenizer.is_fast
-        output = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            return_offsets_mapping=fast,
-            verbose=False,
-        )
-        if not fast:
-            return [Encoded(ids, None, None) for ids in output["input_ids"]]
-        return [
-            Encoded(ids, [end for _, end in offsets], [start for start, _ in offsets])
-            for ids, offsets in zip(output["input_ids"], output["offset_mapping"])
-        ]
+        if self.tokenizer.is_fast:
+            encodings = self._backend().encode_batch_fast(texts, add_special_tokens=False)
+            return [encoding.ids for encoding in encodings]
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _offsets(self, texts: list[str]) -> list[list[tuple[int, int]]]:
+        """The characters (begin, end) of each token of each text."""
+        encodings = self._backend().encode_batch(texts, add_special_tokens=False)
+        return [encoding.offsets for encoding in encodings]
+
+    def _backend(self) -> Any:
+        """The Rust tokenizer, without the truncation and padding that its file or a former call left."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
+
+
+def _prompt(item: Text) -> str | None:
+    """What comes before the completion, if one completion runs to the end."""
+    begin, end = item.trained[0]
+    return item.text[:begin] if end == len(item.text) else None
+
+
+def _by_characters(item: Text, offsets: list[tuple[int, int]]) -> np.ndarray:
+    """bool [T]: tokens that reach into a trained span.
+
+    Byte-level tokenizers may trim white space from offsets, which moves a start to the right and turns a
+    token of white space into (end, end). Hence a token is judged by its end, and by its start only where
+    it ends beyond the span.
+    """
+    starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    trained = np.zeros(len(offsets), dtype=np.bool_)
+    for begin, end in item.trained:
+        trained |= (ends > begin) & ((ends <= end) | (starts < end))
+    return trained
 
 
 def _special_ids(tokenizer: Any) -> tuple[list[int], int | None]:

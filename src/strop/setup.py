@@ -1,0 +1,362 @@
+"""Everything between a configuration and the first step.
+
+Rank 0 prepares the data while the others wait for a file, not in a collective. All ranks meet, build the
+sharded model, find the newest committed checkpoint, and make sure that the reference log-probs are there.
+A resumed run reads its checkpoint and nothing else: weights are loaded only by a run that has no
+checkpoint yet, or whose reference must be computed again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import logging
+import math
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Optional
+
+import numpy as np
+import torch
+
+from strop import checkpoint, optim, parallel
+from strop import run as run_module
+from strop.algos import reference
+from strop.config import Config
+from strop.data import plan, prepare
+from strop.data.store import TokenStore
+from strop.dist import Dist
+from strop.dist import start as start_dist
+from strop.errors import UserError
+from strop.models import hf
+from strop.models.policy import Policy
+from strop.report import Report
+from strop.run import Position, Run
+from strop.slurm import attempts, files, rendezvous
+
+log = logging.getLogger("strop")
+
+FIRST_LOSS_SCALE = 2.0**16
+
+@dataclass
+class State:
+    """All that a checkpoint holds beside tensors. The data's state is `step`, since the plan is a function."""
+
+    step: int = 0
+    """Optimiser steps done."""
+    num_tokens: int = 0
+    """Tokens seen in training, prompts included."""
+    validated: bool = False
+    """The validation that is due after `step` has been done."""
+    best_value: Optional[float] = None
+    best_step: Optional[int] = None
+    misses: int = 0
+    """Validations since the best one."""
+    loss_scale: float = 1.0
+    """Above 1 for fp16 only."""
+    scale_steps: int = 0
+    """Steps since the loss scale changed (fp16)."""
+    metrics_bytes: int = 0
+    """Length of metrics.jsonl at the commit: what lies beyond is of steps that are done again."""
+
+
+@dataclass
+class Trainer:
+    """What the loop works with; only `state` changes."""
+
+    run: Run
+    config: Config
+    algo: ModuleType
+    dist: Dist
+    policy: Policy
+    optimizer: torch.optim.AdamW
+    train_store: TokenStore
+    val_store: Optional[TokenStore]
+    report: Report
+    position: Position
+    steps_per_epoch: int
+    max_steps: int
+    train_ref: Optional[np.ndarray] = None
+    val_ref: Optional[np.ndarray] = None
+    state: State = field(default_factory=State)
+    ready: bool = False
+    reduce_each: bool = False
+    """Gradients are reduced after every micro batch instead of once a step."""
+
+
+def build(run: Run, config: Config, position: Position, report: Report) -> Trainer:
+    """A trainer at the newest committed step; not `ready` if asked to stop on the way."""
+    algo = importlib.import_module(f"strop.algos.{config.algo}")
+    assert config.model.path is not None
+    hf.check_model(config.model.path)
+    position.phase = "data"
+    train_store, val_store = _data(run, config, algo, report)
+    position.phase = "rendezvous"
+    dist = start_dist(config.dist, run.env, run.dir, run.attempt, run.stop)
+    position.phase = "model"
+    config = _settle(run, config, dist)
+    with report.phase("building the model"):
+        policy = Policy(hf.build_empty(config.model))
+        policy.eval()  # dropout is off: the policy and its reference must be one function
+        _check_disk(run, policy, dist)
+        parallel.shard(policy, config.train, dist)
+        optimizer = optim.build(config.optim, policy)
+    per_epoch = plan.steps_per_epoch(
+        train_store.num_rows, config.train.global_batch_size, config.train.limit_train_batches
+    )
+    max_steps = config.train.max_steps or math.ceil(config.train.max_epochs * per_epoch)
+    t = Trainer(
+        run, config, algo, dist, policy, optimizer, train_store, val_store, report, position, per_epoch, max_steps
+    )
+    t.reduce_each = parallel.reduce_each_micro_batch(policy)
+    if config.train.precision == "fp16":
+        t.state.loss_scale = FIRST_LOSS_SCALE
+    t.ready = _load(t)
+    return t
+
+
+def _data(run: Run, config: Config, algo: ModuleType, report: Report) -> tuple[TokenStore, Optional[TokenStore]]:
+    """Rank 0 tokenises (or finds it done) and tells the others where; they wait without a collective,
+    whose time-out long work would exceed."""
+    told = run.logs / "data.json"
+    if run.env.rank == 0:
+        run_module.agree(run, config)
+        cache = cache_dir(run, config)
+        tokenizer = hf.load_tokenizer(config.model)
+        digest = hf.tokenizer_digest(tokenizer)
+        paths: dict[str, Optional[str]] = {"train": None, "validation": None}
+        ledgers = {}
+        splits = ["train"] + (["validation"] if prepare.has_validation(config.data) else [])
+        for split in splits:
+            with report.phase(f"{split} data"):
+                store, ledger = prepare.prepare(config, tokenizer, digest, cache, algo.KIND, split)
+            report.ledger(ledger)
+            ledgers[split] = files.read_json(store.path / "ledger.json")
+            paths[split] = str(store.path)
+        files.write_json(run.dir / "data" / "ledger.json", ledgers)
+        files.write_json(told, paths)
+    else:
+        rendezvous.wait_for_file(run.dir, run.attempt, run.env.rank, told, run.stop)
+        paths = json.loads(told.read_text())
+    assert paths["train"] is not None
+    return TokenStore.open(paths["train"]), TokenStore.open(paths["validation"]) if paths["validation"] else None
+
+
+def _settle(run: Run, config: Config, dist: Dist) -> Config:
+    """The configuration with its machine-dependent choices made, the same on every rank."""
+    if dist.is_main:
+        config = run_module.agree(run, config)
+        facts = {
+            "device": torch.cuda.get_device_name() if dist.device.type == "cuda" else _cpu_name(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "ranks": dist.world_size,
+        }
+        run_module.record_machine(run, facts)
+    config = dist.broadcast(config)
+    if config.train.precision == "auto":
+        precision = "bf16" if not dist.any(not parallel.has_bf16(dist.device)) else "fp32"
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision=precision))
+    return config
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+
+
+def _check_disk(run: Run, policy: Policy, dist: Dist) -> None:
+    """Weights and two moments in fp32, once while writing beside the ones that are kept."""
+    need = 12 * sum(p.numel() for p in policy.parameters())
+    free = dist.broadcast(shutil.disk_usage(run.dir).free)
+    if free < need:
+        raise UserError(
+            f"run.dir: {free / 2**30:.1f} GiB free in {run.dir}, but one checkpoint of this model takes "
+            f"{need / 2**30:.1f} GiB"
+        )
+
+
+def _load(t: Trainer) -> bool:
+    """Layout, weights, reference and the newest checkpoint, each only where needed; False if stopped."""
+    root = t.run.checkpoints
+    t.position.phase = "resume"
+    if t.dist.is_main:
+        root.mkdir(exist_ok=True)
+        checkpoint.remove_rubble(root)
+        _forbid_silent_restart(t.run)
+    with t.report.phase("verifying checkpoints"):
+        step = checkpoint.newest_verified(root, t.dist)
+    choices = _choices(t)
+    needs_pass = t.algo.NEEDS_REFERENCE and _reference_is_missing(t, choices)
+    if step is None or needs_pass or not choices:
+        with t.report.phase("loading weights"):
+            hf.scatter_weights(t.policy.lm, t.config.model, t.dist)
+    _set_layout(t, choices)
+    if needs_pass and not _reference_pass(t, choices, again=step is None):
+        return False
+    if t.algo.NEEDS_REFERENCE:
+        _open_reference(t, choices)
+    if step is not None:
+        with t.report.phase(f"loading the checkpoint of step {step}"):
+            optim.materialise(t.optimizer, step)
+            t.state = State(**checkpoint.load(root, step, tensors(t)))
+    t.position.step = t.state.step
+    return True
+
+
+def _forbid_silent_restart(run: Run) -> None:
+    """A run that has committed before but has no checkpoint left is not begun anew behind the user's back."""
+    told = [r.get("committed_step") or 0 for r in attempts.read_all(run.dir)]
+    if max(told, default=0) > 0 and not checkpoint.committed_steps(run.checkpoints):
+        raise UserError(
+            f"{run.checkpoints} holds no committed checkpoint, but step {max(told)} had been reached: "
+            "give the run another name to begin anew"
+        )
+
+
+def tensors(t: Trainer) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds: fp32 weights and both moments of AdamW, by name."""
+    state = hf.distinct_state(t.policy.lm)
+    out = {f"model.{name}": tensor.detach() for name, tensor in state.items()}
+    for name, tensor in state.items():
+        for key, moment in t.optimizer.state.get(tensor, {}).items():
+            if key != "step":  # the same for all parameters, and known from the state
+                out[f"optim.{name}.{key}"] = moment
+    return out
+
+
+def _choices(t: Trainer) -> dict[str, Any]:
+    """What the run's first attempt found out (layout, head, reference files); {} before."""
+    return t.dist.broadcast(files.read_json(t.run.dir / "data" / "choices.json") or {} if t.dist.is_main else None)
+
+
+def _set_layout(t: Trainer, choices: dict[str, Any]) -> None:
+    t.position.phase = "probe"
+    if choices:
+        t.policy.head = choices["head"]
+        t.policy.set_layout(choices["layout"], t.dist.device)
+        return
+    with t.report.phase("probing attention and head"):
+        t.policy.probe(t.dist.device, parallel.DTYPES[t.config.train.precision], t.config.model.attention)
+    choices |= {"head": t.policy.head, "layout": t.policy.layout}
+    if t.algo.NEEDS_REFERENCE:
+        choices["reference"] = t.dist.broadcast(_reference_files(t) if t.dist.is_main else None)
+    if t.dist.is_main:
+        run_module.write_config(t.run, t.config)
+        files.write_json(t.run.dir / "data" / "choices.json", choices)
+
+
+def _reference_files(t: Trainer) -> dict[str, str]:
+    """Where the log-probs of each set are kept, by all that they depend on."""
+    c = t.config
+    model, revision = c.model.path, c.model.revision
+    if path := t.algo.reference_model(c):
+        model, revision = path, None
+    assert model is not None
+    with t.report.phase("hashing the reference's weights"):
+        weights = hf.weights_digest(model, revision)
+    facts = {
+        "weights": weights,
+        "precision": c.train.precision,
+        "layout": t.policy.layout,
+        "head": t.policy.head,
+        "device": t.dist.device.type,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "ranks": t.dist.world_size,
+        "plan": [c.train.seed, c.train.global_batch_size, c.train.micro_batch_tokens, c.train.micro_batch_size],
+    }
+    cache = cache_dir(t.run, c)
+    return {name: str(reference.cache_file(cache, store, facts)) for name, store in _stores(t).items()}
+
+
+def _stores(t: Trainer) -> dict[str, TokenStore]:
+    return {"train": t.train_store} | ({"validation": t.val_store} if t.val_store is not None else {})
+
+
+def _reference_is_missing(t: Trainer, choices: dict[str, Any]) -> bool:
+    if "reference" not in choices:
+        return True
+    gone = False
+    if t.dist.is_main:
+        for name, store in _stores(t).items():
+            rows = np.concatenate([r for own in _reference_bins(t, name) for r in own])
+            gone = gone or reference.missing(Path(choices["reference"][name]), store, rows)
+    return t.dist.any(gone)
+
+
+def _reference_bins(t: Trainer, name: str) -> reference.Bins:
+    """The batches of the first epoch, as the loop will see them, or those of validation."""
+    if name == "validation":
+        return validation_bins(t)
+    ranks: reference.Bins = [[] for _ in range(t.dist.world_size)]
+    for step in range(min(t.max_steps, t.steps_per_epoch)):
+        for own, more in zip(ranks, step_bins(t, step)):
+            own.extend(more)
+    return ranks
+
+
+def step_bins(t: Trainer, step: int) -> reference.Bins:
+    """[rank][micro batch] -> row ids of optimiser step `step` (from 0)."""
+    c = t.config.train
+    rows = plan.step_rows(t.train_store.num_rows, c.global_batch_size, c.seed, step, c.limit_train_batches)
+    return plan.pack(
+        rows,
+        t.train_store.row_lengths,
+        world_size=t.dist.world_size,
+        max_tokens=c.micro_batch_tokens,
+        max_rows=c.micro_batch_size,
+    )
+
+
+def validation_bins(t: Trainer) -> reference.Bins:
+    """[rank][micro batch] -> row ids of the validation set, or of its first `limit_val_batches`."""
+    assert t.val_store is not None
+    c = t.config.train
+    num_rows = t.val_store.num_rows
+    if c.limit_val_batches is not None:
+        num_rows = min(num_rows, c.limit_val_batches * c.global_batch_size)
+    return plan.eval_bins(
+        num_rows,
+        t.val_store.row_lengths,
+        world_size=t.dist.world_size,
+        max_tokens=c.micro_batch_tokens,
+        max_rows=c.micro_batch_size,
+    )
+
+
+def _reference_pass(t: Trainer, choices: dict[str, Any], *, again: bool) -> bool:
+    """Compute what is missing; False if stopped. `again`: the policy's own weights are needed afterwards."""
+    t.position.phase = "reference"
+    other = t.algo.reference_model(t.config)
+    if other is not None:
+        hf.scatter_weights(t.policy.lm, t.config.model, t.dist, path=other)
+    for name, store in _stores(t).items():
+        with t.report.phase(f"reference log-probs ({name})") as progress:
+            path = Path(choices["reference"][name])
+            bins = _reference_bins(t, name)
+            if not reference.compute(
+                t.policy, store, bins, path, t.dist, t.run.dir.name, lambda: stop_agreed(t), progress
+            ):
+                return False
+    if other is not None and again:
+        hf.scatter_weights(t.policy.lm, t.config.model, t.dist)
+    return True
+
+
+def _open_reference(t: Trainer, choices: dict[str, Any]) -> None:
+    t.train_ref = np.load(choices["reference"]["train"], mmap_mode="r")
+    if t.val_store is not None:
+        t.val_ref = np.load(choices["reference"]["validation"], mmap_mode="r")
+
+
+def stop_agreed(t: Trainer) -> bool:
+    """Whether any rank has been asked to stop. Collective."""
+    return t.dist.any(t.run.stop.poll() is not None)
+
+
+def cache_dir(run: Run, config: Config) -> Path:
+    return Path(config.data.cache_dir or run.dir.parent / ".cache")

@@ -1,0 +1,358 @@
+"""Masks: exactly the completion is trained, its end included. The truth is counted in bytes of the tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from data_helpers import CHATML, SENTENCES, WITH_BOS, num_bytes, tiny_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from strop.data.ledger import BadRow
+from strop.data.render import Renderer, chat_template
+from strop.data.sources import Row
+from strop.data.tokenise import Tokeniser, tokenizer_digest
+from strop.errors import UserError
+
+PLAIN = tiny_tokenizer()
+PLAIN_BOS = tiny_tokenizer(bos=True)
+CHAT_BOS = tiny_tokenizer(chat_template=WITH_BOS, bos=True)
+USER = {"role": "user", "content": "How many apples?"}
+EOS = PLAIN.eos_token_id
+
+
+def run(fields, kind, tokenizer=PLAIN, template="own", train_on_prompt=False, max_length=10_000):
+    template = tokenizer.chat_template if template == "own" else template
+    rows = fields if isinstance(fields, list) else [fields]
+    renderer = Renderer(kind, tokenizer, template, train_on_prompt)
+    rendered = [renderer(Row("a.jsonl", line, row)) for line, row in enumerate(rows, start=1)]
+    results = list(Tokeniser(tokenizer, max_length)(rendered))
+    assert len(results) == len(rows)
+    return results if isinstance(fields, list) else results[0]
+
+
+def marked(tokenizer, sequence):
+    """The text with the trained part in ⟦⟧."""
+    ids, trained = sequence
+    pieces, inside = [], False
+    for i in range(len(ids) + 1):
+        now = i < len(ids) and bool(trained[i])
+        if now != inside:
+            pieces.append("⟦" if now else "⟧")
+        inside = now
+        if i < len(ids):
+            pieces.append(tokenizer.decode([int(ids[i])]))
+    return "".join(pieces)
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def test_prompt_and_completion_as_plain_text():
+    row = run({"prompt": "How many apples?", "completion": " 84 apples."}, "sft")
+    assert marked(PLAIN, row.sequences[0]) == "How many apples?⟦ 84 apples.</s>⟧"
+    row = run({"input": "How many apples?", "output": " 84 apples."}, "sft", PLAIN_BOS)
+    assert marked(PLAIN, row.sequences[0]) == "<s>How many apples?⟦ 84 apples.</s>⟧"
+
+
+def test_bos_and_eos_are_never_doubled():
+    row = run({"prompt": "<s>The dog", "completion": " jumps</s>"}, "sft", PLAIN_BOS)
+    assert marked(PLAIN, row.sequences[0]) == "<s>The dog⟦ jumps</s>⟧"
+
+
+def test_pad_equal_to_eos_changes_nothing():
+    """The end is trained although it has the pad id, and so is one in the middle of the completion."""
+    assert PLAIN.pad_token_id == EOS
+    row = run({"prompt": "a", "completion": "b</s>c"}, "sft")
+    assert marked(PLAIN, row.sequences[0]) == "a⟦b</s>c</s>⟧"
+
+
+def test_messages_go_through_the_template_and_end_of_turn_is_trained():
+    fields = {"prompt": [USER], "chosen": [assistant("84")], "rejected": [assistant("12 apples")]}
+    row = run(fields, "preference")
+    head = "<|im_start|>user\nHow many apples?<|im_end|>\n<|im_start|>assistant\n"
+    assert [marked(PLAIN, s) for s in row.sequences] == [
+        head + "⟦84<|im_end|>\n⟧",
+        head + "⟦12 apples<|im_end|>\n⟧",
+    ]
+    row = run(fields, "preference", CHAT_BOS)
+    assert [marked(PLAIN, s) for s in row.sequences] == [
+        "<s>" + head + "⟦84<|im_end|>\n⟧",
+        "<s>" + head + "⟦12 apples<|im_end|>\n⟧",
+    ]
+
+
+def same(*rows):
+    """All rows give the same sequences."""
+    for row in rows[1:]:
+        for (ids, trained), (other_ids, other_trained) in zip(row.sequences, rows[0].sequences):
+            assert ids.tolist() == other_ids.tolist()
+            assert trained.tolist() == other_trained.tolist()
+
+
+def test_all_forms_of_a_conversational_pair_are_the_same_pair():
+    """Explicit prompt, implicit prompt, prompt repeated in the halves, prompt or halves as strings, nulls."""
+    full_a, full_b = [USER, assistant("84")], [USER, assistant("12")]
+    null = [{**USER, "tool_calls": None}]
+    same(
+        *run(
+            [
+                {"prompt": [USER], "chosen": full_a[1:], "rejected": full_b[1:]},
+                {"chosen": full_a, "rejected": full_b},
+                {"prompt": USER["content"], "chosen": full_a, "rejected": full_b},
+                {"prompt": [USER], "chosen": full_a, "rejected": full_b},
+                {"prompt": USER["content"], "chosen": full_a[1:], "rejected": full_b[1:]},
+                {"prompt": [USER], "chosen": "84", "rejected": "12"},
+                {"prompt": null, "chosen": full_a[1:], "rejected": full_b[1:], "margin": 1.5},
+            ],
+            "preference",
+        )
+    )
+
+
+def test_implicit_prompt_is_the_longest_common_prefix():
+    head = [USER, assistant("84"), {"role": "user", "content": "Sure?"}]
+    row = run({"chosen": [*head, assistant("Yes")], "rejected": [*head, assistant("No"), USER]}, "preference")
+    assert marked(PLAIN, row.sequences[0]).endswith(
+        "user\nSure?<|im_end|>\n<|im_start|>assistant\n⟦Yes<|im_end|>\n⟧"
+    )
+    assert "assistant\n84<|im_end|>" in marked(PLAIN, row.sequences[0])
+
+
+def test_every_turn_of_the_assistant_is_trained():
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        USER,
+        assistant("84"),
+        {"role": "user", "content": "Sure?"},
+        assistant("Yes."),
+        {"role": "user", "content": "Thanks"},
+    ]
+    for tokenizer, bos in ((PLAIN, ""), (CHAT_BOS, "<s>")):
+        row = run({"messages": messages}, "sft", tokenizer)
+        assert marked(PLAIN, row.sequences[0]) == (
+            bos + "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHow many apples?<|im_end|>\n"
+            "<|im_start|>assistant\n⟦84<|im_end|>\n⟧<|im_start|>user\nSure?<|im_end|>\n"
+            "<|im_start|>assistant\n⟦Yes.<|im_end|>\n⟧<|im_start|>user\nThanks<|im_end|>\n"
+        )
+
+
+def test_messages_and_prompt_with_completion_agree():
+    same(*run([{"messages": [USER, assistant("84")]}, {"prompt": [USER], "completion": "84"}], "sft"))
+
+
+def test_tools_reach_the_template():
+    fields = {"messages": [USER, assistant("84")], "tools": [{"name": "a"}, {"name": "b"}]}
+    text = marked(PLAIN, run(fields, "sft", CHAT_BOS).sequences[0])
+    assert text.startswith("<s>[2 tools]<|im_start|>user")
+    fields["tools"] = '[{"name": "a"}]'  # as hub sets keep it
+    assert marked(PLAIN, run(fields, "sft", CHAT_BOS).sequences[0]).startswith("<s>[1 tools]")
+
+
+def test_train_on_prompt_trains_all_but_the_first_token():
+    for fields in ({"prompt": "a b", "completion": " c"}, {"messages": [USER, assistant("84")]}):
+        for tokenizer in (PLAIN, CHAT_BOS):
+            _, trained = run(fields, "sft", tokenizer, train_on_prompt=True).sequences[0]
+            assert not trained[0]
+            assert trained[1:].all()
+
+
+def test_a_thinking_mark_in_the_generation_prompt_only():
+    """The turn then begins where both renderings part, not inside the completion."""
+    template = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    row = run({"messages": [USER, assistant("84")]}, "sft", template=template)
+    assert marked(PLAIN, row.sequences[0]).endswith("<|im_start|>assistant\n⟦84<|im_end|>\n⟧")
+
+
+def test_a_template_that_rewrites_history_is_refused():
+    template = CHATML.replace("{{ m['content'] }}", "{{ m['content'] if loop.last else '...' }}")
+    bad = run({"messages": [USER, assistant("84")]}, "sft", template=template)
+    assert (bad.reason, bad.line) == ("template", 1)
+    assert bad.message.startswith("the chat template renders the first 1 message differently once others")
+
+
+TEXT = st.text(
+    alphabet=st.one_of(st.sampled_from(list(" \n\tae.,s1ß東🙂é")), st.characters(codec="utf-8")), max_size=30
+) | st.sampled_from(SENTENCES)
+
+
+@settings(max_examples=200, deadline=None)
+@given(prompt=TEXT, completion=TEXT.filter(bool), trim=st.booleans(), bos=st.booleans())
+def test_mask_by_bytes(prompt, completion, trim, bos):
+    """A token is trained if it ends beyond the last byte of the prompt, whatever was merged."""
+    tokenizer = tiny_tokenizer(bos=bos, trim_offsets=trim)
+    row = run({"prompt": prompt, "completion": completion}, "sft", tokenizer)
+    ids, trained = row.sequences[0]
+    sizes = [num_bytes(tokenizer, i) for i in ids]
+    if bos:
+        assert ids[0] == tokenizer.bos_token_id
+        sizes[0] = 0
+    assert ids[-1] == EOS
+    assert sum(sizes) == len((prompt + completion + "</s>").encode())
+    expected = np.cumsum(sizes) > len(prompt.encode())
+    expected[0] = False
+    assert trained.tolist() == expected.tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(texts=st.lists(TEXT.filter(str.strip), min_size=2, max_size=6), trim=st.booleans())
+def test_mask_of_turns_by_bytes(texts, trim):
+    """Several turns, by character offsets, against the bytes of a text put together by hand."""
+    tokenizer = tiny_tokenizer(trim_offsets=trim)
+    messages, trained_bytes = [], []
+    for i, text in enumerate(texts):
+        role = ("user", "assistant")[i % 2]
+        messages.append({"role": role, "content": text})
+        opening, body = f"<|im_start|>{role}\n".encode(), f"{text}<|im_end|>\n".encode()
+        trained_bytes += [False] * len(opening) + [role == "assistant"] * len(body)
+    ids, trained = run({"messages": messages}, "sft", tokenizer).sequences[0]
+    ends = np.cumsum([num_bytes(tokenizer, i) for i in ids])
+    assert ends[-1] == len(trained_bytes)
+    starts = ends - [num_bytes(tokenizer, i) for i in ids]
+    assert trained.tolist() == [any(trained_bytes[a:b]) for a, b in zip(starts, ends)]
+
+
+def test_a_merge_across_the_boundary_is_counted():
+    """The tokenizer makes one token of the two line feeds, or of the blank and the word after it."""
+    row = run({"prompt": "The dog ", "completion": "jumps"}, "sft")
+    assert marked(PLAIN, row.sequences[0]) == "The dog⟦ jumps</s>⟧"
+    assert row.merged_boundary
+    assert not run({"prompt": "The dog", "completion": " jumps"}, "sft").merged_boundary
+
+
+def test_a_tokenizer_without_offsets():
+    """Slow tokenizers: the prefix is enough for one completion; what needs offsets is refused."""
+
+    class Slow:
+        is_fast, eos_token_id = False, EOS
+
+        def __call__(self, text, add_special_tokens=True, verbose=True):
+            return {"input_ids": PLAIN(text, add_special_tokens=False)["input_ids"]}
+
+        apply_chat_template = staticmethod(PLAIN.apply_chat_template)
+        chat_template = CHATML
+
+    row = run({"prompt": "The dog", "completion": " jumps"}, "sft", Slow())
+    assert marked(PLAIN, row.sequences[0]) == "The dog⟦ jumps</s>⟧"
+    assert run({"prompt": "The dog ", "completion": "jumps"}, "sft", Slow()).reason == "boundary"
+
+
+def test_leftover_truncation_and_padding_of_the_tokenizer_are_not_applied():
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(max_length=2)
+    tokenizer.backend_tokenizer.enable_padding(length=50)
+    row = run({"prompt": "The quick brown fox", "completion": " jumps"}, "sft", tokenizer)
+    assert marked(PLAIN, row.sequences[0]) == "The quick brown fox⟦ jumps</s>⟧"
+
+
+BAD_PREFERENCE = [
+    ({"prompt": "a", "chosen": "b"}, "wrong_fields", "it has the fields prompt, chosen; needed: chosen and"),
+    ({"question": "a"}, "wrong_fields", "it has the fields question; needed: chosen and rejected"),
+    ({}, "wrong_fields", "it has the fields (none); needed:"),
+    (
+        {"prompt": None, "chosen": "a", "rejected": "b"},
+        "wrong_fields",
+        "it has the fields prompt (null), chosen",
+    ),
+    ({"prompt": "a", "chosen": " b", "rejected": " b"}, "same_pair", "chosen and rejected are the same"),
+    (
+        {"chosen": [USER, assistant("x")], "rejected": [USER, assistant("x")]},
+        "same_pair",
+        "chosen and rejected",
+    ),
+    ({"prompt": "a", "chosen": 3, "rejected": "b"}, "wrong_fields", "neither text nor a list of messages: 3"),
+    (
+        {"prompt": "a", "chosen": [], "rejected": []},
+        "wrong_fields",
+        "neither text nor a list of messages: []",
+    ),
+    (
+        {"chosen": [assistant("x")], "rejected": [assistant("y")]},
+        "wrong_fields",
+        "there is no prompt, and the",
+    ),
+    ({"prompt": "a", "chosen": ["x"], "rejected": ["y"]}, "wrong_fields", "a message is not {"),
+    (
+        {"prompt": [USER], "chosen": [USER], "rejected": [USER]},
+        "wrong_fields",
+        "the completion does not begin",
+    ),
+]
+BAD_SFT = [
+    (
+        {"prompt": "a"},
+        "wrong_fields",
+        "it has the fields prompt; needed: messages, or prompt and completion, or",
+    ),
+    ({"messages": "hello"}, "wrong_fields", "messages is a string, not a list of messages"),
+    ({"messages": [USER]}, "no_trained_token", "no message of the assistant follows another one"),
+    ({"messages": [{"content": "x"}]}, "wrong_fields", 'a message is not {"role": ..., "content": ...}: {'),
+    ({"messages": [USER, assistant("x")], "tools": "{"}, "wrong_fields", "tools is not JSON: Expecting"),
+    ({"prompt": "\ud83d", "completion": "x"}, "not_unicode", "character 1 of the text (\\ud83d) is half a"),
+    ({"prompt": "", "completion": ""}, "no_trained_token", "the completion has no token to train on"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "reason", "message"),
+    [("preference", *case) for case in BAD_PREFERENCE] + [("sft", *case) for case in BAD_SFT],
+)
+def test_bad_rows_between_good_ones(kind, fields, reason, message):
+    good = {"prompt": "a", "completion": "b", "chosen": "c", "rejected": "d"}
+    before, bad, after = run([good, fields, good], kind)
+    assert isinstance(bad, BadRow)
+    assert (bad.source, bad.line, bad.reason) == ("a.jsonl", 2, reason)
+    assert bad.message.startswith(message)
+    same(before, after)
+
+
+def test_what_the_template_raises_is_told():
+    template = "{{ raise_exception('roles must alternate') }}"
+    bad = run({"messages": [USER, assistant("x")]}, "sft", template=template)
+    assert bad.message == "the chat template refuses it: roles must alternate"
+
+
+def test_a_template_that_prints_the_date_prints_the_same_one_every_day():
+    template = "{{ strftime_now('%d %b %Y') }} " + CHATML
+    row = run({"messages": [USER, assistant("x")]}, "sft", template=template)
+    assert marked(PLAIN, row.sequences[0]).startswith("26 Jul 2024 <|im_start|>user")
+
+
+def test_length_limit_counts_every_special_token():
+    """'a' + 'b' + EOS are 3 tokens: 3 are allowed by 3, not by 2."""
+    fields = {"prompt": "a", "completion": "b"}
+    assert len(run(fields, "sft", max_length=3).sequences[0][0]) == 3
+    bad = run(fields, "sft", max_length=2)
+    assert (bad.reason, bad.message, bad.tokens) == (
+        "over_length",
+        "3 tokens, more than data.max_length=2",
+        3,
+    )
+
+
+def test_configuration_errors_name_the_key(tmp_path):
+    with pytest.raises(UserError, match=r"no chat template: set model\.chat_template"):
+        run({"messages": [USER, assistant("x")]}, "sft", template=None)
+    with pytest.raises(UserError, match=r"model\.chat_template: line 1: "):
+        run({"messages": [USER, assistant("x")]}, "sft", template="{% for %}")
+    with pytest.raises(
+        UserError, match=r"model\.chat_template: neither a Jinja template nor a file: x\.jinja"
+    ):
+        chat_template("x.jinja", PLAIN)
+    (tmp_path / "t.jinja").write_text(CHATML)
+    assert chat_template(str(tmp_path / "t.jinja"), PLAIN) == CHATML
+    assert chat_template(None, CHAT_BOS) == WITH_BOS
+    without_eos = tiny_tokenizer()
+    without_eos.eos_token = None
+    with pytest.raises(UserError, match=r"model\.tokenizer has no EOS token"):
+        run({"prompt": "a", "completion": "b"}, "sft", without_eos)
+
+
+def test_tokenizer_digest_ignores_leftovers_and_sees_changes():
+    used = tiny_tokenizer()
+    used(["a", "b c d"], padding=True, truncation=True, max_length=4)
+    assert tokenizer_digest(used) == tokenizer_digest(tiny_tokenizer())
+    assert tokenizer_digest(tiny_tokenizer(bos=True)) != tokenizer_digest(used)
+    used.eos_token = "<|im_end|>"
+    assert tokenizer_digest(tiny_tokenizer()) != tokenizer_digest(used)
