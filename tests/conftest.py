@@ -17,7 +17,10 @@ REPO = Path(__file__).resolve().parents[1]
 
 
 def has_gpu() -> bool:
-    return bool(shutil.which("nvidia-smi")) and not subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode
+    return (
+        bool(shutil.which("nvidia-smi"))
+        and not subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -39,8 +42,8 @@ def repo() -> Path:
 def slurm_cluster() -> Iterator[LocalCluster]:
     """A running two-node cluster: tests/run.sh's, or one for this session alone.
 
-    `slurm_cluster.slurm("squeue", ...)` runs a Slurm command there, `slurm_cluster.environment()` is for other
-    processes, tests/jobs.py has the rest. Nobody may take it down or change its partitions.
+    `slurm_cluster.slurm("squeue", ...)` runs a Slurm command there, `slurm_cluster.environment()` is for
+    other processes, tests/jobs.py has the rest. Nobody may take it down or change its partitions.
     """
     shared = os.environ.get("STROP_TEST_CLUSTER")
     if shared:

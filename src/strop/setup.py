@@ -41,9 +41,10 @@ log = logging.getLogger("strop")
 
 FIRST_LOSS_SCALE = 2.0**16
 
+
 @dataclass
 class State:
-    """All that a checkpoint holds beside tensors. The data's state is `step`, since the plan is a function."""
+    """What a checkpoint holds beside tensors. The data's state is `step`, since the plan is a function."""
 
     step: int = 0
     """Optimiser steps done."""
@@ -109,7 +110,18 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
     )
     max_steps = config.train.max_steps or math.ceil(config.train.max_epochs * per_epoch)
     t = Trainer(
-        run, config, algo, dist, policy, optimizer, train_store, val_store, report, position, per_epoch, max_steps
+        run,
+        config,
+        algo,
+        dist,
+        policy,
+        optimizer,
+        train_store,
+        val_store,
+        report,
+        position,
+        per_epoch,
+        max_steps,
     )
     t.reduce_each = parallel.reduce_each_micro_batch(policy)
     if config.train.precision == "fp16":
@@ -118,7 +130,9 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
     return t
 
 
-def _data(run: Run, config: Config, algo: ModuleType, report: Report) -> tuple[TokenStore, Optional[TokenStore]]:
+def _data(
+    run: Run, config: Config, algo: ModuleType, report: Report
+) -> tuple[TokenStore, Optional[TokenStore]]:
     """Rank 0 tokenises (or finds it done) and tells the others where; they wait without a collective,
     whose time-out long work would exceed."""
     told = run.logs / "data.json"
@@ -142,7 +156,9 @@ def _data(run: Run, config: Config, algo: ModuleType, report: Report) -> tuple[T
         rendezvous.wait_for_file(run.dir, run.attempt, run.env.rank, told, run.stop)
         paths = json.loads(told.read_text())
     assert paths["train"] is not None
-    return TokenStore.open(paths["train"]), TokenStore.open(paths["validation"]) if paths["validation"] else None
+    return TokenStore.open(paths["train"]), TokenStore.open(paths["validation"]) if paths[
+        "validation"
+    ] else None
 
 
 def _settle(run: Run, config: Config, dist: Dist) -> Config:
@@ -230,7 +246,9 @@ def tensors(t: Trainer) -> dict[str, torch.Tensor]:
 
 def _choices(t: Trainer) -> dict[str, Any]:
     """What the run's first attempt found out (layout, head, reference files); {} before."""
-    return t.dist.broadcast(files.read_json(t.run.dir / "data" / "choices.json") or {} if t.dist.is_main else None)
+    return t.dist.broadcast(
+        files.read_json(t.run.dir / "data" / "choices.json") or {} if t.dist.is_main else None
+    )
 
 
 def _set_layout(t: Trainer, choices: dict[str, Any]) -> None:
@@ -267,7 +285,12 @@ def _reference_files(t: Trainer) -> dict[str, str]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "ranks": t.dist.world_size,
-        "plan": [c.train.seed, c.train.global_batch_size, c.train.micro_batch_tokens, c.train.micro_batch_size],
+        "plan": [
+            c.train.seed,
+            c.train.global_batch_size,
+            c.train.micro_batch_tokens,
+            c.train.micro_batch_size,
+        ],
     }
     cache = cache_dir(t.run, c)
     return {name: str(reference.cache_file(cache, store, facts)) for name, store in _stores(t).items()}

@@ -82,6 +82,7 @@ def weights_digest(path: str, revision: Optional[str]) -> str:
 
 def build_empty(config: ModelConfig) -> PreTrainedModel:
     """The module in fp32 with allocated but untouched weights (no memory until written) and real buffers."""
+    assert config.path is not None
     try:
         hf_config = AutoConfig.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
@@ -91,7 +92,9 @@ def build_empty(config: ModelConfig) -> PreTrainedModel:
                 hf_config, dtype=torch.float32, trust_remote_code=config.trust_remote_code
             )
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.path: {config.path!r} is no causal language model ({_first_line(error)})") from error
+        raise UserError(
+            f"model.path: {config.path!r} is no causal language model ({_first_line(error)})"
+        ) from error
     model.tie_weights()
     model.config.use_cache = False
     return model
@@ -99,26 +102,28 @@ def build_empty(config: ModelConfig) -> PreTrainedModel:
 
 def scatter_weights(model: nn.Module, config: ModelConfig, dist: Dist, path: Optional[str] = None) -> None:
     """Fill the sharded `model` from a checkpoint in HF format (`config.path` if `path` is null)."""
+    path = path or config.path
+    assert path is not None
     source: dict[str, torch.Tensor] = {}
     failure = None
     if dist.is_main:
         try:
             loaded = AutoModelForCausalLM.from_pretrained(
-                path or config.path,
-                revision=config.revision if path is None else None,
+                path,
+                revision=config.revision if path == config.path else None,
                 trust_remote_code=config.trust_remote_code,
                 dtype="auto",
             )
             source = loaded.state_dict()
         except (OSError, ValueError, KeyError) as error:
-            failure = f"model.path: cannot load {path or config.path!r} ({_first_line(error)})"
+            failure = f"model.path: cannot load {path!r} ({_first_line(error)})"
     if failure := dist.broadcast(failure):
         raise UserError(failure)
     with torch.no_grad():
         for name, tensor in distinct_state(model).items():
             full = source.get(name) if dist.is_main else None
             if dist.is_main and (full is None or full.shape != tensor.shape):
-                raise UserError(f"{path or config.path}: no weight {name} of shape {tuple(tensor.shape)}")
+                raise UserError(f"{path}: no weight {name} of shape {tuple(tensor.shape)}")
             _scatter(tensor, full)
 
 

@@ -186,6 +186,11 @@ class LocalCluster:
                 f"Slurm is not installed here (no {', '.join(missing)}). "
                 f"On Debian or Ubuntu, as root:\n  {APT_COMMAND}"
             )
+        if not re.fullmatch(r"[\w./+-]+", str(self.directory), re.ASCII):
+            raise ClusterError(
+                f"{self.directory}: slurm.conf can name no folder with blanks or special characters; "
+                "choose another with --dir"
+            )
         if len(str(self.directory)) > LONGEST_SOCKET_PATH:
             raise ClusterError(
                 f"{self.directory}: {len(str(self.directory))} characters are too long for Slurm's sockets "
