@@ -116,6 +116,7 @@ def show(report: dict[str, Any]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console(width=100)
     before, after, first, last = (report[k] for k in ("before", "after", "first", "last"))
@@ -145,8 +146,8 @@ def show(report: dict[str, Any]) -> None:
     for heading in ("question", "before", "after"):
         answers.add_column(heading, ratio=1)
     for question, old, new in zip(report["questions"], before["samples"], after["samples"]):
-        answers.add_row(question, old, new)
-    console.print(answers, markup=False)
+        answers.add_row(*(Text(cell) for cell in (question, old, new)))
+    console.print(answers)
 
 
 def main() -> None:
