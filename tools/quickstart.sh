@@ -33,8 +33,8 @@ parse_arguments() {
         *) echo "usage: bash tools/quickstart.sh [--tiny]" >&2 && exit 64 ;;
     esac
     if [[ -n $tiny ]]; then
-        model=assets/tiny base_name=quickstart-tiny most_steps=60 train_seconds=60
-        options=("model.path=$model" optim.lr=3e-4 dpo.beta=0.1 validation.every=15 checkpoint.every=15)
+        model=assets/tiny base_name=quickstart-tiny most_steps=40 train_seconds=60
+        options=("model.path=$model" optim.lr=1e-4 dpo.sft_loss_weight=1.0 validation.every=15 checkpoint.every=15)
     else
         model=assets/smollm2-135m-instruct base_name=quickstart most_steps=30 train_seconds=200
         options=()
@@ -47,7 +47,7 @@ find_cluster() {
     if command -v sinfo >/dev/null && timeout 10 sinfo --noheader >/dev/null 2>&1; then
         info "using the Slurm that answers here: $(sinfo --version)"
     elif ensure_slurm; then
-        advice='The local cluster did not start: see the messages above, and `python -m tools.local_slurm status`.'
+        advice='The local cluster did not start: see the messages above. State of its parts: python -m tools.local_slurm status'
         "$PYTHON" -m tools.local_slurm up | sed 's/^/   /'
         eval "$("$PYTHON" -m tools.local_slurm env)"
     else
@@ -108,25 +108,10 @@ watch_run() {
     fi
 }
 
-interrupt() {
-    info 'Now the job is interrupted on purpose, as the end of its time limit or a preemption would do it:'
-    info 'it gets USR1, commits a checkpoint, goes back into the queue and is started again.'
-    if [[ $launcher == slurm ]]; then
-        info "scancel --signal=USR1 --batch $job"
-        scancel --signal=USR1 --batch "$job"
-    else
-        info "kill -USR1 $job"
-        kill -USR1 "$job"
-    fi
-}
-
 train() {
     submit
-    local half=$((steps / 2))
     if [[ -z $resuming ]]; then
-        watch_run --until "$half"
-        interrupt
-        watch_run --after "$((half + 1))"
+        watch_run --interrupt $((steps / 2))
     else
         info "runs/$name stands half-way and is resumed"
         watch_run
@@ -159,7 +144,7 @@ EOF
     cat <<EOF
      sbatch --nodes=2 sbatch/dpo.sh run.name=mine dpo.beta=0.3  # another run of the demo
      sbatch --nodes=2 sbatch/sft.sh                             # supervised fine-tuning
-     python -m tools.plot runs/$name runs/mine                  # compare the two
+     python -m tools.plot runs/$name runs/mine       # compare the two
      python -m strop.train dpo --help                           # every setting
      python -m tools.local_slurm down                           # stop the local cluster
 EOF

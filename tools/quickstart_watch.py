@@ -1,9 +1,9 @@
-"""Watch a run from outside: a line per step until a step is reached or the run has ended.
+"""Watch a run from outside, a line per step, until it has ended; interrupt it once on the way.
 
-    python3 -m tools.quickstart_watch --run runs/NAME --steps N [--until STEP] [--job ID] [--pid PID]
+    python3 -m tools.quickstart_watch --run runs/NAME --steps N (--job ID | --pid PID) [--interrupt STEP]
 
-It reads what any user can read: metrics.jsonl, timing.jsonl and the attempts' records. Exit code 0: reached;
-1: the job has ended otherwise (its own summary is printed). Standard library only.
+It reads what any user can read: metrics.jsonl, timing.jsonl and the attempts' records. Exit code 0: the run
+is done; 1: the job has ended otherwise (its own summary is printed). Standard library only.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -59,7 +60,7 @@ def describe(row: dict[str, Any], steps: int, seconds: list[float]) -> str:
     return text
 
 
-def has_ended(run: Path, job: Optional[str], pid: Optional[int]) -> bool:
+def has_ended(job: Optional[str], pid: Optional[int]) -> bool:
     """Whether the job is gone for good; a requeued one is not."""
     if pid is not None:
         try:
@@ -71,27 +72,41 @@ def has_ended(run: Path, job: Optional[str], pid: Optional[int]) -> bool:
     return record is None or record["JobState"] in GONE
 
 
+def interrupt(job: Optional[str], pid: Optional[int]) -> None:
+    """What a job gets near its time limit; a preemption does the same to it."""
+    print(
+        "Now the job is interrupted on purpose, as by a preemption or the end of its time limit:\n"
+        "it gets USR1, commits a checkpoint, goes back into the queue and is started again."
+    )
+    if job:
+        words = ["scancel", "--signal=USR1", "--batch", job]
+        print(" ".join(words), flush=True)
+        command.slurm(words)
+    elif pid is not None:
+        print(f"kill -USR1 {pid}", flush=True)
+        os.kill(pid, signal.SIGUSR1)
+
+
 def watch(args: argparse.Namespace) -> bool:
     metrics, timing = Lines(args.run / "metrics.jsonl"), Lines(args.run / "timing.jsonl")
     seconds: list[float] = []
-    shown, seen_attempts, last_look = -1, 0, 0.0
+    seen_attempts, last_look, to_interrupt = 0, 0.0, args.interrupt
     while True:
         ended = False
         if time.monotonic() - last_look > 5:  # asked before the files are read: what it wrote last is seen
             last_look = time.monotonic()
-            ended = has_ended(args.run, args.job, args.pid)
-        seconds += [row["step_s"] for row in timing.read()]
+            ended = has_ended(args.job, args.pid)
         records = attempts.read_all(args.run)
         if len(records) > seen_attempts:
             seen_attempts = len(records)
             nodes = ", ".join(records[-1].get("nodes") or [])
             print(f"  attempt {seen_attempts} has begun" + (f" on {nodes}" if nodes else ""), flush=True)
+        seconds += [row["step_s"] for row in timing.read()]
         for row in metrics.read():
-            if row["step"] >= max(shown, args.after):  # after a resume old lines are read again
-                print(describe(row, args.steps, seconds), flush=True)
-                shown = row["step"]
-        if args.until is not None and shown >= args.until:
-            return True
+            print(describe(row, args.steps, seconds), flush=True)
+            if to_interrupt is not None and row["step"] >= to_interrupt:
+                to_interrupt = None
+                interrupt(args.job, args.pid)
         if records and records[-1]["state"] == "DONE" and records[-1].get("closed"):
             return True
         if ended:
@@ -107,8 +122,7 @@ def main() -> None:
     )
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--steps", type=int, required=True, help="steps that the run will make")
-    parser.add_argument("--until", type=int, help="return as soon as this step is done")
-    parser.add_argument("--after", type=int, default=0, help="show steps from here on")
+    parser.add_argument("--interrupt", type=int, metavar="STEP", help="interrupt the job after this step")
     parser.add_argument("--job", help="Slurm job id")
     parser.add_argument("--pid", type=int, help="process id of a job without Slurm")
     sys.exit(0 if watch(parser.parse_args()) else 1)
