@@ -210,7 +210,7 @@ def test_time_limit(submit):
 
 
 def test_too_little_time_to_commit(submit):
-    """The commit takes longer than there is: killed, requeued, and the next attempt starts from what is there."""
+    """The commit takes longer than there is: killed, requeued, and the next one starts from what is there."""
     job = submit("--nodes=2", "--partition=low", "steps=40", "hold_commit_s=60", "run.name=slow")
     run = Path("runs/slow")
     wait_until(lambda: len(steps(run)) >= 3)
