@@ -239,3 +239,13 @@ def test_through_tools_submit(submit):
     assert causes(job.run_dir) == ["time_limit", "done"]
     assert any("PENDING" in line for line in states)
     assert "attempt 2" in job.output.read_text()
+
+
+def test_node_that_failed_the_preflight_check_is_left_out(submit):
+    job = submit("--nodes=1", "steps=5", "fail=exception", "phase=PREFLIGHT", "once=1", "run.name=node")
+    record = ended(job, 90)
+    assert (record["JobState"], record["Restarts"]) == ("COMPLETED", "1")
+    first, second = attempts.read_all(Path("runs/node"))
+    assert first["exclude"] == first["nodes"]
+    assert second["nodes"] != first["nodes"]
+    assert record["ExcNodeList"] == first["nodes"][0]

@@ -48,7 +48,7 @@ def process_start(pid: int) -> Optional[str]:
 
 
 def living_owner(run_dir: Path, record: dict[str, Any], me: Owner) -> tuple[Optional[str], bool]:
-    """(who holds the run, or None if the attempt has ended or its owner is dead; whether that one is dying)."""
+    """(who holds the run, or None if the attempt has ended or its owner is dead; whether they are dying)."""
     if record.get("broken"):  # its creator died while it wrote, or is writing just now
         young = _age_s(run_dir, record) < CREATION_LIMIT_S
         return ("an attempt that is just being created", True) if young else (None, False)
