@@ -201,12 +201,12 @@ def test_second_job_of_a_living_run_is_refused(submit):
 
 def test_time_limit(submit):
     """The real thing once: Slurm's own signal before the end of --time=1. It may come up to 60 s early."""
-    job = submit("--nodes=1", "--time=1", "--signal=B:USR1@50", "steps=150", "run.name=limit")
+    job = submit("--nodes=1", "--time=1", "--signal=B:USR1@50", "steps=400", "run.name=limit")
     record = ended(job, 180)
     assert (record["JobState"], record["ExitCode"]) == ("COMPLETED", "0:0")
     assert int(record["Restarts"]) >= 1
     assert set(causes(Path("runs/limit"))) == {"time_limit", "done"}
-    assert [s["step"] for s in steps(Path("runs/limit"))] == list(range(1, 151))
+    assert [s["step"] for s in steps(Path("runs/limit"))] == list(range(1, 401))
 
 
 def test_too_little_time_to_commit(submit):
