@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import inspect
 import re
 import types
 import typing
@@ -44,13 +45,16 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
+        mapping = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                problem = "a key must be a plain name"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            if key_node.value in mapping:
                 problem = f"{key_node.value} is given twice"
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
+            mapping[key_node.value] = self.construct_object(value_node, deep=deep)
+        return mapping
 
 
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
@@ -97,7 +101,7 @@ class Leaf:
 
 def leaves(schema: type) -> dict[str, Leaf]:
     """Every key of a tree of dataclasses, dotted, in its order, with type, default and docstring."""
-    docs = _docstrings(Path(str(__import__(schema.__module__, fromlist=["_"]).__file__)))
+    docs = _docstrings(Path(inspect.getfile(schema)))
     found: dict[str, Leaf] = {}
 
     def walk(cls: type, prefix: str, default: Any) -> None:
@@ -237,6 +241,7 @@ FITS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
     str: "text",
+    Any: "text or a list of texts",
     list[float]: "a list of numbers",
     dict[str, Any]: "a mapping",
 }
@@ -247,7 +252,7 @@ def fit(entry: Entry, hint: Any) -> Any:
     """The entry's value as the field's type; UserError if it is of another."""
     value = entry.value
     inner, optional = _without_none(hint)
-    if (value is None and optional) or inner is Any:
+    if (value is None and optional) or (inner is Any and not isinstance(value, dict)):
         return value
     if isinstance(entry.text, str) and INTERPOLATION in entry.text:
         return entry.text  # resolved, and checked once more, after the merge
@@ -262,7 +267,7 @@ def fit(entry: Entry, hint: Any) -> Any:
     elif inner is int:
         if is_number and isinstance(value, int):
             return value
-    elif isinstance(value, typing.get_origin(inner) or inner):
+    elif inner is not Any and isinstance(value, typing.get_origin(inner) or inner):
         return value
     expected = FITS[inner] + (" or null" if optional else "")
     raise UserError(f"{entry.where}: {entry.key} is {_show(entry)}, expected {expected}")
@@ -341,31 +346,30 @@ def merge(
     schema: type, known: Mapping[str, Leaf], layers: Sequence[Sequence[Entry]]
 ) -> tuple[Any, dict[str, str]]:
     """Defaults < layers in their order. Returns the tree and, for each key that was set, where."""
-    tree = OmegaConf.structured(schema)
-    where: dict[str, str] = {}
-    for layer in layers:
-        nested: dict[str, Any] = {}
-        for entry in layer:
-            *path, name = entry.key.split(".")
-            target = nested
-            for part in path:
-                target = target.setdefault(part, {})
-            target[name] = entry.value
-            where[entry.key] = entry.where
-        tree = OmegaConf.merge(tree, nested)
-    plain = _resolved(tree)
+    where = {entry.key: entry.where for layer in layers for entry in layer}
+    try:
+        tree = OmegaConf.merge(OmegaConf.structured(schema), *(_nested(layer) for layer in layers))
+        plain: Any = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as e:
+        key = str(e.full_key or "")
+        place_ = where.get(key.partition("[")[0], COMMAND_LINE)
+        reason = str(e).splitlines()[0]
+        raise UserError(f"{place_}: {key}: ${{...}} cannot be resolved: {reason}") from None
     for key, place_ in where.items():
         if key in known:
-            value: Any = plain
+            value = plain
             for part in key.split("."):
                 value = value[part]
             fit(Entry(key, value, None, place_), known[key].hint)
     return OmegaConf.to_object(tree), where
 
 
-def _resolved(tree: Any) -> Any:
-    try:
-        return OmegaConf.to_container(tree, resolve=True)
-    except OmegaConfBaseException as e:
-        reason = str(e).splitlines()[0]
-        raise UserError(f"{e.full_key or 'configuration'}: ${{...}} cannot be resolved: {reason}") from None
+def _nested(layer: Sequence[Entry]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for entry in layer:
+        *path, name = entry.key.split(".")
+        target = tree
+        for part in path:
+            target = target.setdefault(part, {})
+        target[name] = entry.value
+    return tree

@@ -1,11 +1,14 @@
 """Configuration: what comes out of a file and a command line, and the exact message for each mistake."""
 
 import ast
+import contextlib
 import re
 from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from strop import config, config_check, config_load
 from strop.aliases import ALIASES
@@ -106,6 +109,7 @@ WORD_MISTAKES = [
     ("dpo.loss=kto", "dpo.loss is 'kto'; it must be one of sigmoid, hinge, ipo, robust"),
     ("train.precision=bf61", "train.precision is 'bf61'; it must be one of auto, bf16, fp16, fp32"),
     ("data.train=3", "data.train is 3; it must be text or a list of texts"),
+    ("data.train={a: 1}", "data.train is {'a': 1}, expected text or a list of texts"),
     ("data.validation=[a, 3]", "data.validation is ['a', 3]; it must be text or a list of texts"),
     ("optim.betas=[0.9]", "optim.betas is [0.9]; it must be two numbers in [0, 1)"),
     ("optim.betas=[0.9, 1]", "optim.betas is [0.9, 1.0]; it must be two numbers in [0, 1)"),
@@ -187,7 +191,43 @@ def test_a_mistake_in_the_file(file, text, expected):
     "word", ["train.seed=${log.project}", "train.seed=${no.such}", "run.name=${run.name}"]
 )
 def test_an_interpolation_that_cannot_be_resolved_names_its_key(file, word):
-    assert message(file, word).startswith(f"{word.split('=')[0]}: ${{...}} cannot be resolved: ")
+    assert message(file, word).startswith(
+        f"command line: {word.split('=')[0]}: ${{...}} cannot be resolved: "
+    )
+
+
+def test_an_interpolation_in_a_file_names_its_line(file):
+    text = MINIMAL + "train:\n  seed: ${policy.seed}\n"
+    assert message(file, text=text) == (
+        "c.yaml:6: train.seed: ${...} cannot be resolved: Interpolation key 'policy.seed' not found"
+    )
+
+
+WORDS = st.text(alphabet="abenul-_+=:${}[]'\"%&*#!|>?~@<, \n\t01", max_size=12)
+KEYS = st.sampled_from([*config_load.leaves(Config), *ALIASES, "+metadata.a", "metadata.b.c", "train", "x"])
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(key=KEYS, value=WORDS)
+def test_any_word_either_loads_or_is_the_users_mistake(file, key, value):
+    file.write_text(MINIMAL)
+    try:
+        c = load("dpo", file, [f"{key}={value}"])
+    except UserError:
+        return
+    assert loaded(file, text=dump_yaml(c)) == c
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(st.tuples(KEYS, WORDS), max_size=4), WORDS)
+def test_any_file_either_loads_or_is_the_users_mistake(file, settings_, junk):
+    text = (
+        MINIMAL
+        + "".join(f"{k.partition('.')[0]}:\n  {k.partition('.')[2]}: {v}\n" for k, v in settings_)
+        + junk
+    )
+    with contextlib.suppress(UserError):
+        loaded(file, text=text)
 
 
 def test_a_missing_file_names_those_nearby(file):
