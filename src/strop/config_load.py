@@ -16,7 +16,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -236,41 +236,41 @@ def _entry(loader: _Loader, key: str, node: yaml.Node, where: str) -> Entry:
 
 # ------------------------------------------------------------------------------------ checks and merge
 
-FITS: dict[Any, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    Any: "text or a list of texts",
-    list[float]: "a list of numbers",
-    dict[str, Any]: "a mapping",
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    bool: ("true or false", lambda v: isinstance(v, bool)),
+    int: ("a whole number", lambda v: _is_number(v) and isinstance(v, int)),
+    float: ("a number", _is_number),
+    str: ("text", lambda v: isinstance(v, str)),
+    list[float]: ("a list of numbers", lambda v: isinstance(v, list) and all(map(_is_number, v))),
+    dict[str, Any]: ("a mapping", lambda v: isinstance(v, dict)),
+    Any: ("text or a list of texts", lambda v: not isinstance(v, dict)),
 }
-"""The types that the schema uses, and how a message names them."""
+"""The types that the schema uses: how a message names each, and what belongs to it."""
 
 
 def fit(entry: Entry, hint: Any) -> Any:
     """The entry's value as the field's type; UserError if it is of another."""
-    value = entry.value
+    value, text = entry.value, entry.text
     inner, optional = _without_none(hint)
-    if (value is None and optional) or (inner is Any and not isinstance(value, dict)):
-        return value
-    if isinstance(entry.text, str) and INTERPOLATION in entry.text:
-        return entry.text  # resolved, and checked once more, after the merge
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if inner is str and value is not None and entry.text is not None:
-        return entry.text
-    if inner is float and is_number:
+    if value is None and (optional or inner is Any):
+        return None
+    if text is not None and INTERPOLATION in text:
+        return text  # resolved, and checked once more, after the merge
+    if inner is str and text is not None and value is not None:
+        return text
+    name, belongs = KINDS[inner]
+    if not belongs(value):
+        raise UserError(
+            f"{entry.where}: {entry.key} is {_show(entry)}, expected {name}{' or null' if optional else ''}"
+        )
+    if inner is float:
         return float(value)
-    if inner == list[float] and isinstance(value, list):
-        if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value):
-            return [float(v) for v in value]
-    elif inner is int:
-        if is_number and isinstance(value, int):
-            return value
-    elif inner is not Any and isinstance(value, typing.get_origin(inner) or inner):
-        return value
-    expected = FITS[inner] + (" or null" if optional else "")
-    raise UserError(f"{entry.where}: {entry.key} is {_show(entry)}, expected {expected}")
+    return [float(v) for v in value] if inner == list[float] else value
 
 
 def _without_none(hint: Any) -> tuple[Any, bool]:

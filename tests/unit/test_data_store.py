@@ -35,6 +35,8 @@ def test_arrays_as_written_by_hand(tmp_path):
     chosen, rejected = store.sequences(1)
     assert (chosen[0].tolist(), rejected[0].tolist()) == ([7, 8], [7, 9])
     assert (chosen[1].tolist(), rejected[1].tolist()) == ([False, True], [False, True])
+    with pytest.raises(ValueError, match="read-only"):
+        store.tokens[0] = 1
 
 
 def test_an_error_among_the_rows_leaves_nothing(tmp_path):

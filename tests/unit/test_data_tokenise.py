@@ -313,6 +313,12 @@ def test_what_the_template_raises_is_told():
     assert bad.message == "the chat template refuses it: roles must alternate"
 
 
+def test_a_template_that_prints_the_date_prints_the_same_one_every_day():
+    template = "{{ strftime_now('%d %b %Y') }} " + CHATML
+    row = run({"messages": [USER, assistant("x")]}, "sft", template=template)
+    assert marked(PLAIN, row.sequences[0]).startswith("26 Jul 2024 <|im_start|>user")
+
+
 def test_length_limit_counts_every_special_token():
     """'a' + 'b' + EOS are 3 tokens: 3 are allowed by 3, not by 2."""
     fields = {"prompt": "a", "completion": "b"}

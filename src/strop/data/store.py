@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,8 +152,8 @@ def _stream(
     rows: Iterator[TokenisedRow], tokens: BinaryIO, trained: BinaryIO, seqs_per_row: int
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Append every row to the two files; returns offsets [S + 1], row sources [R, 2] and source names."""
-    offsets = [0]
-    row_sources: list[tuple[int, int]] = []
+    offsets = array("q", [0])
+    row_sources = array("q")
     sources: dict[str, int] = {}
     for row in rows:
         assert len(row.sequences) == seqs_per_row
@@ -162,10 +163,10 @@ def _stream(
             tokens.write(np.ascontiguousarray(ids, dtype=np.int32).data)
             trained.write(np.ascontiguousarray(mask, dtype=np.bool_).data)
             offsets.append(offsets[-1] + len(ids))
-        row_sources.append((sources.setdefault(row.source, len(sources)), row.line))
+        row_sources.extend((sources.setdefault(row.source, len(sources)), row.line))
     return (
-        np.array(offsets, dtype=np.int64),
-        np.array(row_sources, dtype=np.int64).reshape(-1, 2),
+        np.frombuffer(offsets, dtype=np.int64),
+        np.frombuffer(row_sources, dtype=np.int64).reshape(-1, 2),
         list(sources),
     )
 
