@@ -28,6 +28,7 @@ from strop.report import Report
 from strop.run import Position, Run
 from strop.setup import Trainer
 from strop.slurm import attempts, files
+from strop.slurm.rendezvous import PeerFailed
 
 log = logging.getLogger("strop")
 
@@ -45,14 +46,15 @@ class Meter:
 
     def add(self, metrics: Metrics, weight: float = 1.0) -> None:
         for name, (total, count) in metrics.items():
-            pair = (total.detach() * weight, count * weight)
+            # fp64: a validation set has more tokens than fp32 can count
+            pair = (total.detach().double() * weight, count.double() * weight)
             old = self._totals.get(name)
             self._totals[name] = pair if old is None else (old[0] + pair[0], old[1] + pair[1])
 
     def reduce(self, dist: Dist) -> dict[str, float]:
         """Means over all ranks, by name. Every rank must have added the same names."""
         names = sorted(self._totals)
-        values = torch.stack([x.double() for name in names for x in self._totals[name]]).tolist()
+        values = torch.stack([x for name in names for x in self._totals[name]]).tolist()
         sums = dist.sum(values)
         return {name: sums[2 * i] / sums[2 * i + 1] for i, name in enumerate(names) if sums[2 * i + 1]}
 
@@ -174,6 +176,7 @@ def _update(t: Trainer, lr: float, loss: float, batches: list[Batch]) -> float:
         optim.scale_grads(grads, factor / state.loss_scale)
         optim.set_learning_rate(t.optimizer, lr)
         t.optimizer.step()
+        state.num_updates += 1
     t.optimizer.zero_grad(set_to_none=True)
     if c.train.precision == "fp16":
         _adapt_loss_scale(t, finite)
@@ -248,10 +251,12 @@ def _validate(t: Trainer) -> bool:
 def _note_best(t: Trainer, means: dict[str, float]) -> None:
     """Keep the best value of `checkpoint.best_metric`, and how long ago it was."""
     c, state = t.config.checkpoint, t.state
-    if c.best_metric is None or state.step == 0:
+    if c.best_metric is None:
         return
     if c.best_metric not in means:
         raise UserError(f"checkpoint.best_metric: no {c.best_metric} in validation; there are {', '.join(means)}")
+    if state.step == 0:
+        return
     value = means[c.best_metric]
     falls = c.best_mode == "min" or (c.best_mode == "auto" and c.best_metric.endswith("loss"))
     gain = math.inf if state.best_value is None else (state.best_value - value if falls else value - state.best_value)
@@ -272,13 +277,16 @@ def _save(t: Trainer) -> None:
         return
     t.position.phase = "save"
     begin = time.monotonic()
+    if not t.dist.broadcast(attempts.holds_lease(t.run.dir, t.run.attempt)):
+        raise PeerFailed(f"a newer attempt of {t.run.dir} has begun: this one must not commit any more")
     t.state.metrics_bytes = t.report.sync()
     root, state = t.run.checkpoints, dataclasses.asdict(t.state)
-    if not checkpoint.save(root, t.state.step, t.run.attempt, setup.tensors(t), state, t.dist):
-        return
+    is_new = checkpoint.save(root, t.state.step, t.run.attempt, setup.tensors(t), state, t.dist)
     if t.dist.is_main:
+        # Also where the step was committed before: by an attempt that died here, or inside its validation.
         if t.state.best_step == t.state.step:
             best = {"step": t.state.step, "metric": t.config.checkpoint.best_metric, "value": t.state.best_value}
             files.write_json(root / "BEST.json", best)
         checkpoint.clean_up(root, t.config.checkpoint.keep_last, t.state.best_step)
-    t.report.saved(t.state.step, seconds=time.monotonic() - begin)
+    if is_new:
+        t.report.saved(t.state.step, seconds=time.monotonic() - begin)

@@ -125,8 +125,10 @@ class Policy(nn.Module):
         if wanted == "padded" or not _takes(self.lm.base_model, "cu_seq_lens_q"):
             return
         self.set_layout("packed", device)
+        attention.forget_windows()
         try:
             if agrees():
+                attention.check_windows()
                 return
             reason = "sequences side by side see each other"
         except attention.PackingUnsupported as error:
