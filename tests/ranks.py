@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -67,10 +68,11 @@ class Ranks:
         world_size: int = 1,
         stop_at: Optional[int] = None,
         kill_at: Optional[int] = None,
+        file_limit: Optional[int] = None,
         launched: bool = True,
     ) -> Job:
         """One attempt of the run `run` under `work`/runs. stop_at, kill_at: at this look for a stop request
-        (from 1) the last rank gets one, or all are killed. Not `launched`: the trainer keeps its record itself."""
+        (from 1) the last rank gets one, or dies. file_limit: bytes that a file of the last rank may have. Not `launched`: the trainer keeps its record itself."""
         self._count += 1
         runs = self.work / "runs"
         run_dir = runs / run
@@ -93,7 +95,7 @@ class Ranks:
         for rank in range(world_size):
             own = {"STROP_RANK": str(rank), "STROP_LOCAL_RANK": str(rank)} if launched else {}
             ranks.append({"env": variables | own, "argv": argv, "output": str(outputs[rank])})
-        ranks[-1] |= {"stop_at": stop_at, "kill_at": kill_at}
+        ranks[-1] |= {"stop_at": stop_at, "kill_at": kill_at, "file_limit": file_limit}
         return Job(run_dir, attempt, self._ask(start=ranks), outputs)
 
     def wait(self, job: Job, timeout_s: float = 60.0) -> list[int]:
@@ -158,6 +160,8 @@ def _become(rank: dict[str, Any]) -> None:
     for stream in (1, 2):
         os.dup2(output, stream)
     os.environ.update(rank["env"])
+    if rank.get("file_limit"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (rank["file_limit"], rank["file_limit"]))
     look = stop.StopRequest.poll
     looks = 0
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from strop import ops
 from strop.data.batch import Batch
-from strop.errors import UserError
+from strop.errors import Diverged, UserError
 from strop.models import attention
 
 log = logging.getLogger(__name__)
@@ -104,12 +104,14 @@ class Policy(nn.Module):
         """Choose head and layout by comparing them with each sequence run alone through the model's own
         logits. Collective: all ranks run the same forwards.
 
-        Raises UserError if the model cannot be made to agree with itself.
+        Raises UserError if the model cannot be made to agree with itself, Diverged if it gives no numbers.
         """
         both = _probe_batch(self.lm.config.get_text_config().vocab_size, device)
         self.head = "logits"
         self.set_layout("padded", device)
         truth = torch.cat([self(one).logp_T for one in _each_sequence(both)])
+        if not truth.isfinite().all():
+            raise Diverged(f"model.path: log-probs of {self.name} are not finite: its weights are damaged")
         tolerance = PROBE_TOLERANCE[dtype]
 
         def agrees() -> bool:
