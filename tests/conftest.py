@@ -17,7 +17,10 @@ REPO = Path(__file__).resolve().parents[1]
 
 
 def has_gpu() -> bool:
-    return bool(shutil.which("nvidia-smi")) and not subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode
+    return (
+        bool(shutil.which("nvidia-smi"))
+        and not subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -71,8 +71,11 @@ class Ranks:
         file_limit: Optional[int] = None,
         launched: bool = True,
     ) -> Job:
-        """One attempt of the run `run` under `work`/runs. stop_at, kill_at: at this look for a stop request
-        (from 1) the last rank gets one, or dies. file_limit: bytes that a file of the last rank may have. Not `launched`: the trainer keeps its record itself."""
+        """One attempt of the run `run` under `work`/runs.
+
+        stop_at, kill_at: at this look for a stop request (from 1) the last rank gets one, or dies.
+        file_limit: bytes that a file of the last rank may have. Not `launched`: the trainer keeps its record.
+        """
         self._count += 1
         runs = self.work / "runs"
         run_dir = runs / run
@@ -99,8 +102,8 @@ class Ranks:
         return Job(run_dir, attempt, self._ask(start=ranks), outputs)
 
     def wait(self, job: Job, timeout_s: float = 60.0) -> list[int]:
-        """Exit codes; like the launcher, all ranks are killed when one fails, and like lib.sh's end, the record
-        of an attempt that said nothing is closed."""
+        """Exit codes. Like the launcher, all ranks are killed when one fails; and like lib.sh's end, the
+        record of an attempt that said nothing is closed."""
         codes = self._ask(wait=job.pids, timeout_s=timeout_s)
         if job.attempt is not None and attempts.read(job.run_dir, job.attempt)["state"] == "X":
             attempts.update(job.run_dir, job.attempt, state="FAIL")

@@ -47,7 +47,9 @@ def committed_steps(root: Path) -> list[int]:
     return sorted(int(m.group(1)) for m in found if m)
 
 
-def save(root: Path, step: int, attempt: int, tensors: dict[str, Tensor], state: dict[str, Any], dist: Dist) -> bool:
+def save(
+    root: Path, step: int, attempt: int, tensors: dict[str, Tensor], state: dict[str, Any], dist: Dist
+) -> bool:
     """Write and commit `step`; False if it is committed already. Collective.
 
     Raises StorageError on every rank if any rank could not write; what was committed before is untouched.
@@ -58,7 +60,9 @@ def save(root: Path, step: int, attempt: int, tensors: dict[str, Tensor], state:
     tmp = root / f"{final.name}.a{attempt}.tmp"
     failure = _attempted(lambda: _clear(tmp, final)) if dist.is_main else None
     if not (failure := _first(dist.gather(failure))):
-        failure = _attempted(lambda: dcp.save(tensors, storage_writer=dcp.FileSystemWriter(tmp, sync_files=True)))
+        failure = _attempted(
+            lambda: dcp.save(tensors, storage_writer=dcp.FileSystemWriter(tmp, sync_files=True))
+        )
         # DCP's error names every rank; one of them suffices.
         failure = _first(dist.gather(failure))
     if not failure:
@@ -194,5 +198,7 @@ def clean_up(root: Path, keep_last: int, best: Optional[int]) -> None:
 def remove_rubble(root: Path) -> None:
     """Rank 0, at start: what attempts that died while saving or deleting have left."""
     for path in root.glob("step-*"):
-        if path.name.endswith(".tmp") or (re.fullmatch(r"step-\d+", path.name) and not (path / MARKER).exists()):
+        if path.name.endswith(".tmp") or (
+            re.fullmatch(r"step-\d+", path.name) and not (path / MARKER).exists()
+        ):
             shutil.rmtree(path)

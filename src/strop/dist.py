@@ -97,7 +97,9 @@ def choose_device(config: DistConfig, env: Env) -> torch.device:
     if num_gpus == 0:
         raise UserError("dist.backend: nccl needs a GPU, and this node shows none")
     if env.local_size > num_gpus and num_gpus > 1:
-        raise UserError(f"{env.local_size} ranks on {env.node} but only {num_gpus} GPUs: start one task a GPU")
+        raise UserError(
+            f"{env.local_size} ranks on {env.node} but only {num_gpus} GPUs: start one task a GPU"
+        )
     # Slurm may show each task only its own GPU.
     device = torch.device("cuda", 0 if num_gpus == 1 else env.local_rank)
     torch.cuda.set_device(device)
@@ -112,11 +114,15 @@ def _store(
     if env.rank == 0:
         address = rendezvous.own_address(env.ifname)
         # Port 0: the system gives a free one, so that two jobs on one node never collide.
-        store = td.TCPStore(address, 0, env.world_size, is_master=True, timeout=timeout, wait_for_workers=False)
+        store = td.TCPStore(
+            address, 0, env.world_size, is_master=True, timeout=timeout, wait_for_workers=False
+        )
         rendezvous.publish(run_dir, attempt, address, store.port)
     address, port = rendezvous.wait_for(
         run_dir, attempt, env.rank, env.world_size, config.rendezvous_timeout_s, stop
     )
     if env.rank == 0:
         return store
-    return td.TCPStore(address, port, env.world_size, is_master=False, timeout=timeout, wait_for_workers=False)
+    return td.TCPStore(
+        address, port, env.world_size, is_master=False, timeout=timeout, wait_for_workers=False
+    )

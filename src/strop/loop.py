@@ -14,21 +14,22 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
-from strop import checkpoint, optim, parallel, setup
+from strop import checkpoint, optim, setup
 from strop.config import Config
 from strop.data.batch import Batch, Prefetcher, make_batch
 from strop.dist import Dist
 from strop.errors import Diverged, UserError
 from strop.report import Report
 from strop.run import Position, Run
-from strop.setup import Trainer
 from strop.slurm import attempts, files
 from strop.slurm.rendezvous import PeerFailed
+from strop.trainer import Trainer
 
 log = logging.getLogger("strop")
 
@@ -85,7 +86,7 @@ def _gpu_name(t: Trainer) -> str | None:
 
 
 def _run_steps(t: Trainer) -> str:
-    """"DONE", or "YIELD" after committing where it stands."""
+    """ "DONE", or "YIELD" after committing where it stands."""
     if t.state.step == 0 and t.config.validation.at_start and not t.state.validated and not _validate(t):
         return "YIELD"
     if t.state.step > 0 and not _after_step(t):
@@ -95,7 +96,11 @@ def _run_steps(t: Trainer) -> str:
         for batches in steps:
             data_s = time.monotonic() - asked
             if _patience_is_over(t):
-                log.info("early stop: %d validations without a better %s", t.state.misses, t.config.checkpoint.best_metric)
+                log.info(
+                    "early stop: %d validations without a better %s",
+                    t.state.misses,
+                    t.config.checkpoint.best_metric,
+                )
                 break
             if not _step(t, batches, data_s) or not _after_step(t):
                 return "YIELD"
@@ -124,8 +129,9 @@ def _step(t: Trainer, batches: list[Batch], data_s: float) -> bool:
         _save(t)
         return False
     meter = Meter()
+    sharded = cast(FSDPModule, t.policy)
     for i, batch in enumerate(batches):
-        t.policy.set_requires_gradient_sync(t.reduce_each or i == len(batches) - 1)
+        sharded.set_requires_gradient_sync(t.reduce_each or i == len(batches) - 1)
         loss, metrics = _forward(t, batch)
         weight = 0.0 if batch.is_dummy else 1.0
         (loss * (weight * state.loss_scale / count)).backward()
@@ -207,8 +213,8 @@ def _dump_batch(t: Trainer, batches: list[Batch], loss: float, norm: float) -> s
         ids = [dict(zip(("source", "line"), t.train_store.row_id(r))) for r in rows]
         path.write_text(json.dumps({"step": t.state.step + 1, "rows": ids}, indent=1))
     return (
-        f"step {t.state.step + 1}: loss {loss} and gradient norm {norm} are not both finite; nothing of it is "
-        f"committed, its rows are in {path}"
+        f"step {t.state.step + 1}: loss {loss} and gradient norm {norm} are not both finite; nothing of it "
+        f"is committed, its rows are in {path}"
     )
 
 
@@ -254,12 +260,18 @@ def _note_best(t: Trainer, means: dict[str, float]) -> None:
     if c.best_metric is None:
         return
     if c.best_metric not in means:
-        raise UserError(f"checkpoint.best_metric: no {c.best_metric} in validation; there are {', '.join(means)}")
+        raise UserError(
+            f"checkpoint.best_metric: no {c.best_metric} in validation; there are {', '.join(means)}"
+        )
     if state.step == 0:
         return
     value = means[c.best_metric]
     falls = c.best_mode == "min" or (c.best_mode == "auto" and c.best_metric.endswith("loss"))
-    gain = math.inf if state.best_value is None else (state.best_value - value if falls else value - state.best_value)
+    gain = (
+        math.inf
+        if state.best_value is None
+        else (state.best_value - value if falls else value - state.best_value)
+    )
     if gain > t.config.validation.min_delta:
         state.best_value, state.best_step, state.misses = value, state.step, 0
     else:
@@ -285,7 +297,11 @@ def _save(t: Trainer) -> None:
     if t.dist.is_main:
         # Also where the step was committed before: by an attempt that died here, or inside its validation.
         if t.state.best_step == t.state.step:
-            best = {"step": t.state.step, "metric": t.config.checkpoint.best_metric, "value": t.state.best_value}
+            best = {
+                "step": t.state.step,
+                "metric": t.config.checkpoint.best_metric,
+                "value": t.state.best_value,
+            }
             files.write_json(root / "BEST.json", best)
         checkpoint.clean_up(root, t.config.checkpoint.keep_last, t.state.best_step)
     if is_new:

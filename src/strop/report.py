@@ -55,7 +55,9 @@ class Report:
         """What became of every row of one set."""
         progress.log.info("%s", ledger.table())
 
-    def start(self, config: Config, metrics_bytes: int, step: int, max_steps: int, gpu: Optional[str]) -> None:
+    def start(
+        self, config: Config, metrics_bytes: int, step: int, max_steps: int, gpu: Optional[str]
+    ) -> None:
         """Open everything at `step`; what metrics.jsonl holds beyond its commit is of steps done again."""
         if not self._main:
             return

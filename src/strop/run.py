@@ -27,7 +27,14 @@ from strop.slurm.stop import StopRequest
 
 log = logging.getLogger(__name__)
 
-PEER_SIGNS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL", "TCPStore")
+PEER_SIGNS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "gloo",
+    "NCCL",
+    "TCPStore",
+)
 """What a collective's error says when the cause is another rank's end."""
 
 

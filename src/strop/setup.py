@@ -14,7 +14,6 @@ import json
 import logging
 import math
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Optional
@@ -36,57 +35,11 @@ from strop.models.policy import Policy
 from strop.report import Report
 from strop.run import Position, Run
 from strop.slurm import attempts, files, rendezvous
+from strop.trainer import State, Trainer
 
 log = logging.getLogger("strop")
 
 FIRST_LOSS_SCALE = 2.0**16
-
-@dataclass
-class State:
-    """All that a checkpoint holds beside tensors. The data's state is `step`, since the plan is a function."""
-
-    step: int = 0
-    """Optimiser steps done."""
-    num_updates: int = 0
-    """Those that changed the weights: all but fp16 steps whose gradient overflowed."""
-    num_tokens: int = 0
-    """Tokens seen in training, prompts included."""
-    validated: bool = False
-    """The validation that is due after `step` has been done."""
-    best_value: Optional[float] = None
-    best_step: Optional[int] = None
-    misses: int = 0
-    """Validations since the best one."""
-    loss_scale: float = 1.0
-    """Above 1 for fp16 only."""
-    scale_steps: int = 0
-    """Steps since the loss scale changed (fp16)."""
-    metrics_bytes: int = 0
-    """Length of metrics.jsonl at the commit: what lies beyond is of steps that are done again."""
-
-
-@dataclass
-class Trainer:
-    """What the loop works with; only `state` changes."""
-
-    run: Run
-    config: Config
-    algo: ModuleType
-    dist: Dist
-    policy: Policy
-    optimizer: torch.optim.AdamW
-    train_store: TokenStore
-    val_store: Optional[TokenStore]
-    report: Report
-    position: Position
-    steps_per_epoch: int
-    max_steps: int
-    train_ref: Optional[np.ndarray] = None
-    val_ref: Optional[np.ndarray] = None
-    state: State = field(default_factory=State)
-    ready: bool = False
-    reduce_each: bool = False
-    """Gradients are reduced after every micro batch instead of once a step."""
 
 
 def build(run: Run, config: Config, position: Position, report: Report) -> Trainer:
@@ -113,7 +66,18 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
         raise UserError("checkpoint.best_metric needs validation data (data.validation)")
     max_steps = config.train.max_steps or math.ceil(config.train.max_epochs * per_epoch)
     t = Trainer(
-        run, config, algo, dist, policy, optimizer, train_store, val_store, report, position, per_epoch, max_steps
+        run,
+        config,
+        algo,
+        dist,
+        policy,
+        optimizer,
+        train_store,
+        val_store,
+        report,
+        position,
+        per_epoch,
+        max_steps,
     )
     t.reduce_each = parallel.reduce_each_micro_batch(policy)
     if config.train.precision == "fp16":
@@ -122,7 +86,9 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
     return t
 
 
-def _data(run: Run, config: Config, algo: ModuleType, report: Report) -> tuple[TokenStore, Optional[TokenStore]]:
+def _data(
+    run: Run, config: Config, algo: ModuleType, report: Report
+) -> tuple[TokenStore, Optional[TokenStore]]:
     """Rank 0 tokenises (or finds it done) and tells the others where; they wait without a collective,
     whose time-out long work would exceed."""
     told = run.logs / "data.json"
@@ -146,7 +112,9 @@ def _data(run: Run, config: Config, algo: ModuleType, report: Report) -> tuple[T
         rendezvous.wait_for_file(run.dir, run.attempt, run.env.rank, told, run.stop)
         paths = json.loads(told.read_text())
     assert paths["train"] is not None
-    return TokenStore.open(paths["train"]), TokenStore.open(paths["validation"]) if paths["validation"] else None
+    return TokenStore.open(paths["train"]), TokenStore.open(paths["validation"]) if paths[
+        "validation"
+    ] else None
 
 
 def _settle(run: Run, config: Config, dist: Dist) -> Config:
@@ -276,7 +244,11 @@ def _reference_of(t: Trainer) -> Optional[dict[str, Any]]:
         return None
     stores = {name: store.digest for name, store in _stores(t).items()}
     model = t.config.model
-    return {"model": [model.path, model.revision], "other": t.algo.reference_model(t.config), "stores": stores}
+    return {
+        "model": [model.path, model.revision],
+        "other": t.algo.reference_model(t.config),
+        "stores": stores,
+    }
 
 
 def _reference_files(t: Trainer) -> dict[str, str]:
@@ -297,7 +269,12 @@ def _reference_files(t: Trainer) -> dict[str, str]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "ranks": t.dist.world_size,
-        "plan": [c.train.seed, c.train.global_batch_size, c.train.micro_batch_tokens, c.train.micro_batch_size],
+        "plan": [
+            c.train.seed,
+            c.train.global_batch_size,
+            c.train.micro_batch_tokens,
+            c.train.micro_batch_size,
+        ],
     }
     cache = cache_dir(t.run, c)
     return {name: str(reference.cache_file(cache, store, facts)) for name, store in _stores(t).items()}

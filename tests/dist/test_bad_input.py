@@ -53,7 +53,8 @@ GOOD = {"prompt": "the fox", "chosen": "jumps", "rejected": "sleeps"}
 def test_configuration_errors_come_before_torch(tmp_path):
     command = [sys.executable, "-m", "strop.train", "dpo", "--config", "nowhere.yaml"]
     begin = time.monotonic()
-    done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(REPO / "src"), "PATH": "/usr/bin:/bin"},
+    variables = {"PYTHONPATH": str(REPO / "src"), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, cwd=tmp_path, env=variables,
                           capture_output=True, text=True)  # fmt: skip
     assert (done.returncode, done.stdout) == (78, "")
     assert done.stderr.startswith("error: ")
@@ -103,19 +104,22 @@ def test_weights_that_are_missing_torn_or_of_another_shape(refused, toy, tmp_pat
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 128}))
     assert refused("dpo", model={"path": str(folder)}) == (
-        f"model.path: {folder}: cannot load its weights (model.layers.0.mlp.down_proj.weight has shape (64, 96), "
-        "but its config.json says (64, 128))"
+        f"model.path: {folder}: cannot load its weights (model.layers.0.mlp.down_proj.weight has shape "
+        "(64, 96), but its config.json says (64, 128))"
     )
     shutil.copy(toy / "model" / "config.json", folder)
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     assert refused("dpo", model={"path": str(folder)}) == (
-        f"model.path: {folder}: cannot load its weights (1 are missing, such as model.layers.1.mlp.up_proj.weight)"
+        f"model.path: {folder}: cannot load its weights (1 are missing, such as "
+        "model.layers.1.mlp.up_proj.weight)"
     )
     content = (toy / "model" / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:-100])
-    assert refused("dpo", model={"path": str(folder)}).startswith(f"model.path: {folder}: cannot load its weights (")
+    assert refused("dpo", model={"path": str(folder)}).startswith(
+        f"model.path: {folder}: cannot load its weights ("
+    )
 
 
 def test_model_that_is_no_language_model(refused, toy, tmp_path):
@@ -187,7 +191,10 @@ def test_a_directory_that_is_no_run(refused, ranks, tmp_path):
     folder = ranks.work / "runs" / "thesis"
     folder.mkdir(parents=True)
     (folder / "chapter1.tex").write_text("x")
-    assert refused("dpo", name="thesis") == f"run.name: {folder} exists and is no run of strop: choose another name"
+    assert (
+        refused("dpo", name="thesis")
+        == f"run.name: {folder} exists and is no run of strop: choose another name"
+    )
     assert [p.name for p in folder.iterdir()] == ["chapter1.tex"]
 
 
@@ -217,4 +224,6 @@ def test_a_shard_size_that_does_not_divide(refused):
 
 
 def test_a_tracker_that_is_not_installed(refused):
-    assert refused("sft", "log.wandb=true").startswith("log.wandb is true, but the Python package wandb is not")
+    assert refused("sft", "log.wandb=true").startswith(
+        "log.wandb is true, but the Python package wandb is not"
+    )

@@ -83,7 +83,7 @@ def test_interrupted_twice_equals_undisturbed(ranks, undisturbed, seed):
 
 def test_stopped_at_every_moment_in_turn(ranks, undisturbed):
     """One run, stopped again and again, each attempt a little later: every kind of safe point is met."""
-    algo, config, whole, looks = undisturbed
+    algo, config, whole, _ = undisturbed
     name = f"{whole.name}-often"
     phases = set()
     for stop_at in range(2, 40):
@@ -111,7 +111,7 @@ def test_killed_without_warning(ranks, undisturbed, seed):
 
 
 def test_another_number_of_ranks_trains_on_the_same_batches(ranks, undisturbed):
-    algo, config, whole, looks = undisturbed
+    algo, config, whole, _ = undisturbed
     name = f"{whole.name}-reshaped"
     for world_size, words in ((2, ["train.max_steps=3"]), (1, ["train.max_steps=6"]), (3, [])):
         job = ranks.run(algo, config, name, *words, world_size=world_size)

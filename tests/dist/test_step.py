@@ -135,7 +135,11 @@ def test_ranks_micro_batches_and_padding_change_nothing(ranks, toy, tmp_path, al
             # AdamW turns the rounding of small gradients into small differences of weights
             tolerance = 2e-6 if a["step"] <= 1 else 2e-4
             for key in a:
-                assert a[key] == pytest.approx(b[key], rel=tolerance, abs=tolerance), (variant, a["step"], key)
+                assert a[key] == pytest.approx(b[key], rel=tolerance, abs=tolerance), (
+                    variant,
+                    a["step"],
+                    key,
+                )
 
 
 @pytest.mark.parametrize("algo", ["dpo", "sft"])
@@ -179,17 +183,24 @@ def test_validation_metrics_are_exact_over_the_set(ranks, toy, tmp_path):
     model.save_pretrained(other)
     runs = [
         run(
-            ranks, toy, tmp_path, "dpo", f"e{size}", world_size,
+            ranks,
+            toy,
+            tmp_path,
+            "dpo",
+            f"e{size}",
+            world_size,
             train={"max_steps": 1, "micro_batch_size": size},
             dpo={"reference": str(other)},
             validation={"at_start": True},
-        )  # fmt: skip
+        )
         for size, world_size in ((1, 1), (3, 1), (7, 2))
     ]
     store = t.stores(runs[0])["validation"]
     with torch.no_grad():
         references = dpo_truth(t.model64(other), store, range(store.num_rows))[3]
-        loss, margins, logps, _ = dpo_truth(t.model64(toy / "model"), store, range(store.num_rows), references)
+        loss, margins, logps, _ = dpo_truth(
+            t.model64(toy / "model"), store, range(store.num_rows), references
+        )
         entropies, correct, chosen_logits = [], [], []
         for row in range(store.num_rows):
             for i, (tokens, trained) in enumerate(store.sequences(row)):
@@ -231,7 +242,9 @@ def test_hybrid_sharding_equals_plain(ranks, toy, tmp_path):
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_activation_checkpointing_changes_no_gradient(ranks, toy, tmp_path, mode):
     plain = run(ranks, toy, tmp_path, "dpo", "none", 2, train={"max_steps": 2})
-    other = run(ranks, toy, tmp_path, "dpo", mode, 2, train={"max_steps": 2, "activation_checkpointing": mode})
+    other = run(
+        ranks, toy, tmp_path, "dpo", mode, 2, train={"max_steps": 2, "activation_checkpointing": mode}
+    )
     t.assert_equal_checkpoints(plain, other, 2)
     assert (plain / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
 

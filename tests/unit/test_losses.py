@@ -148,7 +148,9 @@ def test_extreme_ratios_give_finite_losses_and_gradients(kind):
 def test_sft_loss():
     out, batch = example()
     total, metrics = sft.loss(out, batch, Config(algo="sft"))
-    assert float(total.detach()) == pytest.approx(-math.fsum(map(math.fsum, pieces(out.logp_T.detach(), batch))))
+    assert float(total.detach()) == pytest.approx(
+        -math.fsum(map(math.fsum, pieces(out.logp_T.detach(), batch)))
+    )
     assert float(metrics["entropy"][1]) == sft.count(batch) == 24
     total.backward()
     assert out.logp_T.grad.unique().tolist() == [-1.0]

@@ -88,7 +88,9 @@ def test_cut_back_of_a_file_that_is_not_there_or_too_short(tmp_path):
     assert cut_back(path, 0) == 0
     assert not path.exists()
     path.write_bytes(LINES[0])
-    with pytest.raises(StorageError, match=f"{path} has 25 bytes, but 100 were committed: records are missing"):
+    with pytest.raises(
+        StorageError, match=f"{path} has 25 bytes, but 100 were committed: records are missing"
+    ):
         cut_back(path, 100)
     assert path.read_bytes() == LINES[0]
 

@@ -100,7 +100,10 @@ def test_linear_logprob_of_huge_logits_is_finite():
 def test_chunks_cover_the_vocabulary_once(num_tokens):
     for vocab in (1, 255, 256, 257, 128256):
         chunks = reference._chunks(num_tokens, vocab)
-        assert [i for start, end in chunks for i in (start, end)][::2] == [0, *[end for _, end in chunks[:-1]]]
+        assert [i for start, end in chunks for i in (start, end)][::2] == [
+            0,
+            *[end for _, end in chunks[:-1]],
+        ]
         assert chunks[-1][1] == vocab
         assert all(start < end for start, end in chunks)
 
@@ -145,7 +148,7 @@ def test_logprob_of_given_logits():
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=9))
 @settings(max_examples=50, deadline=None)
 def test_segment_sum(lengths):
-    """Empty segments too; the gradient of a sum is 1 for each of its elements, times what comes from above."""
+    """Empty segments too; each element's gradient is what comes from above to its sum."""
     edges = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     x = torch.arange(sum(lengths), dtype=torch.float32).mul(0.37).requires_grad_()
     sums = ops.segment_sum(x, edges)

@@ -2,7 +2,8 @@
 
 Tiny random models of each kind, with a large initializer range: else all sequences look alike to them, and
 neither a leak between sequences nor a wrong window would show. What may stand side by side (packed) and where
-the head is a plain matrix (fused) is stated per architecture; a model that is on neither path must still be right.
+the head is a plain matrix (fused) is stated per architecture; on every path the numbers must
+be right.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ SIZES = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128,
     "initializer_range": 0.3, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-GPT2 = {"vocab_size": 120, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.3,
-        "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+GPT2 = {"vocab_size": 120, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128,
+        "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 
 ARCHITECTURES = [
     ("llama", SIZES, "packed", "fused"),
@@ -87,7 +88,9 @@ def own_logprobs(lm, batch):
     return out * batch.trained_T
 
 
-@pytest.mark.parametrize(("kind", "sizes", "layout", "head"), ARCHITECTURES, ids=[a[0] for a in ARCHITECTURES])
+@pytest.mark.parametrize(
+    ("kind", "sizes", "layout", "head"), ARCHITECTURES, ids=[a[0] for a in ARCHITECTURES]
+)
 def test_logprobs_equal_the_models_own(kind, sizes, layout, head):
     lm = build(kind, sizes)
     model = Policy(lm).eval()
@@ -151,7 +154,7 @@ def test_the_probe_tells_a_leak_from_rounding(monkeypatch, caplog, kind, dtype):
         model.probe(CPU, dtype, "auto")
     assert model.layout == "padded"
     assert "sequences side by side see each other" in caplog.text
-    with pytest.raises(UserError, match="model.attention: packed does not work for .* see each other"):
+    with pytest.raises(UserError, match=r"model\.attention: packed does not work for .* see each other"):
         model.probe(CPU, dtype, "packed")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 import torch
 from safetensors import SafetensorError
@@ -83,6 +83,7 @@ def weights_digest(path: str, revision: Optional[str]) -> str:
 
 def build_empty(config: ModelConfig) -> PreTrainedModel:
     """The module in fp32 with allocated but untouched weights (no memory until written) and real buffers."""
+    assert config.path is not None
     try:
         hf_config = AutoConfig.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
@@ -92,7 +93,9 @@ def build_empty(config: ModelConfig) -> PreTrainedModel:
                 hf_config, dtype=torch.float32, trust_remote_code=config.trust_remote_code
             )
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.path: {config.path!r} is no causal language model ({_first_line(error)})") from error
+        raise UserError(
+            f"model.path: {config.path!r} is no causal language model ({_first_line(error)})"
+        ) from error
     model.tie_weights()
     model.config.use_cache = False
     return model
@@ -112,7 +115,9 @@ def scatter_weights(model: nn.Module, config: ModelConfig, dist: Dist, path: Opt
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             failure = f"cannot load its weights ({_first_line(error)})"
         else:
-            wrong = [name for name, t in targets.items() if name not in source or source[name].shape != t.shape]
+            wrong = [
+                name for name, t in targets.items() if name not in source or source[name].shape != t.shape
+            ]
             if wrong:
                 failure = f"no weight {wrong[0]} of shape {tuple(targets[wrong[0]].shape)}"
     if failure := dist.broadcast(failure):
@@ -123,9 +128,11 @@ def scatter_weights(model: nn.Module, config: ModelConfig, dist: Dist, path: Opt
 
 
 def _read_weights(config: ModelConfig, path: Optional[str]) -> dict[str, torch.Tensor]:
-    """The state of a checkpoint in HF format. transformers fills what a file lacks with random numbers, after a
-    warning; here that is a ValueError."""
-    loaded, report = AutoModelForCausalLM.from_pretrained(
+    """The state of a checkpoint in HF format.
+
+    transformers fills what a file lacks with random numbers, after a warning; here that is a ValueError.
+    """
+    loaded, report = cast(Any, AutoModelForCausalLM).from_pretrained(
         path or config.path,
         revision=config.revision if path is None else None,
         trust_remote_code=config.trust_remote_code,
@@ -137,7 +144,9 @@ def _read_weights(config: ModelConfig, path: Optional[str]) -> dict[str, torch.T
         name, found, wanted = sorted(report["mismatched_keys"])[0]
         raise ValueError(f"{name} has shape {tuple(found)}, but its config.json says {tuple(wanted)}")
     if report["missing_keys"]:
-        raise ValueError(f"{len(report['missing_keys'])} are missing, such as {sorted(report['missing_keys'])[0]}")
+        raise ValueError(
+            f"{len(report['missing_keys'])} are missing, such as {sorted(report['missing_keys'])[0]}"
+        )
     return loaded.state_dict()
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -27,7 +27,8 @@ from strop.models import attention
 log = logging.getLogger(__name__)
 
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""Largest mean difference in nats a token that rounding explains; a leak between sequences is tens of times that."""
+"""Largest mean difference in nats a token that rounding explains; a leak between sequences gives many
+times that."""
 
 
 class Output(NamedTuple):
@@ -53,9 +54,11 @@ class Policy(nn.Module):
 
     def set_layout(self, layout: str, device: torch.device) -> None:
         self.layout = layout
-        self.lm.set_attn_implementation(
-            attention.packed_implementation(device) if layout == "packed" else "sdpa"
-        )
+        if layout == "packed":
+            name = attention.packed_implementation(device)
+        else:  # some have soft caps that SDPA lacks, some have no attention at all
+            name = "sdpa" if self.lm._supports_sdpa else "eager"
+        self.lm.set_attn_implementation(name)
 
     def forward(self, batch: Batch) -> Output:
         index_N = batch.trained_T.nonzero()[:, 0]
@@ -88,7 +91,7 @@ class Policy(nn.Module):
                 max_length_q=batch.max_seqlen,
                 max_length_k=batch.max_seqlen,
             )
-            flat = slice(None)
+            flat: Any = slice(None)
         else:
             tokens_SL, mask_SL = _pad(batch)
             positions_SL = torch.arange(tokens_SL.shape[1], device=tokens_SL.device).expand_as(tokens_SL)
@@ -121,7 +124,9 @@ class Policy(nn.Module):
         self.head = "fused"
         if not agrees():
             self.head = "logits"
-            log.warning("%s: the head is more than a matrix; its own logits are used (more memory)", self.name)
+            log.warning(
+                "%s: the head is more than a matrix; its own logits are used (more memory)", self.name
+            )
             if not agrees():
                 raise UserError(f"model.path: {self.name} gives other log-probs in a padded batch than alone")
         if wanted == "padded" or not _takes(self.lm.base_model, "cu_seq_lens_q"):

@@ -44,7 +44,9 @@ def linear_logprob(
     Raises ValueError for shapes or dtypes that do not fit and for targets outside the vocabulary.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [N,H] and [V,H]")
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [N,H] and [V,H]"
+        )
     if target.shape != hidden.shape[:1]:
         raise ValueError(f"target {tuple(target.shape)} must be [{hidden.shape[0]}]")
     if hidden.dtype != weight.dtype:
@@ -53,7 +55,9 @@ def linear_logprob(
         raise ValueError(f"temperature must be above 0, not {temperature}")
     if hidden.device.type == "cpu" and target.numel() and not 0 <= target.min() <= target.max() < len(weight):
         raise ValueError(f"targets must be in [0, {len(weight)}), not {target.min()}..{target.max()}")
-    logprob, entropy, correct, mean_logit = _LinearLogprob.apply(hidden, weight, target, bias, softcap, temperature)
+    logprob, entropy, correct, mean_logit = _LinearLogprob.apply(
+        hidden, weight, target, bias, softcap, temperature
+    )
     return logprob, TokenStats(entropy, correct, mean_logit)
 
 
@@ -62,7 +66,9 @@ def _chunks(num_tokens: int, vocab: int) -> list[tuple[int, int]]:
     return [(start, min(start + width, vocab)) for start in range(0, vocab, width)]
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Optional[Tensor], softcap: Optional[float], temperature: float):
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Optional[Tensor], softcap: Optional[float], temperature: float
+):
     """fp32 logits of one chunk, and tanh(z / softcap) for its derivative."""
     z = torch.mm(hidden, weight.t()).float()
     if bias is not None:
@@ -107,10 +113,12 @@ class _LinearLogprob(torch.autograd.Function):
     def backward(ctx, grad, *_):
         hidden, weight, target, bias, lse = ctx.saved_tensors
         need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
-        d_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if need_hidden else None
+        d_hidden = (
+            torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if need_hidden else None
+        )
         d_weight = torch.empty_like(weight) if need_weight else None
         d_bias = torch.empty_like(bias) if need_bias else None
-        for start, end in _chunks(*target.shape, len(weight)):
+        for start, end in _chunks(len(target), len(weight)):
             chunk = weight[start:end]
             chunk_bias = None if bias is None else bias[start:end]
             z, tanh = _logits(hidden, chunk, chunk_bias, ctx.softcap, ctx.temperature)
