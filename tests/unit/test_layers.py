@@ -30,6 +30,7 @@ LAYERS = (
     ("strop.algos",),
     (
         "strop.train",
+        "strop.trainer",
         "strop.loop",
         "strop.setup",
         "strop.trainer",
