@@ -36,6 +36,7 @@ LAYERS = (
         "strop.run",
         "strop.submission",
         "strop.recipes",
+        "strop.doctor",
     ),
     ("tools",),
 )

@@ -31,7 +31,9 @@ def next_action(run: RunFiles, state: str, step: int) -> str:
     if state == "stopping":
         return "nothing: the job ends, and its batch script decides what becomes of it"
     if state == "failed" and r.get("cause") == "diverged":
-        return f"change the learning rate or the data and start a new run; the last good state is {_place(run)}"
+        return (
+            f"change the learning rate or the data and start a new run; the last good state is {_place(run)}"
+        )
     first = {"failed": "see to the cause, then submit it again", "dead": "submit it again"}
     return f"{first.get(state, 'to go on, submit it again')} (goes on from {_place(run)}): {command(run)}"
 

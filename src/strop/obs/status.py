@@ -239,7 +239,9 @@ def _newest(run: RunFiles) -> list[dict[str, Any]]:
     return _lines_of(run, run.records[-1]) if run.records else []
 
 
-def _ended(r: Mapping[str, Any], following: Optional[Mapping[str, Any]], lines: list[dict[str, Any]]) -> float:
+def _ended(
+    r: Mapping[str, Any], following: Optional[Mapping[str, Any]], lines: list[dict[str, Any]]
+) -> float:
     """When an attempt's batch shell closed it; else its last sign of life, before the next one began."""
     if told := r.get("closed") or r.get("ended"):
         return told

@@ -1,4 +1,4 @@
-"""A run's status for people: one line of a list, or a page. Colours on a terminal, the same words in a pipe."""
+"""A run's status for people: one line of a list, or a page. On a terminal in colour, else the same words."""
 
 from __future__ import annotations
 
