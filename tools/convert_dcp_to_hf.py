@@ -61,7 +61,11 @@ def main() -> None:
         parser.error("give --run, or --config with --dcp-ckpt-path and --hf-ckpt-path")
 
     os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: what is not cached is an error
+    from transformers.utils.logging import disable_progress_bar
+
     from strop.models import export
+
+    disable_progress_bar()
 
     if by_path:
         base, directory, out = read_model_config(args.config), args.dcp_ckpt_path, args.out

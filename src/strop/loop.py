@@ -18,15 +18,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from strop import checkpoint, optim, setup
+from strop import optim, setup, trainer
 from strop.config import Config
 from strop.data.batch import Batch, Prefetcher, make_batch
 from strop.dist import Dist
 from strop.errors import Diverged, UserError
 from strop.report import Report
 from strop.run import Position, Run
-from strop.setup import Trainer
-from strop.slurm import attempts, files
+from strop.slurm import attempts
+from strop.trainer import Trainer
 
 log = logging.getLogger("strop")
 
@@ -64,6 +64,7 @@ def train(run: Run, config: Config, position: Position) -> None:
     if t.ready:
         report.start(t.config, t.state.metrics_bytes, t.state.step, t.max_steps, _gpu_name(t))
         outcome = _run_steps(t)
+        t.saver.wait()
     if t.dist.is_main:
         reason = (run.stop.reason or "another rank was asked to stop") if outcome == "YIELD" else None
         attempts.finish(run.dir, run.attempt, outcome, step=t.state.step, reason=reason)
@@ -107,7 +108,7 @@ def _run_steps(t: Trainer) -> str:
 
 def _batches(t: Trainer) -> Iterator[list[Batch]]:
     for step in range(t.state.step, t.max_steps):
-        own = setup.step_bins(t, step)[t.dist.rank]
+        own = trainer.step_bins(t, step)[t.dist.rank]
         batches = [make_batch(t.train_store, rows, t.train_ref) for rows in own]
         yield [b.pin() for b in batches] if t.dist.device.type == "cuda" else batches
 
@@ -117,10 +118,16 @@ def _step(t: Trainer, batches: list[Batch], data_s: float) -> bool:
     c, state = t.config, t.state
     begin = time.monotonic()
     t.position.phase, t.position.step = "train", state.step
-    stop = t.run.stop.poll() is not None
-    count, tokens, stops = t.dist.sum(
-        [sum(t.algo.count(b) for b in batches), sum(_num_tokens(b) for b in batches), float(stop)]
+    count, tokens, stops, failures = t.dist.sum(
+        [
+            sum(t.algo.count(b) for b in batches),
+            sum(_num_tokens(b) for b in batches),
+            float(trainer.must_stop(t)),
+            float(t.saver.failed),
+        ]
     )
+    if failures:
+        t.saver.wait()
     if stops:
         _save(t)
         return False
@@ -147,7 +154,9 @@ def _step(t: Trainer, batches: list[Batch], data_s: float) -> bool:
         "num_tokens": state.num_tokens,
         **means,
     }
-    t.report.step(line, tokens=int(tokens), seconds=time.monotonic() - begin, data_s=data_s)
+    seconds = time.monotonic() - begin
+    t.step_s = max(t.step_s, seconds)
+    t.report.step(line, tokens=int(tokens), seconds=seconds, data_s=data_s)
     return True
 
 
@@ -220,8 +229,7 @@ def _after_step(t: Trainer) -> bool:
     if due and not t.state.validated and not _validate(t):
         _save(t)
         return False
-    every = t.config.checkpoint.every
-    if (every is not None and step % every == 0) or t.state.best_step == step:
+    if t.dist.any(t.dist.is_main and t.saver.due(step)) or t.state.best_step == step:
         _save(t)
     return True
 
@@ -233,10 +241,10 @@ def _validate(t: Trainer) -> bool:
         return True
     t.position.phase = "validation"
     meter = Meter()
-    bins = setup.validation_bins(t)[t.dist.rank]
+    bins = trainer.validation_bins(t)[t.dist.rank]
     with Prefetcher(make_batch(t.val_store, rows, t.val_ref) for rows in bins) as batches:
         for batch in batches:
-            if setup.stop_agreed(t):
+            if trainer.stop_agreed(t):
                 return False
             with torch.no_grad():
                 _, metrics = _forward(t, batch)
@@ -251,12 +259,14 @@ def _validate(t: Trainer) -> bool:
 def _note_best(t: Trainer, means: dict[str, float]) -> None:
     """Keep the best value of `checkpoint.best_metric`, and how long ago it was."""
     c, state = t.config.checkpoint, t.state
-    if c.best_metric is None or state.step == 0:
+    if c.best_metric is None:
         return
     if c.best_metric not in means:
         raise UserError(
             f"checkpoint.best_metric: no {c.best_metric} in validation; there are {', '.join(means)}"
         )
+    if state.step == 0:
+        return
     value = means[c.best_metric]
     falls = c.best_mode == "min" or (c.best_mode == "auto" and c.best_metric.endswith("loss"))
     gain = (
@@ -276,22 +286,9 @@ def _patience_is_over(t: Trainer) -> bool:
 
 
 def _save(t: Trainer) -> None:
-    """Commit the state as it stands (nothing to do at step 0, or where it is committed already)."""
+    """Begin to commit the state as it stands (nothing to do at step 0, or where it is committed already)."""
     if t.state.step == 0:
         return
     t.position.phase = "save"
-    begin = time.monotonic()
     t.state.metrics_bytes = t.report.sync()
-    root, state = t.run.checkpoints, dataclasses.asdict(t.state)
-    if not checkpoint.save(root, t.state.step, t.run.attempt, setup.tensors(t), state, t.dist):
-        return
-    if t.dist.is_main:
-        if t.state.best_step == t.state.step:
-            best = {
-                "step": t.state.step,
-                "metric": t.config.checkpoint.best_metric,
-                "value": t.state.best_value,
-            }
-            files.write_json(root / "BEST.json", best)
-        checkpoint.clean_up(root, t.config.checkpoint.keep_last, t.state.best_step)
-    t.report.saved(t.state.step, seconds=time.monotonic() - begin)
+    t.saver.start(trainer.tensors(t), dataclasses.asdict(t.state))

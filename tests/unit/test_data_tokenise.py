@@ -105,6 +105,7 @@ def test_all_forms_of_a_conversational_pair_are_the_same_pair():
                 {"prompt": USER["content"], "chosen": full_a[1:], "rejected": full_b[1:]},
                 {"prompt": [USER], "chosen": "84", "rejected": "12"},
                 {"prompt": null, "chosen": full_a[1:], "rejected": full_b[1:], "margin": 1.5},
+                {"chosen": full_a, "rejected": [*null, assistant("12")]},
             ],
             "preference",
         )
@@ -136,6 +137,14 @@ def test_every_turn_of_the_assistant_is_trained():
             "<|im_start|>assistant\n⟦84<|im_end|>\n⟧<|im_start|>user\nSure?<|im_end|>\n"
             "<|im_start|>assistant\n⟦Yes.<|im_end|>\n⟧<|im_start|>user\nThanks<|im_end|>\n"
         )
+
+
+def test_a_first_turn_of_the_assistant_is_context():
+    row = run({"messages": [assistant("Hello"), USER, assistant("84")]}, "sft")
+    assert marked(PLAIN, row.sequences[0]) == (
+        "<|im_start|>assistant\nHello<|im_end|>\n<|im_start|>user\nHow many apples?<|im_end|>\n"
+        "<|im_start|>assistant\n⟦84<|im_end|>\n⟧"
+    )
 
 
 def test_messages_and_prompt_with_completion_agree():

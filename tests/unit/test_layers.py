@@ -32,6 +32,8 @@ LAYERS = (
         "strop.train",
         "strop.loop",
         "strop.setup",
+        "strop.trainer",
+        "strop.saver",
         "strop.report",
         "strop.run",
         "strop.submission",
