@@ -201,7 +201,7 @@ def _attempts(run: RunFiles, state: str) -> tuple[Attempt, ...]:
     rows = []
     for i, r in enumerate(run.records):
         following = run.records[i + 1] if i + 1 < len(run.records) else None
-        runs = following is None and state in RUNNING
+        runs = following is None and _runs(run, state)
         after = following.get("committed_step") if following else (run.checkpoints.committed or (None,))[-1]
         lines = _lines_of(run, r)
         ended = None if runs else _ended(r, following, lines)
@@ -228,6 +228,11 @@ def _attempts(run: RunFiles, state: str) -> tuple[Attempt, ...]:
             )
         )
     return tuple(rows)
+
+
+def _runs(run: RunFiles, state: str) -> bool:
+    """The newest attempt has not ended; between two attempts of a job none runs."""
+    return state in RUNNING and not run.records[-1].get("closed")
 
 
 def _lines_of(run: RunFiles, record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -274,7 +279,7 @@ def _every(run: RunFiles) -> int:
 def _kept_s(run: RunFiles, state: str) -> float:
     """Each step once, as it was done last; of a run that stands still, only what is committed."""
     committed = (run.checkpoints.committed or (0,))[-1]
-    newest = run.records[-1]["attempt"] if run.records and state in RUNNING else None
+    newest = run.records[-1]["attempt"] if run.records and _runs(run, state) else None
     kept = {
         t["step"]: t.get("step_s", 0.0)
         for t in run.timing
@@ -287,7 +292,7 @@ def _wall_and_queue(run: RunFiles, rows: tuple[Attempt, ...], state: str) -> tup
     if not rows:
         return 0.0, 0.0
     last = run.now if rows[-1].ended is None else rows[-1].ended
-    end = run.now if state == "queued" else last
+    end = run.now if state in ("queued", *RUNNING) else last
     gaps = sum(max(0.0, b.began - a.ended) for a, b in zip(rows, rows[1:]) if a.ended is not None)
     return max(0.0, end - rows[0].began), gaps + max(0.0, end - last)
 

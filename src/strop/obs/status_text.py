@@ -24,9 +24,9 @@ def listing(statuses: Sequence[Status]) -> RenderableType:
         table.add_column(name, no_wrap=True, justify="right" if name in ("eta", "tok/s", "loss") else "left")
     for s in statuses:
         table.add_row(
-            s.name,
+            Text(s.name),
             Text(s.state, style=_style(s.state)),
-            _progress(s, 10),
+            Text(_progress(s, 10)),
             seconds(s.eta_s) if s.eta_s is not None and s.state in RUNNING else "",
             f"{s.tokens_per_s:,.0f}" if s.tokens_per_s is not None else "",
             f"{s.metrics['loss']:.4f}" if s.metrics and s.metrics.get("loss") is not None else "",
@@ -110,7 +110,7 @@ def _attempts(s: Status) -> RenderableType:
     for a in s.attempts:
         table.add_row(
             str(a.attempt),
-            _nodes(a.nodes),
+            Text(_nodes(a.nodes)),
             time.strftime("%m-%d %H:%M:%S", time.localtime(a.began)),
             "" if a.ended is None else seconds(a.ended - a.began),
             decide.WORDS.get(a.cause, a.cause) if a.cause else s.state,
