@@ -8,8 +8,8 @@
     block's gradient      (c + 4) block            before and while it is reduced
     activations           T (L a + b)              see `activation_bytes`
 
-Weights and moments are exact, the other states what the trainer allocates, activations an estimate for
-blocks of the Llama kind. A checkpoint holds weights and both moments in fp32, 12P bytes; measured 0.2 %
+Weights and moments are exact, the other states what the trainer allocates, activations those of blocks of
+the Llama kind. A checkpoint holds weights and both moments in fp32, 12P bytes; measured 0.2 %
 more (SmolLM2-135M, two ranks). A CPU's allocator keeps more than is asked of it: there the measured peak
 of that run was 3.15 GiB a rank for an estimate of 2.4.
 """
@@ -87,13 +87,13 @@ def estimate(
 def activation_bytes(shape: Shape, c: int, mode: str) -> int:
     """Bytes a token that live until the backward, all blocks together.
 
-    A block of the Llama kind keeps, in the compute type: the input, both norms' results, q k v before and
-    after the rotation, attention's output and its projection, gate, up, their activation and product; and
-    each norm's input in fp32. `selective` keeps the results of matmuls and attention only; `full` the
-    block's input, and one block's everything while it is done again.
+    A block of the Llama kind keeps, in the compute type: of each norm the normalised input and the result
+    (4h), q and attention's output (2h), k and v, gate, its activation, up and their product (4i); and each
+    norm's input in fp32. `selective` keeps the block's input and the results of matmuls and attention only;
+    `full` the input, and one block's everything while it is done again.
     """
     h, i, kv = shape.hidden, shape.intermediate, shape.kv_hidden
-    everything = c * (7 * h + 3 * kv + 4 * i) + 2 * 4 * 2 * h
+    everything = c * (6 * h + 2 * kv + 4 * i) + 2 * 4 * h
     results = c * (5 * h + 2 * kv + 2 * i)
     blocks = max(1, shape.num_blocks)
     if mode == "none":
