@@ -34,7 +34,7 @@ def asked(*options: str) -> tuple[str, str]:
 
 
 def test_slurm_is_asked_before_the_submission(here, monkeypatch):
-    """Two nodes are there, nine are not; SBATCH_PARTITION of the environment counts as it will for the job."""
+    """Two nodes are there, nine are not; the environment's SBATCH_PARTITION counts as it will for the job."""
     level, text = asked("--nodes=2")
     assert level == "ok"
     assert text.startswith("sbatch --nodes=2 sbatch/dpo.sh run.name=x: Job ")

@@ -181,7 +181,7 @@ CASES = [
         "pending in the queue, Slurm expects it to start at 2027-01-15T10:00:00",
     ),
     ({**END, "action": "requeue"}, {"JobState": "RUNNING", "Restarts": "0"}, "stopping", "decides"),
-    ({**END, "action": "hold"}, {"JobState": "PENDING", "Reason": "job_requeued_in_held_state"}, "held", "release"),
+    ({**END, "action": "hold"}, {"JobState": "PENDING", "Reason": "JobHeldAdmin"}, "held", "release 17"),
     ({**END, "action": "hold"}, {"JobState": "PENDING", "Reason": "Resources"}, "queued", "Resources"),
     ({**END, "action": "stop", "cause": "user"}, {}, "failed", "see to the cause"),
     ({**END, "action": "stop", "cause": "diverged"}, {}, "failed", "start a new run"),

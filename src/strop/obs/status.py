@@ -217,7 +217,7 @@ def _attempts(run: RunFiles, state: str) -> tuple[Attempt, ...]:
                 began=r["began"],
                 ended=ended,
                 state=r.get("state", "X"),
-                cause=None if runs else r.get("cause") or ("done" if finished else "lost"),
+                cause=None if runs else r.get("cause") or _untold(finished, following is None, state),
                 action=r.get("action"),
                 steps=len({t["step"] for t in lines}) * _every(run),
                 committed_step=after,
@@ -228,6 +228,13 @@ def _attempts(run: RunFiles, state: str) -> tuple[Attempt, ...]:
             )
         )
     return tuple(rows)
+
+
+def _untold(finished: bool, newest: bool, state: str) -> str:
+    """The cause of an attempt whose batch shell did not come to record one."""
+    if finished:
+        return "done"
+    return "cancelled" if newest and state == "cancelled" else "lost"
 
 
 def _runs(run: RunFiles, state: str) -> bool:
