@@ -14,6 +14,8 @@ from strop.doctor.checks import Check, Checks
 from strop.doctor.memory import Memory
 from strop.errors import UserError
 
+HUB_IS_AWAY = "the hub cannot be reached"
+"""In the message of data/sources.py; the doctor itself never asks the hub."""
 KINDS = {"dpo": "preference", "sft": "sft"}
 
 
@@ -83,11 +85,12 @@ def _data(
     q: Question, config: Config, shape: Optional[model.Shape], world: int, answer: Answer, checks: Checks
 ) -> Optional[rows.Scan]:
     """Tokenizer, rows, steps: the scan of the training set, or None."""
-    tokenizer = tokens.load(config, checks)
+    offline = _offline(q.variables)
+    tokenizer = tokens.load(config, checks, offline)
     if tokenizer is None:
         return None
     kind = KINDS[q.algo]
-    train = _scanned("train", lambda: rows.scan(config, tokenizer, kind, "train", q.rows), checks)
+    train = _scanned("train", lambda: rows.scan(config, tokenizer, kind, "train", q.rows), offline, checks)
     if train is None:
         return None
     rows.judge(train, config, checks)
@@ -105,7 +108,10 @@ def _data(
         has_validation = False
     if has_validation:
         validation = _scanned(
-            "validation", lambda: rows.scan(config, tokenizer, kind, "validation", q.rows), checks
+            "validation",
+            lambda: rows.scan(config, tokenizer, kind, "validation", q.rows),
+            offline,
+            checks,
         )
         if validation is not None:
             rows.judge(validation, config, checks)
@@ -117,13 +123,18 @@ def _data(
     return train
 
 
-def _scanned(split: str, scan: Callable[[], rows.Scan], checks: Checks) -> Optional[rows.Scan]:
+def _scanned(split: str, scan: Callable[[], rows.Scan], offline: bool, checks: Checks) -> Optional[rows.Scan]:
+    """The scan, or None with the reason told. What is only not in the hub's cache yet may still come."""
     try:
         return scan()
     except UserError as error:
-        checks.fail(f"{split} data", str(error))
-    except (ConnectionError, OSError) as error:
-        checks.fail(f"{split} data", (str(error) or type(error).__name__).splitlines()[0], "is it there?")
+        if HUB_IS_AWAY in str(error) and not offline:
+            advice = "fetch it on a node with internet: hf download --repo-type dataset NAME"
+            checks.warn(f"{split} data", "it is not in the hub cache, and is not looked at", advice)
+        else:
+            checks.fail(f"{split} data", str(error))
+    except OSError as error:
+        checks.fail(f"{split} data", str(error), "see whether it can be read")
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,7 +49,11 @@ def run_directory(algo: str, args: Sequence[str], config: Config, checks: Checks
     holder = _holder(path, records)
     if holder:
         checks.fail("run", f"{path} is in use by {holder}", "wait, cancel it, or choose another run.name")
-    elif records[-1]["state"] == "DONE" and committed is not None and committed >= (_max_steps(config) or 0):
+    elif (
+        records[-1]["state"] == "DONE"
+        and committed is not None
+        and committed >= (config.train.max_steps or 0)
+    ):
         text = f"{path} is finished ({position}); a job would end at once"
         checks.warn("run", text, "a larger train.max_steps extends it; another run.name begins anew")
     else:
@@ -58,15 +63,11 @@ def run_directory(algo: str, args: Sequence[str], config: Config, checks: Checks
 
 
 def _holder(path: Path, records: Sequence[dict]) -> str | None:
-    me = lease.Owner(None, 0, "", 0, None)
+    me = lease.Owner(None, 0, socket.gethostname(), 0, None)
     try:
         return lease.living_owner(path, records[-1], me)[0]
     except (command.SlurmError, FileNotFoundError):  # no Slurm here to ask
         return None
-
-
-def _max_steps(config: Config) -> int | None:
-    return config.train.max_steps
 
 
 def _compare_code(records: Sequence[dict], committed: int | None, allow: bool, checks: Checks) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
@@ -20,13 +21,18 @@ ENDING = 3
 """The end-of-turn token is among so many last tokens; templates write a line break after it."""
 
 
-def load(config: Config, checks: Checks) -> Optional[Any]:
-    """The tokenizer as the trainer loads it; None if there is none."""
+def load(config: Config, checks: Checks, offline: bool) -> Optional[Any]:
+    """The tokenizer as the trainer loads it; None if it is not here. `offline`: jobs do not ask the hub."""
     try:
         tokenizer = hf.load_tokenizer(config.model)
         template = chat_template(config.model.chat_template, tokenizer)
     except UserError as error:
-        checks.fail("tokenizer", str(error), "name one that has it as model.tokenizer")
+        name = config.model.tokenizer or config.model.path or ""
+        if Path(name).exists() or name.startswith(("/", ".")):
+            checks.fail("tokenizer", str(error), "name one that has it as model.tokenizer")
+        else:
+            level = checks.fail if offline else checks.warn
+            level("tokenizer", f"that of {name} is not in the hub cache", f"hf download {name}")
         return None
     kind = "fast" if tokenizer.is_fast else "slow: boundaries inside a token cannot be found"
     special = f"bos {tokenizer.bos_token!r}, eos {tokenizer.eos_token!r}, pad {tokenizer.pad_token!r}"
