@@ -39,6 +39,7 @@ LAYERS = (
         "strop.run",
         "strop.submission",
         "strop.recipes",
+        "strop.doctor",
     ),
     ("tools",),
 )
