@@ -59,7 +59,7 @@ def save(
     if dist.any((final / MARKER).exists()):
         return False
     if dist.any(not attempts.holds_lease(root.parent, attempt)):
-        raise Superseded(f"attempt {attempt} commits nothing: a newer one has begun")
+        raise Superseded(f"attempt {attempt} commits nothing: a newer attempt has begun")
     failure = _write(root, final, attempt, tensors, state, dist)
     if failure:
         log.warning("checkpoint of step %d: %s; trying once more", step, failure)
