@@ -1,4 +1,4 @@
-"""Real preference pairs from GSM8K's model solutions: a correct one against an incorrect one of the same question.
+"""Real preference pairs: a correct against an incorrect solution of the same GSM8K question.
 
     python bench/gsm8k_pairs.py --data example_model_solutions.jsonl --out assets/gsm8k-dpo
 
@@ -32,7 +32,9 @@ def pair(row: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="example_model_solutions.jsonl")
     parser.add_argument("--out", type=Path, default=Path("assets/gsm8k-dpo"))
     parser.add_argument("--train", type=int, default=512, help="training pairs")

@@ -28,9 +28,9 @@ on_signal() {
     signals+="$1 "
     if [[ $1 == INT && $signals == *INT*INT* && -n $ranks_pid ]]; then
         kill -HUP "$ranks_pid" 2>/dev/null || true # a second Ctrl-C: no more waiting for the commit
-        return
+    else
+        request_stop
     fi
-    request_stop
 }
 
 # A file, because a container may swallow the signal; the signal, because a file may be seen late.
@@ -85,6 +85,7 @@ set_container() {
 # --kill-on-bad-exit and --wait: else the others wait for a dead rank until the time limit.
 # --cpus-per-task: a step no longer inherits it from the job (Slurm 22.05), and would get one CPU.
 run_ranks() {
+    trap '' INT # Ctrl-C goes to all processes of a terminal; only the body acts on it
     if [[ ${STROP_LAUNCHER:-} == local ]]; then
         exec "$host_python" -m strop.slurm.local_launch --ranks "$STROP_TASKS_PER_NODE" -- "$@"
     fi

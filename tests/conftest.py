@@ -42,8 +42,8 @@ def repo() -> Path:
 def slurm_cluster() -> Iterator[LocalCluster]:
     """A running two-node cluster: tests/run.sh's, or one for this session alone.
 
-    `slurm_cluster.slurm("squeue", ...)` runs a Slurm command there, `slurm_cluster.environment()` is for other
-    processes, tests/jobs.py has the rest. Nobody may take it down or change its partitions.
+    `slurm_cluster.slurm("squeue", ...)` runs a Slurm command there, `slurm_cluster.environment()` is for
+    other processes, tests/jobs.py has the rest. Nobody may take it down or change its partitions.
     """
     shared = os.environ.get("STROP_TEST_CLUSTER")
     if shared:

@@ -1,4 +1,4 @@
-"""Jobs on the test cluster, as tests see them: submit, look, wait. Every wait has a limit and says what it saw."""
+"""Jobs on the test cluster, as tests see them: submit, look, wait. Every wait has a limit."""
 
 from __future__ import annotations
 

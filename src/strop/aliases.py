@@ -116,6 +116,7 @@ ALIASES: dict[str, Alias] = {
     "data.validation.data_path": Alias("data.validation"),
     "checkpointing.checkpoint_dir": Alias("run.dir", remark="each run is a folder in it"),
     "checkpointing.save_period": Alias("checkpoint.every", _period),
+    "checkpoint.async": Alias("checkpoint.async_save"),
     "checkpointing.keep_top_k": Alias(
         "checkpoint.keep_last", remark="the newest ones stay, and the best by checkpoint.best_metric"
     ),

@@ -23,8 +23,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from strop.dist import Dist
-from strop.errors import StorageError
-from strop.slurm import files
+from strop.errors import StorageError, Superseded
+from strop.slurm import attempts, files
 
 log = logging.getLogger(__name__)
 
@@ -52,16 +52,36 @@ def save(
 ) -> bool:
     """Write and commit `step`; False if it is committed already. Collective.
 
-    Raises StorageError on every rank if any rank could not write; what was committed before is untouched.
+    What was committed before is untouched until this one is. Raises StorageError on every rank if any rank
+    could not write, after a second try, and Superseded if a newer attempt of the run has begun.
     """
     final = step_dir(root, step)
     if dist.any((final / MARKER).exists()):
         return False
+    if dist.any(not attempts.holds_lease(root.parent, attempt)):
+        raise Superseded(f"attempt {attempt} commits nothing: a newer one has begun")
+    failure = _write(root, final, attempt, tensors, state, dist)
+    if failure:
+        log.warning("checkpoint of step %d: %s; trying once more", step, failure)
+        failure = _write(root, final, attempt, tensors, state, dist)
+    if failure:
+        raise StorageError(errno.EIO, f"checkpoint of step {step} could not be written: {failure}")
+    return True
+
+
+def _write(
+    root: Path, final: Path, attempt: int, tensors: dict[str, Tensor], state: dict[str, Any], dist: Dist
+) -> Optional[str]:
+    """Write aside and commit; null, or the first failure of any rank, with nothing left behind."""
     tmp = root / f"{final.name}.a{attempt}.tmp"
     failure = _attempted(lambda: _clear(tmp, final)) if dist.is_main else None
     if not (failure := _first(dist.gather(failure))):
         failure = _attempted(
-            lambda: dcp.save(tensors, storage_writer=dcp.FileSystemWriter(tmp, sync_files=True))
+            lambda: dcp.save(
+                tensors,
+                storage_writer=dcp.FileSystemWriter(tmp, sync_files=True),
+                process_group=dist.group,
+            )
         )
         # DCP's error names every rank; one of them suffices.
         failure = _first(dist.gather(failure))
@@ -74,11 +94,9 @@ def save(
             hashes = {name: entry for _, part in gathered for name, entry in part.items()}
             failure = _attempted(lambda: _commit(tmp, final, hashes, state))
         failure = dist.broadcast(failure)
-    if failure:
-        if dist.is_main:
-            shutil.rmtree(tmp, ignore_errors=True)
-        raise StorageError(errno.EIO, f"checkpoint of step {step} could not be written: {failure}")
-    return True
+    if failure and dist.is_main:
+        shutil.rmtree(tmp, ignore_errors=True)
+    return failure
 
 
 def _attempted(action: Any) -> Optional[str]:

@@ -131,8 +131,13 @@ class ValidationConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: Optional[int] = 100
-    """Commit a checkpoint every so many steps (and at the end and when stopped); null: only then."""
+    every: Any = 100
+    """Commit a checkpoint every so many steps (100), every so long (90s, 10m, 1.5h), or auto: by Young's
+    formula from the measured save time and the interruptions so far. At the end and when stopped in any
+    case; null: only then."""
+    async_save: Optional[bool] = None
+    """Write in the background while training goes on (checkpoint.async is accepted too); null: if
+    there is memory for a second copy of weights and optimiser state."""
     keep_last: int = 2
     """How many committed checkpoints stay; at least 2, so that there is one to fall back to. The best
     one by `best_metric` stays as well."""

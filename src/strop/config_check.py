@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,6 @@ RANGES: dict[str, Range] = {
     "validation.every": POSITIVE,
     "validation.patience": POSITIVE,
     "validation.min_delta": NOT_NEGATIVE,
-    "checkpoint.every": POSITIVE,
     "checkpoint.keep_last": (lambda v: v >= 2, "must be at least 2, so that there is one to fall back to"),
     "checkpoint.best_metric": (lambda v: v.startswith("eval_"), "must start with eval_, as in metrics.jsonl"),
     "dpo.beta": POSITIVE,
@@ -67,6 +67,14 @@ RANGES: dict[str, Range] = {
 
 
 REQUIRED = {"model.path": "a directory or hub name", "data.train": "a file, directory or hub name"}
+
+
+def _is_interval(every: Any) -> bool:
+    """A positive number of steps, a time, or auto."""
+    if isinstance(every, int) and not isinstance(every, bool):
+        return every > 0
+    text = str(every)
+    return text == "auto" or bool(re.fullmatch(r"(\d+(\.\d+)?)[smh]", text) and float(text[:-1]) > 0)
 
 
 def check(flat: Mapping[str, Any], where: Mapping[str, str], path: Path) -> None:
@@ -86,6 +94,9 @@ def check(flat: Mapping[str, Any], where: Mapping[str, str], path: Path) -> None
         sources = flat[key] if isinstance(flat[key], list) else [flat[key] or ""]
         if not all(isinstance(source, str) for source in sources):
             fail(key, "must be text or a list of texts")
+    every = flat["checkpoint.every"]
+    if every is not None and not _is_interval(every):
+        fail("checkpoint.every", "must be a number of steps, a time such as 90s, 10m or 1.5h, or auto")
     for key, value in flat.items():
         if isinstance(value, float) and not math.isfinite(value):
             fail(key, "must be finite")

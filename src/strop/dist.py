@@ -6,6 +6,7 @@ weights travel over NCCL, so that a stop request never waits behind a kernel.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +33,12 @@ class Dist:
     device: torch.device
     mesh: DeviceMesh
     """Axes (replicate, shard) for hybrid sharding, else (shard,)."""
+    group: td.ProcessGroup
+    """Where the methods below talk."""
+
+    def another(self) -> Dist:
+        """The same ranks over a gloo group of their own, for a thread beside the loop. Collective."""
+        return dataclasses.replace(self, group=td.new_group(backend="gloo"))
 
     @property
     def is_main(self) -> bool:
@@ -40,12 +47,12 @@ class Dist:
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sums over the ranks, in fp64."""
         total = torch.tensor(values, dtype=torch.float64)
-        td.all_reduce(total)
+        td.all_reduce(total, group=self.group)
         return total.tolist()
 
     def max(self, values: Sequence[float]) -> list[float]:
         top = torch.tensor(values, dtype=torch.float64)
-        td.all_reduce(top, op=td.ReduceOp.MAX)
+        td.all_reduce(top, op=td.ReduceOp.MAX, group=self.group)
         return top.tolist()
 
     def any(self, flag: bool) -> bool:
@@ -55,13 +62,13 @@ class Dist:
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         box = [value]
-        td.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        td.broadcast_object_list(box, src=0, device=torch.device("cpu"), group=self.group)
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value in rank order, on every rank."""
         out: list[Any] = [None] * self.world_size
-        td.all_gather_object(out, value)
+        td.all_gather_object(out, value, group=self.group)
         return out
 
     def barrier(self) -> None:
@@ -86,7 +93,8 @@ def start(config: DistConfig, env: Env, run_dir: Path, attempt: int, stop: StopR
     else:
         names = ("replicate", "shard")
         mesh = init_device_mesh(device.type, (env.world_size // shard, shard), mesh_dim_names=names)
-    return Dist(env.rank, env.world_size, device, mesh)
+    # Objects and decisions travel over gloo: the CPU part of the default group, or the whole of it.
+    return Dist(env.rank, env.world_size, device, mesh, td.new_group(backend="gloo"))
 
 
 def choose_device(config: DistConfig, env: Env) -> torch.device:

@@ -34,3 +34,7 @@ class Diverged(ArithmeticError):
 
     kind = "diverged"
     exit_code = EXIT_DIVERGED
+
+
+class Superseded(RuntimeError):
+    """A newer attempt of this run has begun, on the word of Slurm that this one is dead."""

@@ -20,15 +20,14 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from strop import checkpoint, optim, setup
+from strop import optim, setup, trainer
 from strop.config import Config
 from strop.data.batch import Batch, Prefetcher, make_batch
 from strop.dist import Dist
 from strop.errors import Diverged, UserError
 from strop.report import Report
 from strop.run import Position, Run
-from strop.slurm import attempts, files
-from strop.slurm.rendezvous import PeerFailed
+from strop.slurm import attempts
 from strop.trainer import Trainer
 
 log = logging.getLogger("strop")
@@ -68,6 +67,7 @@ def train(run: Run, config: Config, position: Position) -> None:
     if t.ready:
         report.start(t.config, t.state.metrics_bytes, t.state.step, t.max_steps, _gpu_name(t))
         outcome = _run_steps(t)
+        t.saver.wait()
     if t.dist.is_main:
         reason = (run.stop.reason or "another rank was asked to stop") if outcome == "YIELD" else None
         attempts.finish(run.dir, run.attempt, outcome, step=t.state.step, reason=reason)
@@ -111,7 +111,7 @@ def _run_steps(t: Trainer) -> str:
 
 def _batches(t: Trainer) -> Iterator[list[Batch]]:
     for step in range(t.state.step, t.max_steps):
-        own = setup.step_bins(t, step)[t.dist.rank]
+        own = trainer.step_bins(t, step)[t.dist.rank]
         batches = [make_batch(t.train_store, rows, t.train_ref) for rows in own]
         yield [b.pin() for b in batches] if t.dist.device.type == "cuda" else batches
 
@@ -121,10 +121,16 @@ def _step(t: Trainer, batches: list[Batch], data_s: float) -> bool:
     c, state = t.config, t.state
     begin = time.monotonic()
     t.position.phase, t.position.step = "train", state.step
-    stop = t.run.stop.poll() is not None
-    count, tokens, stops = t.dist.sum(
-        [sum(t.algo.count(b) for b in batches), sum(_num_tokens(b) for b in batches), float(stop)]
+    count, tokens, stops, failures = t.dist.sum(
+        [
+            sum(t.algo.count(b) for b in batches),
+            sum(_num_tokens(b) for b in batches),
+            float(trainer.must_stop(t)),
+            float(t.saver.failed),
+        ]
     )
+    if failures:
+        t.saver.wait()
     if stops:
         _save(t)
         return False
@@ -152,7 +158,9 @@ def _step(t: Trainer, batches: list[Batch], data_s: float) -> bool:
         "num_tokens": state.num_tokens,
         **means,
     }
-    t.report.step(line, tokens=int(tokens), seconds=time.monotonic() - begin, data_s=data_s)
+    seconds = time.monotonic() - begin
+    t.step_s = max(t.step_s, seconds)
+    t.report.step(line, tokens=int(tokens), seconds=seconds, data_s=data_s)
     return True
 
 
@@ -213,8 +221,8 @@ def _dump_batch(t: Trainer, batches: list[Batch], loss: float, norm: float) -> s
         ids = [dict(zip(("source", "line"), t.train_store.row_id(r))) for r in rows]
         path.write_text(json.dumps({"step": t.state.step + 1, "rows": ids}, indent=1))
     return (
-        f"step {t.state.step + 1}: loss {loss} and gradient norm {norm} are not both finite; nothing of it "
-        f"is committed, its rows are in {path}"
+        f"step {t.state.step + 1}: loss {loss} and gradient norm {norm} are not both finite; "
+        f"nothing of it is committed, its rows are in {path}"
     )
 
 
@@ -226,8 +234,7 @@ def _after_step(t: Trainer) -> bool:
     if due and not t.state.validated and not _validate(t):
         _save(t)
         return False
-    every = t.config.checkpoint.every
-    if (every is not None and step % every == 0) or t.state.best_step == step:
+    if t.dist.any(t.dist.is_main and t.saver.due(step)) or t.state.best_step == step:
         _save(t)
     return True
 
@@ -239,10 +246,10 @@ def _validate(t: Trainer) -> bool:
         return True
     t.position.phase = "validation"
     meter = Meter()
-    bins = setup.validation_bins(t)[t.dist.rank]
+    bins = trainer.validation_bins(t)[t.dist.rank]
     with Prefetcher(make_batch(t.val_store, rows, t.val_ref) for rows in bins) as batches:
         for batch in batches:
-            if setup.stop_agreed(t):
+            if trainer.stop_agreed(t):
                 return False
             with torch.no_grad():
                 _, metrics = _forward(t, batch)
@@ -284,25 +291,9 @@ def _patience_is_over(t: Trainer) -> bool:
 
 
 def _save(t: Trainer) -> None:
-    """Commit the state as it stands (nothing to do at step 0, or where it is committed already)."""
+    """Begin to commit the state as it stands (nothing to do at step 0, or where it is committed already)."""
     if t.state.step == 0:
         return
     t.position.phase = "save"
-    begin = time.monotonic()
-    if not t.dist.broadcast(attempts.holds_lease(t.run.dir, t.run.attempt)):
-        raise PeerFailed(f"a newer attempt of {t.run.dir} has begun: this one must not commit any more")
     t.state.metrics_bytes = t.report.sync()
-    root, state = t.run.checkpoints, dataclasses.asdict(t.state)
-    is_new = checkpoint.save(root, t.state.step, t.run.attempt, setup.tensors(t), state, t.dist)
-    if t.dist.is_main:
-        # Also where the step was committed before: by an attempt that died here, or inside its validation.
-        if t.state.best_step == t.state.step:
-            best = {
-                "step": t.state.step,
-                "metric": t.config.checkpoint.best_metric,
-                "value": t.state.best_value,
-            }
-            files.write_json(root / "BEST.json", best)
-        checkpoint.clean_up(root, t.config.checkpoint.keep_last, t.state.best_step)
-    if is_new:
-        t.report.saved(t.state.step, seconds=time.monotonic() - begin)
+    t.saver.start(trainer.tensors(t), dataclasses.asdict(t.state))

@@ -32,6 +32,7 @@ class Report:
         self._config = config
         self._main = run.env.rank == 0
         self._metrics: Optional[MetricsFile] = None
+        self._stall_s = 0.0
         (run.dir / "data").mkdir(exist_ok=True)
 
     @contextmanager
@@ -91,8 +92,10 @@ class Report:
             "data_s": data_s,
             "tokens_per_s": tokens / seconds,
             "tokens_per_s_per_device": tokens / seconds / world,
+            "save_stall_s": self._stall_s,
             **self._device.read(),
         }
+        self._stall_s = 0.0
         self._timing.write(timing)
         self._sinks.log(line)
         self._progress.step(line["step"], line, timing["tokens_per_s"])
@@ -107,8 +110,12 @@ class Report:
         """Length of metrics.jsonl once it is on disk: part of a commit."""
         return self._metrics.sync() if self._metrics is not None else 0
 
+    def stalled(self, seconds: float) -> None:
+        """Training stood still for a save; told with the next step's timing."""
+        self._stall_s += seconds
+
     def saved(self, step: int, *, seconds: float) -> None:
-        if self._metrics is not None:
+        if self._main:
             progress.log.info("checkpoint of step %d committed in %.1f s", step, seconds)
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ import yaml
 
 from strop import config as config_module
 from strop.config import Config
-from strop.errors import Diverged, StorageError, UserError
+from strop.errors import Diverged, StorageError, Superseded, UserError
 from strop.slurm import attempts, files, lease
 from strop.slurm.env import Env
 from strop.slurm.rendezvous import PeerFailed
@@ -136,7 +136,7 @@ def classify(error: BaseException) -> tuple[str, int]:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "oom", 1
     follows = isinstance(error, RuntimeError) and any(sign in str(error) for sign in PEER_SIGNS)
-    if isinstance(error, PeerFailed) or follows:
+    if isinstance(error, (PeerFailed, Superseded)) or follows:
         return "peer", 1
     return "exception", 1
 

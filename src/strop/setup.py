@@ -27,6 +27,7 @@ from strop.algos import reference
 from strop.config import Config
 from strop.data import plan, prepare
 from strop.data.store import TokenStore
+from strop.data.tokenise import tokenizer_digest
 from strop.dist import Dist
 from strop.dist import start as start_dist
 from strop.errors import UserError
@@ -34,12 +35,14 @@ from strop.models import hf
 from strop.models.policy import Policy
 from strop.report import Report
 from strop.run import Position, Run
+from strop.saver import Saver
 from strop.slurm import attempts, files, rendezvous
-from strop.trainer import State, Trainer
+from strop.trainer import State, Trainer, step_bins, stop_agreed, tensors, validation_bins
 
 log = logging.getLogger("strop")
 
 FIRST_LOSS_SCALE = 2.0**16
+"""Of fp16; halved at the first overflow."""
 
 
 def build(run: Run, config: Config, position: Position, report: Report) -> Trainer:
@@ -96,7 +99,7 @@ def _data(
         run_module.agree(run, config)
         cache = cache_dir(run, config)
         tokenizer = hf.load_tokenizer(config.model)
-        digest = hf.tokenizer_digest(tokenizer)
+        digest = tokenizer_digest(tokenizer)
         paths: dict[str, Optional[str]] = {"train": None, "validation": None}
         ledgers = {}
         splits = ["train"] + (["validation"] if prepare.has_validation(config.data) else [])
@@ -177,6 +180,7 @@ def _load(t: Trainer) -> bool:
             t.state = State(**checkpoint.read_state(root, step))
             checkpoint.load(root, step, tensors(t))
             optim.set_num_updates(t.optimizer, t.state.num_updates)
+    t.saver = Saver(t.run, t.config.checkpoint, t.dist, t.report, tensors(t))
     t.position.step = t.state.step
     return True
 
@@ -193,17 +197,6 @@ def _forbid_silent_restart(run: Run) -> None:
             f"{run.checkpoints} holds no committed checkpoint, but step {max(told)} had been reached: "
             "give the run another name to begin anew"
         )
-
-
-def tensors(t: Trainer) -> dict[str, torch.Tensor]:
-    """What a checkpoint holds: fp32 weights and both moments of AdamW, by name."""
-    state = hf.distinct_state(t.policy.lm)
-    out = {f"model.{name}": tensor.detach() for name, tensor in state.items()}
-    for name, tensor in state.items():
-        for key, moment in t.optimizer.state.get(tensor, {}).items():
-            if key != "step":  # the same for all parameters, and known from the state
-                out[f"optim.{name}.{key}"] = moment
-    return out
 
 
 def _choices(t: Trainer) -> dict[str, Any]:
@@ -306,35 +299,6 @@ def _reference_bins(t: Trainer, name: str) -> reference.Bins:
     return ranks
 
 
-def step_bins(t: Trainer, step: int) -> reference.Bins:
-    """[rank][micro batch] -> row ids of optimiser step `step` (from 0)."""
-    c = t.config.train
-    rows = plan.step_rows(t.train_store.num_rows, c.global_batch_size, c.seed, step, c.limit_train_batches)
-    return plan.pack(
-        rows,
-        t.train_store.row_lengths,
-        world_size=t.dist.world_size,
-        max_tokens=c.micro_batch_tokens,
-        max_rows=c.micro_batch_size,
-    )
-
-
-def validation_bins(t: Trainer) -> reference.Bins:
-    """[rank][micro batch] -> row ids of the validation set, or of its first `limit_val_batches`."""
-    assert t.val_store is not None
-    c = t.config.train
-    num_rows = t.val_store.num_rows
-    if c.limit_val_batches is not None:
-        num_rows = min(num_rows, c.limit_val_batches * c.global_batch_size)
-    return plan.eval_bins(
-        num_rows,
-        t.val_store.row_lengths,
-        world_size=t.dist.world_size,
-        max_tokens=c.micro_batch_tokens,
-        max_rows=c.micro_batch_size,
-    )
-
-
 def _reference_pass(t: Trainer, choices: dict[str, Any], *, again: bool) -> bool:
     """Compute what is missing; False if stopped. `again`: the policy's own weights are needed afterwards."""
     t.position.phase = "reference"
@@ -358,11 +322,6 @@ def _open_reference(t: Trainer, choices: dict[str, Any]) -> None:
     t.train_ref = np.load(choices["reference"]["train"], mmap_mode="r")
     if t.val_store is not None:
         t.val_ref = np.load(choices["reference"]["validation"], mmap_mode="r")
-
-
-def stop_agreed(t: Trainer) -> bool:
-    """Whether any rank has been asked to stop. Collective."""
-    return t.dist.any(t.run.stop.poll() is not None)
 
 
 def cache_dir(run: Run, config: Config) -> Path:

@@ -44,7 +44,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 
 
 class _Executor(submitit.SlurmExecutor):
-    """submitit's, with what was asked for repeated on sbatch's command line, where it beats a site's SBATCH_*."""
+    """Repeats what was asked for on sbatch's command line, where it beats a site's SBATCH_* variables."""
 
     explicit: Sequence[str] = ()
 

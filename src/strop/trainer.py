@@ -1,7 +1,11 @@
-"""What the loop works with: a run's parts once they are built, and the state that a checkpoint keeps."""
+"""What the loop works with: the parts of a run, its state, and what follows from them.
+
+Only `State` changes from step to step, and it is what a checkpoint holds beside the tensors.
+"""
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Optional
@@ -10,16 +14,25 @@ import numpy as np
 import torch
 
 from strop.config import Config
+from strop.data import plan
 from strop.data.store import TokenStore
 from strop.dist import Dist
+from strop.models import hf
 from strop.models.policy import Policy
 from strop.report import Report
 from strop.run import Position, Run
+from strop.saver import Saver
+
+SAFETY = 1.5
+"""A save and a step may take this much longer than the slowest so far."""
+
+SHUTDOWN_S = 10.0
+"""From the commit to the end of the batch script, the requeue included."""
 
 
 @dataclass
 class State:
-    """All that a checkpoint holds beside tensors. Of the data it is `step`, since the plan is a function."""
+    """What a checkpoint holds beside tensors. The data's state is `step`, since the plan is a function."""
 
     step: int = 0
     """Optimiser steps done."""
@@ -60,6 +73,70 @@ class Trainer:
     train_ref: Optional[np.ndarray] = None
     val_ref: Optional[np.ndarray] = None
     state: State = field(default_factory=State)
+    saver: Saver = field(init=False)
+    """Made when the weights are there."""
     ready: bool = False
+    """False if asked to stop before the first step."""
+    step_s: float = 0.0
+    """Seconds of the slowest step so far."""
     reduce_each: bool = False
     """Gradients are reduced after every micro batch instead of once a step."""
+
+
+def tensors(t: Trainer) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds: fp32 weights and both moments of AdamW, by name."""
+    state = hf.distinct_state(t.policy.lm)
+    out = {f"model.{name}": tensor.detach() for name, tensor in state.items()}
+    for name, tensor in state.items():
+        for key, moment in t.optimizer.state.get(tensor, {}).items():
+            if key != "step":  # the same for all parameters, and known from the state
+                out[f"optim.{name}.{key}"] = moment
+    return out
+
+
+def step_bins(t: Trainer, step: int) -> list[list[np.ndarray]]:
+    """[rank][micro batch] -> row ids of optimiser step `step` (from 0)."""
+    c = t.config.train
+    rows = plan.step_rows(t.train_store.num_rows, c.global_batch_size, c.seed, step, c.limit_train_batches)
+    return plan.pack(
+        rows,
+        t.train_store.row_lengths,
+        world_size=t.dist.world_size,
+        max_tokens=c.micro_batch_tokens,
+        max_rows=c.micro_batch_size,
+    )
+
+
+def validation_bins(t: Trainer) -> list[list[np.ndarray]]:
+    """[rank][micro batch] -> row ids of the validation set, or of its first `limit_val_batches`."""
+    assert t.val_store is not None
+    c = t.config.train
+    num_rows = t.val_store.num_rows
+    if c.limit_val_batches is not None:
+        num_rows = min(num_rows, c.limit_val_batches * c.global_batch_size)
+    return plan.eval_bins(
+        num_rows,
+        t.val_store.row_lengths,
+        world_size=t.dist.world_size,
+        max_tokens=c.micro_batch_tokens,
+        max_rows=c.micro_batch_size,
+    )
+
+
+def stop_agreed(t: Trainer) -> bool:
+    """Whether any rank must stop. Collective."""
+    return t.dist.any(must_stop(t))
+
+
+def must_stop(t: Trainer) -> bool:
+    """Whether this rank was asked to stop, or the job ends so soon that the state must be committed now."""
+    if t.run.stop.poll() is not None:
+        return True
+    end = t.run.env.end_time
+    if end is None or t.state.step == 0:
+        return False
+    need_s = SAFETY * (t.saver.expected_s + t.step_s) + SHUTDOWN_S
+    if time.time() + need_s > end:
+        t.run.stop.reason = f"time limit: {end - time.time():.0f} s left, {need_s:.0f} s needed to commit"
+        return True
+    return False

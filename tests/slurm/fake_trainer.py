@@ -1,8 +1,9 @@
 """Stands for `strop.train` where a test is about the job and not about training: counts steps to a goal.
 
-Arguments key=value: steps (goal), step_s, fail (user|exception|kill|segv|diverged|oom|exit0), at (the step at which
-rank `rank` fails), once (only in the first attempt), hold_commit_s (how long a commit takes). Every step is written to
-steps.jsonl by rank 0; a stop request is agreed on through files, since there is no process group here.
+Arguments key=value: steps (goal), step_s, fail (user, exception, kill, segv, diverged, oom, exit0), at (the
+step at which rank `rank` fails), once (only in the first attempt), hold_commit_s (how long a commit takes).
+Rank 0 writes every step to steps.jsonl; a stop request is agreed on through files, since there is no process
+group here. `+metadata.steps=9` is the same as `steps=9`: the real configuration lets it pass.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def fail(env: Env, args: dict[str, str], step: int) -> None:
         exit_code=code,
         message=message,
         step=step,
-        phase="TRAIN",
+        phase=args.get("phase", "TRAIN"),
         node=env.node,
     )
     os._exit(code)
@@ -118,4 +119,4 @@ def end(env: Env, state: str, step: int, reason: str | None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(dict(arg.split("=", 1) for arg in sys.argv[2:] if "=" in arg)))
+    sys.exit(main(dict(a.replace("+metadata.", "").split("=", 1) for a in sys.argv[2:] if "=" in a)))

@@ -7,15 +7,14 @@ run's own records. A fake trainer is enough, since here only the job is tested.
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from strop import submission
 from strop.slurm import attempts, command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +27,7 @@ pytestmark = pytest.mark.slurm
 @pytest.fixture
 def submit(slurm_cluster, tmp_path, monkeypatch):
     """submit("--nodes=2", "steps=5") -> job id; what begins with -- and precedes the rest is sbatch's."""
-    monkeypatch.setenv("SLURM_CONF", slurm_cluster.environ["SLURM_CONF"])
+    monkeypatch.setenv("SLURM_CONF", slurm_cluster.environment()["SLURM_CONF"])
     monkeypatch.setenv("PYTHON", str(FAKE))
     monkeypatch.chdir(tmp_path)
     started: list[str] = []
@@ -36,7 +35,6 @@ def submit(slurm_cluster, tmp_path, monkeypatch):
     def run(*words: str) -> str:
         options = [w for w in words if w.startswith("--")]
         args = [w for w in words if not w.startswith("--")]
-        # the template wants whole nodes; these jobs are tiny, and several run at once
         shell = ["sbatch", "--parsable", *options, str(ROOT / "sbatch" / "dpo.sh"), *args]
         job = subprocess.run(shell, check=True, capture_output=True, text=True).stdout.strip()
         started.append(job)
@@ -203,9 +201,51 @@ def test_second_job_of_a_living_run_is_refused(submit):
 
 def test_time_limit(submit):
     """The real thing once: Slurm's own signal before the end of --time=1. It may come up to 60 s early."""
-    job = submit("--nodes=1", "--time=1", "--signal=B:USR1@50", "steps=150", "run.name=limit")
+    job = submit("--nodes=1", "--time=1", "--signal=B:USR1@50", "steps=400", "run.name=limit")
     record = ended(job, 180)
     assert (record["JobState"], record["ExitCode"]) == ("COMPLETED", "0:0")
     assert int(record["Restarts"]) >= 1
     assert set(causes(Path("runs/limit"))) == {"time_limit", "done"}
-    assert [s["step"] for s in steps(Path("runs/limit"))] == list(range(1, 151))
+    assert [s["step"] for s in steps(Path("runs/limit"))] == list(range(1, 401))
+
+
+def test_too_little_time_to_commit(submit):
+    """The commit takes longer than there is: killed, requeued, and the next one starts from what is there."""
+    job = submit("--nodes=2", "--partition=low", "steps=40", "hold_commit_s=60", "run.name=slow")
+    run = Path("runs/slow")
+    wait_until(lambda: len(steps(run)) >= 3)
+    wait_until(lambda: command.show_job(job)["JobState"] == "RUNNING")
+    subprocess.run(["scontrol", "requeue", job], check=True)  # KillWait is all the time there is
+    wait_until(lambda: len(attempts.read_all(run)) == 2, 60)
+    first = attempts.read(run, 1)
+    assert first["state"] in ("X", "FAIL")
+    assert first.get("cause", "requeued") == "requeued"
+    assert attempts.committed_step(run) is None
+    assert steps(run)[-1]["attempt"] in (1, 2)
+
+
+def test_through_tools_submit(submit):
+    """submitit's sbatch file runs the same body: a signal, a requeue, and the job's exit code."""
+    Path("c.yaml").write_text("model:\n  path: m\ndata:\n  train: x.jsonl\n")
+    job = submission.submit(
+        "sft", ["--config", "c.yaml", "+metadata.steps=25", "run.name=s"], nodes=2, time="00:10:00"
+    )
+    assert isinstance(job, submission.Job)
+    assert job.run_dir == Path("runs/s").resolve()
+    wait_until(lambda: len(steps(job.run_dir)) >= 3)
+    subprocess.run(["scancel", "--batch", "--signal=USR1", job.job_id], check=True)
+    states: list[str] = []
+    assert job.wait(states.append) == 0
+    assert causes(job.run_dir) == ["time_limit", "done"]
+    assert any("PENDING" in line for line in states)
+    assert "attempt 2" in job.output.read_text()
+
+
+def test_node_that_failed_the_preflight_check_is_left_out(submit):
+    job = submit("--nodes=1", "steps=5", "fail=exception", "phase=PREFLIGHT", "once=1", "run.name=node")
+    record = ended(job, 90)
+    assert (record["JobState"], record["Restarts"]) == ("COMPLETED", "1")
+    first, second = attempts.read_all(Path("runs/node"))
+    assert first["exclude"] == first["nodes"]
+    assert second["nodes"] != first["nodes"]
+    assert record["ExcNodeList"] == first["nodes"][0]

@@ -161,6 +161,20 @@ def test_ranks_finish_together():
     assert cost.sum(axis=1).max() <= 1.05 * cost.sum(axis=1).mean()
 
 
+def test_bins_are_dealt_to_the_rank_with_least_so_far():
+    """Rows of 400, 300, 200 and 100, one to a bin: 400 beside 300, then 200 to the rank that had 300."""
+    lengths = np.array([400, 300, 200, 100])
+    ranks = plan.pack(range(4), lengths, world_size=2, max_tokens=400, max_rows=1)
+    assert [[m.tolist() for m in own] for own in ranks] == [[[0], [3]], [[1], [2]]]
+
+
+def test_a_row_beyond_the_limit_does_not_spoil_the_balance():
+    """It fills one of 4 bins; the 6 others of 50 are spread over 3 bins of 2, not put 3 and 3 and 0."""
+    lengths = np.array([500, *[50] * 6])
+    ranks = plan.pack(range(7), lengths, world_size=4, max_tokens=150)
+    assert sorted(len(own[0]) for own in ranks) == [1, 2, 2, 2]
+
+
 def test_a_long_row_counts_more_than_its_tokens():
     """One row of 32768 costs 65536; the same tokens in short rows cost little more than their number. With
     two bins and room enough, the long row's bin gets fewer tokens than the other."""

@@ -105,6 +105,7 @@ def test_all_forms_of_a_conversational_pair_are_the_same_pair():
                 {"prompt": USER["content"], "chosen": full_a[1:], "rejected": full_b[1:]},
                 {"prompt": [USER], "chosen": "84", "rejected": "12"},
                 {"prompt": null, "chosen": full_a[1:], "rejected": full_b[1:], "margin": 1.5},
+                {"chosen": full_a, "rejected": [*null, assistant("12")]},
             ],
             "preference",
         )
@@ -136,6 +137,14 @@ def test_every_turn_of_the_assistant_is_trained():
             "<|im_start|>assistant\n⟦84<|im_end|>\n⟧<|im_start|>user\nSure?<|im_end|>\n"
             "<|im_start|>assistant\n⟦Yes.<|im_end|>\n⟧<|im_start|>user\nThanks<|im_end|>\n"
         )
+
+
+def test_a_first_turn_of_the_assistant_is_context():
+    row = run({"messages": [assistant("Hello"), USER, assistant("84")]}, "sft")
+    assert marked(PLAIN, row.sequences[0]) == (
+        "<|im_start|>assistant\nHello<|im_end|>\n<|im_start|>user\nHow many apples?<|im_end|>\n"
+        "<|im_start|>assistant\n⟦84<|im_end|>\n⟧"
+    )
 
 
 def test_messages_and_prompt_with_completion_agree():
@@ -213,8 +222,20 @@ def test_mask_of_turns_by_bytes(texts, trim):
     assert trained.tolist() == [any(trained_bytes[a:b]) for a, b in zip(starts, ends)]
 
 
+def test_a_turn_that_ends_in_a_blank():
+    """No special tokens here: the blank at the end of a turn is a token of its own, its offsets trimmed to
+    nothing; the turn after it begins where it ends."""
+    template = (
+        "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    messages = [USER, assistant("84 "), {"role": "user", "content": "Sure?"}, assistant("Yes ")]
+    row = run({"messages": [*messages, USER]}, "sft", template=template)
+    assert marked(PLAIN, row.sequences[0]) == "u:How many apples?a:⟦84 ⟧u:Sure?a:⟦Yes ⟧u:How many apples?"
+
+
 def test_a_merge_across_the_boundary_is_counted():
-    """The tokenizer makes one token of the two line feeds, or of the blank and the word after it."""
+    """The tokenizer makes one token of the blank and the word after it."""
     row = run({"prompt": "The dog ", "completion": "jumps"}, "sft")
     assert marked(PLAIN, row.sequences[0]) == "The dog⟦ jumps</s>⟧"
     assert row.merged_boundary
@@ -240,10 +261,12 @@ def test_a_tokenizer_without_offsets():
 
 def test_leftover_truncation_and_padding_of_the_tokenizer_are_not_applied():
     tokenizer = tiny_tokenizer()
+    tokeniser = Tokeniser(tokenizer, 100)
     tokenizer.backend_tokenizer.enable_truncation(max_length=2)
     tokenizer.backend_tokenizer.enable_padding(length=50)
-    row = run({"prompt": "The quick brown fox", "completion": " jumps"}, "sft", tokenizer)
-    assert marked(PLAIN, row.sequences[0]) == "The quick brown fox⟦ jumps</s>⟧"
+    rendered = Renderer("sft", tokenizer, None)(Row("a", 1, {"prompt": "The dog", "completion": " jumps"}))
+    (row,) = tokeniser([rendered])
+    assert marked(PLAIN, row.sequences[0]) == "The dog⟦ jumps</s>⟧"
 
 
 BAD_PREFERENCE = [
@@ -314,9 +337,13 @@ def test_what_the_template_raises_is_told():
 
 
 def test_a_template_that_prints_the_date_prints_the_same_one_every_day():
-    template = "{{ strftime_now('%d %b %Y') }} " + CHATML
+    """As Llama 3 asks for it. The line before it stays as it is: a line feed and two blanks."""
+    template = (
+        "\n  {% if strftime_now is defined %}{% set today = strftime_now('%d %b %Y') %}{% endif %}"
+        "{{ '  ' + today + ' ' }}" + CHATML
+    )
     row = run({"messages": [USER, assistant("x")]}, "sft", template=template)
-    assert marked(PLAIN, row.sequences[0]).startswith("26 Jul 2024 <|im_start|>user")
+    assert marked(PLAIN, row.sequences[0]).startswith("\n  26 Jul 2024 <|im_start|>user")
 
 
 def test_length_limit_counts_every_special_token():

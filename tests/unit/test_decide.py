@@ -41,13 +41,14 @@ TABLE = [
     ("scancel, committed", Facts("YIELD", 143, signals=("TERM",), job=SCANCEL), "stop", 75, "cancelled"),
     ("scancel, no time", Facts("X", 143, signals=("TERM",), job=SCANCEL), "stop", 1, "cancelled"),
     ("scancel during a crash", Facts("X", 139, crash=CRASH, job=SCANCEL), "stop", 1, "cancelled"),
-    ("scontrol requeue by hand", Facts("YIELD", 0, signals=("TERM",), job=BY_HAND), "requeue", 75, "requeued"),
+    ("scontrol requeue by hand", Facts("YIELD", 0, signals=("TERM",), job=BY_HAND), "requeue", 75,
+     "requeued"),
     ("the same, killed before the commit", Facts("X", 137, signals=("TERM",), job=BY_HAND), "requeue", 1,
      "requeued"),
     ("too late before the limit", Facts("X", 137, signals=("USR1",)), "requeue", 1, "late"),
     ("at the limit itself", Facts("X", 143, signals=("TERM",), job=LIMIT), "requeue", 1, "late"),
     ("grace too short", Facts("X", 137, job=GRACE), "requeue", 1, "late"),
-    ("stopped before there was anything to save", Facts("X", 0, signals=("USR1",)), "requeue", 1, "time_limit"),
+    ("stopped before there was anything", Facts("X", 0, signals=("USR1",)), "requeue", 1, "time_limit"),
     ("rank killed", Facts("X", 137), "requeue", 1, "killed"),
     ("rank killed, the others saw it", Facts("X", 137, verdicts=(said("peer"),)), "requeue", 1, "killed"),
     ("out of memory", Facts("X", 1, verdicts=(said("oom"),)), "requeue", 1, "oom"),
@@ -56,7 +57,7 @@ TABLE = [
      "segfault"),
     ("hang", Facts("X", 1, verdicts=(said("hang"),)), "requeue", 70, "hang"),
     ("exception in training", Facts("X", 1, verdicts=(said("exception"),)), "requeue", 1, "exception"),
-    ("exception at start-up", Facts("X", 1, verdicts=(said("exception", step=None),)), "requeue", 1, "startup"),
+    ("exception at start-up", Facts("X", 1, verdicts=(said("exception", step=0),)), "requeue", 1, "startup"),
     ("the same after a resume", Facts("X", 1, verdicts=(said("exception", phase="RESUME"),)), "requeue", 1,
      "startup"),
     ("user's error", Facts("FAIL", 78, verdicts=(said("user"),)), "stop", 78, "user"),
@@ -69,7 +70,9 @@ TABLE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("facts", "action", "code", "cause"), [t[1:] for t in TABLE], ids=[t[0] for t in TABLE])
+@pytest.mark.parametrize(
+    ("facts", "action", "code", "cause"), [t[1:] for t in TABLE], ids=[t[0] for t in TABLE]
+)
 def test_table(facts, action, code, cause):
     decision = decide.decide(facts)
     assert (decision.action, decision.exit_code, decision.cause) == (action, code, cause)
@@ -174,7 +177,10 @@ def test_a_node_that_fails_the_preflight_check_is_excluded():
 
 
 def all_facts():
-    verdicts = [(), *((said(kind),) for kind in ("user", "diverged", "storage", "oom", "hang", "exception", "peer"))]
+    verdicts = [
+        (),
+        *((said(kind),) for kind in ("user", "diverged", "storage", "oom", "hang", "exception", "peer")),
+    ]
     jobs = [JobState(c, r, q, e, t, p) for c, r, q, e, t, p in itertools.product([True, False], repeat=6)]
     signals = [(), ("USR1",), ("TERM",), ("USR1", "TERM")]
     for state, code, v, crash, signal, job in itertools.product(

@@ -130,4 +130,6 @@ def test_launch_redirects_and_blocks(tmp_path):
     assert outputs["0"].stderr == outputs["1"].stderr == ""
     blocked = f"SigBlk:\t{(1 << 9) | (1 << 14):016x}\n"  # USR1 is 10, TERM is 15
     assert (tmp_path / "logs/0001/rank00000.err").read_text() == blocked
-    assert (tmp_path / "logs/0001/rank00001.err").read_text() == f"args: -m strop.train dpo a.b=c d\n{blocked}"
+    assert (
+        tmp_path / "logs/0001/rank00001.err"
+    ).read_text() == f"args: -m strop.train dpo a.b=c d\n{blocked}"

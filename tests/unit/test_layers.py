@@ -30,9 +30,10 @@ LAYERS = (
     ("strop.algos",),
     (
         "strop.train",
-        "strop.trainer",
         "strop.loop",
         "strop.setup",
+        "strop.trainer",
+        "strop.saver",
         "strop.report",
         "strop.run",
         "strop.submission",

@@ -71,7 +71,9 @@ def test_default_file_of_the_repository(tmp_path):
     assert naming.resolve("dpo", [], job("1"), tmp_path / "repo").name == "x"
 
 
-@pytest.mark.parametrize("args", [["run.name=a/b"], ["run.name=.hidden"], ["--config", "no.yaml"], ["--config"]])
+@pytest.mark.parametrize(
+    "args", [["run.name=a/b"], ["run.name=.hidden"], ["--config", "no.yaml"], ["--config"]]
+)
 def test_refused(args, tmp_path):
-    with pytest.raises(UserError, match="run.name|--config"):
+    with pytest.raises(UserError, match=r"run\.name|--config"):
         naming.resolve("dpo", args, job("1"), tmp_path)

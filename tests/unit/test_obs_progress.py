@@ -44,7 +44,7 @@ def test_seconds(s, text):
 
 def test_a_line_for_each_step(lines):
     clock = Clock()
-    progress = Progress(100, terminal=False, clock=clock)
+    progress = Progress(100, done_steps=3, terminal=False, clock=clock)
     clock.now += 2.0
     record = {
         "loss": 0.693147,
@@ -63,6 +63,14 @@ def test_a_line_for_each_step(lines):
         "step 5/100  eta 1m35s",
         "validation at step 5  loss 0.5000  acc 0.75  margin 0.100",
     ]
+
+
+def test_the_estimate_counts_steps_that_were_not_shown():
+    clock = Clock()
+    progress = Progress(100, done_steps=10, terminal=False, clock=clock)
+    clock.now += 20  # log.every=10, 2 s a step
+    progress.step(20, {})
+    assert progress.eta_s(20) == 160
 
 
 def test_what_a_record_lacks_or_could_not_say_is_left_out():

@@ -1,6 +1,9 @@
-"""Slurm's answers: captured texts of `scontrol show job` (22.05), and a controller that is away for a while."""
+"""Slurm's answers: texts of `scontrol show job` (22.05), and a controller that is away for a while."""
 
 from __future__ import annotations
+
+import time
+import types
 
 import pytest
 
@@ -61,13 +64,14 @@ def scontrol(tmp_path, monkeypatch):
         path = tmp_path / "scontrol"
         path.write_text(
             f"#!/bin/bash\necho x >>{tmp_path}/calls\n"
-            f"if (( $(wc -l <{tmp_path}/calls) <= {times} )); then echo '{message}' >&2; exit 1; fi\necho fine\n"
+            f"if (( $(wc -l <{tmp_path}/calls) <= {times} )); then echo '{message}' >&2; exit 1; fi\n"
+            "echo fine\n"
         )
         path.chmod(0o755)
         return [str(path)]
 
     pauses: list[float] = []
-    monkeypatch.setattr(command.time, "sleep", pauses.append)
+    monkeypatch.setattr(command, "time", types.SimpleNamespace(sleep=pauses.append, monotonic=time.monotonic))
     make.pauses = pauses
     return make
 

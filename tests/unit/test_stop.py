@@ -76,7 +76,7 @@ def test_a_new_attempt_stops_the_ranks_of_the_one_before(tmp_path):
 
 
 def test_polling_is_cheap(tmp_path):
-    """It stands in the training loop's innermost places: 20 microseconds at most, the look at the file included."""
+    """It stands in the loop's innermost places: 20 microseconds at most, the looks at the file included."""
     (tmp_path / "attempts").mkdir()
     request = stop.StopRequest(tmp_path, 1)
     start = time.perf_counter()

@@ -62,8 +62,8 @@ def compute(
 ) -> bool:
     """Fill `path` for the rows of `bins` ([rank][micro batch] -> rows). Collective; False if stopped.
 
-    `owner` names the unfinished file, so that two runs do not write one. `stopped` is asked after every micro
-    batch and must give all ranks the same answer.
+    `owner` names the unfinished file, so that two runs do not write one. `stopped` is asked after every
+    micro batch and must give all ranks the same answer.
     """
     partial = path.with_name(f"{path.stem}.{owner}.partial.npy")
     values = _open(path, partial, store) if dist.is_main else None

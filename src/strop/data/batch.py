@@ -134,7 +134,7 @@ class Prefetcher(Generic[Item]):
         try:
             for item in self._items:
                 with self._changed:
-                    self._changed.wait_for(lambda: self._closed or len(self._ready) < self._depth)
+                    self._changed.wait_for(lambda: len(self._ready) < self._depth)
                     if self._closed:
                         return
                     self._ready.append(item)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,13 @@ from strop.data.sources import Row
 from strop.errors import UserError
 
 Message = dict[str, Any]
+
+FIXED_DATE = (
+    "{% macro strftime_now(format) %}{{ format.replace('%d', '26').replace('%m', '07').replace('%Y', '2024')"
+    ".replace('%b', 'Jul').replace('%B', 'July') }}{% endmacro %}\n"
+)
+"""Put before templates that print the date (Llama 3): the same rows must give the same tokens tomorrow. It
+shadows the clock that transformers gives them; the day is the one that Llama's template has of its own."""
 
 NEEDED = {
     "preference": "chosen and rejected, with prompt unless they are message lists that share their beginning",
@@ -75,7 +81,7 @@ class Renderer:
     ) -> None:
         self.kind = kind
         self.tokenizer = tokenizer
-        self.template = template
+        self.template = FIXED_DATE + template if template and "strftime_now" in template else template
         self.train_on_prompt = train_on_prompt
 
     def __call__(self, row: Row) -> Rendered | BadRow:
@@ -168,17 +174,11 @@ class Renderer:
                 chat_template=self.template,
                 add_generation_prompt=generate,
                 tokenize=False,
-                strftime_now=_no_date_of_today,
             )
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"model.chat_template: line {error.lineno}: {error.message}") from None
-        except (jinja2.TemplateError, TypeError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise Refused("template", f"the chat template refuses it: {error}") from None
-
-
-def _no_date_of_today(form: str) -> str:
-    """For templates that print the date (Llama 3): the same rows must give the same tokens tomorrow."""
-    return datetime(2024, 7, 26).strftime(form)
 
 
 def _check_unicode(text: str) -> None:

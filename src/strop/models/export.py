@@ -15,11 +15,12 @@ get its name. No step talks to a network.
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from strop import checkpoint
 from strop.config import ModelConfig
-from strop.errors import UserError
+from strop.errors import StorageError, UserError
 from strop.files import new_directory
+from strop.models.hf import distinct_state, load_tokenizer
 
 PREFIX = "model."
 """Where the weights are in a checkpoint: PREFIX + the model's own parameter name."""
@@ -63,15 +66,20 @@ def export_checkpoint(
     """Write the checkpoint in `directory` as the HF directory `out`.
 
     `dtype` is a name of DTYPES, or None for the base model's own. Raises UserError if the checkpoint does
-    not fit the base model, if `out` exists without `replace`, or if a weight is not finite in `dtype`.
+    not fit the base model, if `out` exists without `replace`, or if a weight is not finite in `dtype`;
+    StorageError if the checkpoint is damaged.
     """
     if out.exists() and not replace:
         raise UserError(f"--out {out} exists; add --force to replace it, or name another directory")
     say(f"verifying {directory}")
-    checkpoint.verify(directory)
+    try:
+        checkpoint.verify(directory)
+    except checkpoint.Damaged as error:
+        raise StorageError(errno.EIO, f"{error}; nothing exported (another --step may be intact)") from error
     config, model = _base_model(base)
     target = DTYPES[dtype] if dtype else (config.dtype or torch.float32)
-    stored = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    entries = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    stored = {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
     keys = _match(model, stored, directory, base)
     shards = _plan(model, keys, stored, target, max_shard_bytes)
     with new_directory(out, replace=replace) as aside:
@@ -93,11 +101,10 @@ def export_checkpoint(
 
 def _base_model(base: ModelConfig) -> tuple[Any, torch.nn.Module]:
     """The base model's configuration, and its parameters on the meta device (names and shapes only)."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    where = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
+    assert base.path is not None
+    options: dict[str, Any] = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(base.path, local_files_only=True, **where)
+        config = AutoConfig.from_pretrained(base.path, local_files_only=True, **options)
     except (OSError, ValueError) as error:
         raise UserError(
             f"model.path={base.path}: no configuration found there or in the hub cache ({error})"
@@ -108,27 +115,19 @@ def _base_model(base: ModelConfig) -> tuple[Any, torch.nn.Module]:
 
 
 def _match(
-    model: torch.nn.Module, stored: dict[str, Any], directory: Path, base: ModelConfig
+    model: torch.nn.Module, stored: dict[str, TensorStorageMetadata], directory: Path, base: ModelConfig
 ) -> dict[str, str]:
-    """Parameter name -> key in the checkpoint, tied ones once; UserError where the two do not fit."""
-    groups: dict[int, list[str]] = {}
-    tensors = model.state_dict(keep_vars=True)
-    for name, tensor in tensors.items():
-        groups.setdefault(id(tensor), []).append(name)
-    keys: dict[str, str] = {}
+    """Parameter name -> key in the checkpoint, tied ones once. UserError where the two do not fit."""
+    wanted = distinct_state(model)
+    keys = {name: PREFIX + name for name in wanted}
     problems = []
-    for names in groups.values():
-        found = [PREFIX + name for name in names if PREFIX + name in stored]
-        if not found:
-            problems.append(f"{names[0]} is missing")
-            continue
-        keys[names[0]] = found[0]
-        size = getattr(stored[found[0]], "size", None)
-        if size != tensors[names[0]].shape:
-            problems.append(f"{names[0]} is {size}, not {tensors[names[0]].shape}")
-    problems += [
-        f"{k} is unknown" for k in stored if k.startswith(PREFIX) and k[len(PREFIX) :] not in tensors
-    ]
+    for name, key in keys.items():
+        if key not in stored:
+            problems.append(f"{name} is missing")
+        elif stored[key].size != wanted[name].shape:
+            problems.append(f"{name} is {list(stored[key].size)}, not {list(wanted[name].shape)}")
+    present = {key for key in stored if key.startswith(PREFIX)}
+    problems += [f"{key[len(PREFIX) :]} is unknown" for key in sorted(present - set(keys.values()))]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError(f"{directory} does not fit the model {base.path}: {'; '.join(problems[:5])}{more}")
@@ -142,7 +141,7 @@ def _plan(
     target: torch.dtype,
     max_shard_bytes: int,
 ) -> list[Shard]:
-    """Group the tensors, in the model's order, into files of at most `max_shard_bytes` (one tensor at least)."""
+    """Group the tensors, in the model's order, into files of at most `max_shard_bytes` (or one tensor)."""
     groups: list[list[str]] = [[]]
     sizes = [0]
     dtypes = {}
@@ -196,39 +195,22 @@ def _index(shards: list[Shard]) -> str:
 
 def _write_companions(base: ModelConfig, out: Path) -> None:
     """Generation configuration, tokenizer with the run's chat template, and a model's own Python code."""
-    from transformers import AutoTokenizer, GenerationConfig
-
+    assert base.path is not None
     try:
-        generation = GenerationConfig.from_pretrained(
-            base.path, revision=base.revision, local_files_only=True
-        )
-    except OSError:  # not every model has one
-        generation = None
-    if generation is not None:
-        generation.save_pretrained(out)
-    source = base.tokenizer or base.path
-    revision = base.revision if base.tokenizer is None else None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=revision, local_files_only=True, trust_remote_code=base.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.tokenizer={source}: no tokenizer found there or in the hub cache") from error
-    if base.chat_template is not None:
-        template = Path(base.chat_template)
-        is_file = "{" not in base.chat_template and template.is_file()
-        tokenizer.chat_template = template.read_text() if is_file else base.chat_template
-    tokenizer.save_pretrained(out)
-    if base.trust_remote_code and Path(str(base.path)).is_dir():
-        for code in Path(str(base.path)).glob("*.py"):
+        reader: Any = GenerationConfig
+        reader.from_pretrained(base.path, revision=base.revision, local_files_only=True).save_pretrained(out)
+    except OSError:
+        pass  # not every model has one
+    load_tokenizer(base).save_pretrained(out)
+    if base.trust_remote_code and Path(base.path).is_dir():
+        for code in Path(base.path).glob("*.py"):
             shutil.copy(code, out)
 
 
 def _verify(out: Path, directory: Path, shards: list[Shard], base: ModelConfig) -> None:
     """Load `out` with transformers and compare every tensor with the checkpoint, bit for bit."""
-    from transformers import AutoModelForCausalLM
-
-    model, info = AutoModelForCausalLM.from_pretrained(
+    auto: Any = AutoModelForCausalLM
+    model, info = auto.from_pretrained(
         out,
         dtype="auto",
         output_loading_info=True,
@@ -262,21 +244,16 @@ def _page_out(tensor: torch.Tensor) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), 21)
 
 
-def committed_steps(run: Path) -> Iterator[int]:
-    """Steps with a committed checkpoint, ascending."""
-    for marker in sorted((run / "checkpoints").glob("step-*/COMMITTED.json")):
-        yield int(marker.parent.name.removeprefix("step-"))
-
-
 def find_checkpoint(run: Path, which: str) -> Path:
     """The committed checkpoint that "latest", "best" or a step number means. Raises UserError."""
-    steps = list(committed_steps(run))
+    root = run / "checkpoints"
+    steps = checkpoint.committed_steps(root)
     if not steps:
-        raise UserError(f"{run}: no committed checkpoint in {run / 'checkpoints'}")
+        raise UserError(f"{run}: no committed checkpoint in {root}")
     if which == "latest":
         step = steps[-1]
     elif which == "best":
-        best = run / "checkpoints" / "BEST.json"
+        best = root / "BEST.json"
         if not best.is_file():
             raise UserError(
                 f"{run}: no best checkpoint (set checkpoint.best_metric in the run); have steps {steps}"
@@ -288,4 +265,4 @@ def find_checkpoint(run: Path, which: str) -> Path:
         raise UserError(f"--step {which}: expected a step number, latest or best")
     if step not in steps:
         raise UserError(f"{run}: step {step} has no committed checkpoint; have steps {steps}")
-    return run / "checkpoints" / f"step-{step:06d}"
+    return checkpoint.step_dir(root, step)

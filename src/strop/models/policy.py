@@ -12,7 +12,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
-from typing import Any, NamedTuple, Optional
+from collections.abc import Callable
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -27,8 +28,7 @@ from strop.models import attention
 log = logging.getLogger(__name__)
 
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""Largest mean difference in nats a token that rounding explains; a leak between sequences gives many
-times that."""
+"""Largest mean difference in nats a token that rounding explains; a leak is tens of times that."""
 
 
 class Output(NamedTuple):
@@ -42,6 +42,9 @@ class Output(NamedTuple):
 
 class Policy(nn.Module):
     """Wraps a causal LM. `layout` is "packed" or "padded", `head` is "fused" or "logits"."""
+
+    set_requires_gradient_sync: Callable[[bool], None]
+    """Given by fully_shard: whether the next backward reduces the gradient."""
 
     def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__()
@@ -91,7 +94,7 @@ class Policy(nn.Module):
                 max_length_q=batch.max_seqlen,
                 max_length_k=batch.max_seqlen,
             )
-            flat: Any = slice(None)
+            flat: slice | Tensor = slice(None)
         else:
             tokens_SL, mask_SL = _pad(batch)
             positions_SL = torch.arange(tokens_SL.shape[1], device=tokens_SL.device).expand_as(tokens_SL)

@@ -57,6 +57,7 @@ class Progress:
         self.total_steps = total_steps
         self._clock = clock
         self._last = clock()
+        self._last_step = done_steps
         self._durations_s: deque[float] = deque(maxlen=31)
         self._bar: Optional[RichProgress] = None
         if sys.stdout.isatty() if terminal is None else terminal:
@@ -65,10 +66,10 @@ class Progress:
             self._bar.start()
 
     def step(self, step: int, record: Mapping[str, Any], tokens_per_s: Optional[float] = None) -> None:
-        """Show a finished step. `record`: its line of metrics.jsonl, or nothing new."""
+        """Show a finished step, a later one than before. `record`: its line of metrics.jsonl, or nothing."""
         now = self._clock()
-        self._durations_s.append(now - self._last)
-        self._last = now
+        self._durations_s.append((now - self._last) / (step - self._last_step))
+        self._last, self._last_step = now, step
         parts = summary(record)
         if tokens_per_s is not None:
             parts.append(f"{tokens_per_s:,.0f} tok/s")

@@ -20,7 +20,6 @@ import random
 import re
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import time
@@ -37,6 +36,7 @@ from strop.slurm.local_config import (
     parse_version,
     slurm_conf,
 )
+from strop.slurm.processes import command_lines, kill, process_state, read_or_empty, working_folder
 
 APT_COMMAND = "apt-get update && apt-get install -y --no-install-recommends slurm-wlm munge"
 BINARIES = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "sinfo", "scontrol", "scancel")
@@ -119,7 +119,7 @@ class LocalCluster:
             return ["not started"]
         expected = ["munged", "slurmctld", *spec.node_names()]
         running = self.daemons()
-        dead = [f"{name} does not run" for name in expected if _state(running.get(name)) in "TX"]
+        dead = [f"{name} does not run" for name in expected if process_state(running.get(name)) in "TX"]
         if dead:
             return dead
         try:
@@ -154,7 +154,7 @@ class LocalCluster:
     def daemons(self) -> dict[str, int]:
         """Process ids of the running daemons: {"munged": ..., "slurmctld": ..., "node1": ...}."""
         found = {}
-        for pid, argv in _command_lines():
+        for pid, argv in command_lines():
             program = os.path.basename(argv[0])
             if program == "munged" and f"--socket={munge_socket(self.directory)}" in argv:
                 found["munged"] = pid
@@ -170,10 +170,10 @@ class LocalCluster:
         on_nodes = {f"SLURMD_NODENAME={name}".encode() for name in nodes}
         folders = {str(self._log(name).parent) for name in nodes}
         pids = []
-        for pid, argv in _command_lines():
-            variables = set(_read(f"/proc/{pid}/environ").split(b"\0"))
+        for pid, argv in command_lines():
+            variables = set(read_or_empty(f"/proc/{pid}/environ").split(b"\0"))
             is_task = conf in variables and not on_nodes.isdisjoint(variables)
-            if is_task or (argv[0].startswith("slurmstepd") and _folder(pid) in folders):
+            if is_task or (argv[0].startswith("slurmstepd") and working_folder(pid) in folders):
                 pids.append(pid)
         return sorted(pids)
 
@@ -185,6 +185,11 @@ class LocalCluster:
             raise ClusterError(
                 f"Slurm is not installed here (no {', '.join(missing)}). "
                 f"On Debian or Ubuntu, as root:\n  {APT_COMMAND}"
+            )
+        if not re.fullmatch(r"[\w./+-]+", str(self.directory), re.ASCII):
+            raise ClusterError(
+                f"{self.directory}: slurm.conf can name no folder with blanks or special characters; "
+                "choose another with --dir"
             )
         if len(str(self.directory)) > LONGEST_SOCKET_PATH:
             raise ClusterError(
@@ -319,7 +324,7 @@ class LocalCluster:
         return folder / f"{name}.log" if name in ("munged", "slurmctld") else folder / name / "slurmd.log"
 
     def _last_words(self, name: str) -> str:
-        lines = _read(self._log(name)).decode(errors="replace").splitlines()[-12:]
+        lines = read_or_empty(self._log(name)).decode(errors="replace").splitlines()[-12:]
         return "".join(f"\n  {name}: {line}" for line in lines)
 
     # ---- down
@@ -327,21 +332,21 @@ class LocalCluster:
     def _end_stopped_daemons(self) -> None:
         """A daemon under SIGSTOP, or a controller that does not answer, is ended: it will be started anew."""
         running = self.daemons()
-        ended = [pid for pid in running.values() if _state(pid) == "T"]
+        ended = [pid for pid in running.values() if process_state(pid) == "T"]
         if "slurmctld" in running and any("does not answer" in problem for problem in self.problems()):
             ended.append(running["slurmctld"])
-        _kill(ended)
+        kill(ended)
 
     def _end_everything(self) -> int:
         """The controller first, so that nothing is requeued or launched meanwhile; munged last."""
         jobs = self.job_processes()
         running = self.daemons()
-        _kill([pid for name, pid in running.items() if name == "slurmctld"])
-        _kill(jobs)
-        _kill([pid for name, pid in running.items() if name not in ("slurmctld", "munged")])
+        kill([pid for name, pid in running.items() if name == "slurmctld"])
+        kill(jobs)
+        kill([pid for name, pid in running.items() if name not in ("slurmctld", "munged")])
         late = self.job_processes()
-        _kill(late)
-        _kill([pid for name, pid in running.items() if name == "munged"])
+        kill(late)
+        kill([pid for name, pid in running.items() if name == "munged"])
         return len(set(jobs) | set(late)) + len(running)
 
     @contextlib.contextmanager
@@ -381,43 +386,3 @@ def _ports_free(port: int, count: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def _read(path: str | Path) -> bytes:
-    """The file's bytes; empty when the process (or file) is gone or not ours."""
-    try:
-        return Path(path).read_bytes()
-    except OSError:
-        return b""
-
-
-def _command_lines() -> Iterator[tuple[int, list[str]]]:
-    for entry in os.listdir("/proc"):
-        if entry.isdigit() and (line := _read(f"/proc/{entry}/cmdline")):
-            yield int(entry), [os.fsdecode(arg) for arg in line.rstrip(b"\0").split(b"\0")]
-
-
-def _folder(pid: int) -> str:
-    try:
-        return os.readlink(f"/proc/{pid}/cwd")
-    except OSError:
-        return ""
-
-
-def _state(pid: int | None) -> str:
-    """The process' state letter; X if it is gone, or a zombie that nobody has collected yet."""
-    # The state comes behind the command's name, which is in brackets and may itself hold blanks and brackets.
-    fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
-    return fields[0].decode().upper().replace("Z", "X") if fields else "X"
-
-
-def _kill(pids: list[int]) -> None:
-    """SIGKILL, and wait until the processes are gone."""
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    deadline = time.monotonic() + 10
-    while any(_state(pid) != "X" for pid in pids):
-        if time.monotonic() > deadline:
-            raise ClusterError(f"processes {pids} survive SIGKILL")
-        time.sleep(0.02)

@@ -71,9 +71,7 @@ def wait_for(
         pause_s = min(1.5 * pause_s, 0.5)
 
 
-def wait_for_file(
-    run_dir: Path, attempt: int, rank: int, path: Path, stop_request: stop.StopRequest
-) -> None:
+def wait_for_file(run_dir: Path, attempt: int, rank: int, path: Path, stop_request: stop.StopRequest) -> None:
     """Until rank 0 has put `path` there, however long its work takes. Raises PeerFailed or Stopped."""
     while not path.exists():
         if reason := stop_request.poll():

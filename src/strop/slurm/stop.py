@@ -21,7 +21,7 @@ HEARTBEAT_EVERY_S = 30.0
 
 
 def block_signals() -> None:
-    """Hold USR1 and TERM back, and nothing else, until `StopRequest.poll` fetches them. An exec keeps this."""
+    """Hold back USR1 and TERM, and nothing else, until `StopRequest.poll` fetches them. Outlives an exec."""
     signal.pthread_sigmask(signal.SIG_SETMASK, SIGNALS)
 
 
