@@ -191,6 +191,7 @@ def _update(t: Trainer, lr: float, loss: float, batches: list[Batch]) -> float:
     norm = optim.global_grad_norm(grads, t.dist) / state.loss_scale
     finite = math.isfinite(norm) and math.isfinite(loss)
     if not finite and not _may_rescale(t, loss):
+        t.saver.wait()  # the steps before were sound: a commit of them in flight counts
         raise Diverged(_dump_batch(t, batches, loss, norm))
     if finite:
         clip = c.train.max_grad_norm

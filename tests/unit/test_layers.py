@@ -30,7 +30,6 @@ LAYERS = (
     ("strop.algos",),
     (
         "strop.train",
-        "strop.trainer",
         "strop.loop",
         "strop.setup",
         "strop.trainer",
