@@ -59,6 +59,7 @@ class Meter:
 
 def train(run: Run, config: Config, position: Position) -> None:
     """Train to the end or to a stop request; the attempt's record says which. Raises what ends it."""
+    torch._C._set_print_stack_traces_on_fatal_signal(True)  # a native crash leaves its C++ stack too
     report = Report(run, config)
     t = setup.build(run, config, position, report)
     outcome = "YIELD"
@@ -142,6 +143,7 @@ def _step(t: Trainer, batches: list[Batch], data_s: float) -> bool:
         loss, metrics = _forward(t, batch)
         weight = 0.0 if batch.is_dummy else 1.0
         (loss * (weight * state.loss_scale / count)).backward()
+        t.position.beat()
         meter.add(metrics, weight)
     means = meter.reduce(t.dist)
     lr = optim.learning_rate(c.optim, state.step, t.max_steps)
@@ -161,7 +163,8 @@ def _step(t: Trainer, batches: list[Batch], data_s: float) -> bool:
     }
     seconds = time.monotonic() - begin
     t.step_s = max(t.step_s, seconds)
-    t.report.step(line, tokens=int(tokens), seconds=seconds, data_s=data_s)
+    pace = t.pace.step(state.step, sum(len(b.tokens_T) for b in batches), data_s)
+    t.report.step(line, tokens=int(tokens), seconds=seconds, data_s=data_s, pace=pace)
     return True
 
 
