@@ -137,6 +137,7 @@ def _step(t: Trainer, batches: list[Batch], data_s: float) -> bool:
         loss, metrics = _forward(t, batch)
         weight = 0.0 if batch.is_dummy else 1.0
         (loss * (weight * state.loss_scale / count)).backward()
+        t.position.beat()
         meter.add(metrics, weight)
     means = meter.reduce(t.dist)
     lr = optim.learning_rate(c.optim, state.step, t.max_steps)
@@ -156,7 +157,8 @@ def _step(t: Trainer, batches: list[Batch], data_s: float) -> bool:
     }
     seconds = time.monotonic() - begin
     t.step_s = max(t.step_s, seconds)
-    t.report.step(line, tokens=int(tokens), seconds=seconds, data_s=data_s)
+    pace = t.pace.step(state.step, sum(len(b.tokens_T) for b in batches), data_s)
+    t.report.step(line, tokens=int(tokens), seconds=seconds, data_s=data_s, pace=pace)
     return True
 
 

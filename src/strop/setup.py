@@ -13,7 +13,6 @@ import importlib
 import json
 import logging
 import math
-import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Optional
@@ -21,7 +20,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
-from strop import checkpoint, optim, parallel
+from strop import checkpoint, optim, parallel, preflight
 from strop import run as run_module
 from strop.algos import reference
 from strop.config import Config
@@ -36,6 +35,7 @@ from strop.report import Report
 from strop.run import Position, Run
 from strop.saver import Saver
 from strop.slurm import attempts, files, rendezvous
+from strop.stragglers import Pace
 from strop.trainer import State, Trainer, step_bins, stop_agreed, tensors, validation_bins
 
 log = logging.getLogger("strop")
@@ -49,16 +49,19 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
     algo = importlib.import_module(f"strop.algos.{config.algo}")
     assert config.model.path is not None
     hf.check_model(config.model.path)
+    position.phase = "preflight"
+    preflight.check_machine(run, config.dist)
     position.phase = "data"
-    train_store, val_store = _data(run, config, algo, report)
+    train_store, val_store = _data(run, config, algo, report, position)
     position.phase = "rendezvous"
     dist = start_dist(config.dist, run.env, run.dir, run.attempt, run.stop)
+    nodes = preflight.check_together(run, dist)
     position.phase = "model"
     config = _settle(run, config, dist)
     with report.phase("building the model"):
         policy = Policy(hf.build_empty(config.model))
         policy.eval()  # dropout is off: the policy and its reference must be one function
-        _check_disk(run, policy, dist)
+        preflight.check_disk(run, policy, dist)
         parallel.shard(policy, config.train, dist)
         optimizer = optim.build(config.optim, policy)
     per_epoch = plan.steps_per_epoch(
@@ -79,6 +82,7 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
         per_epoch,
         max_steps,
     )
+    t.pace = Pace(policy, dist, nodes)
     t.reduce_each = parallel.reduce_each_micro_batch(policy)
     if config.train.precision == "fp16":
         t.state.loss_scale = FIRST_LOSS_SCALE
@@ -87,7 +91,7 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
 
 
 def _data(
-    run: Run, config: Config, algo: ModuleType, report: Report
+    run: Run, config: Config, algo: ModuleType, report: Report, position: Position
 ) -> tuple[TokenStore, Optional[TokenStore]]:
     """Rank 0 tokenises (or finds it done) and tells the others where; they wait without a collective,
     whose time-out long work would exceed."""
@@ -102,7 +106,9 @@ def _data(
         splits = ["train"] + (["validation"] if prepare.has_validation(config.data) else [])
         for split in splits:
             with report.phase(f"{split} data"):
-                store, ledger = prepare.prepare(config, tokenizer, digest, cache, algo.KIND, split)
+                store, ledger = prepare.prepare(
+                    config, tokenizer, digest, cache, algo.KIND, split, lambda _: position.beat()
+                )
             report.ledger(ledger)
             ledgers[split] = files.read_json(store.path / "ledger.json")
             paths[split] = str(store.path)
@@ -138,17 +144,6 @@ def _settle(run: Run, config: Config, dist: Dist) -> Config:
 def _cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
-
-
-def _check_disk(run: Run, policy: Policy, dist: Dist) -> None:
-    """Weights and two moments in fp32, once while writing beside the ones that are kept."""
-    need = 12 * sum(p.numel() for p in policy.parameters())
-    free = dist.broadcast(shutil.disk_usage(run.dir).free)
-    if free < need:
-        raise UserError(
-            f"run.dir: {free / 2**30:.1f} GiB free in {run.dir}, but one checkpoint of this model takes "
-            f"{need / 2**30:.1f} GiB"
-        )
 
 
 def _load(t: Trainer) -> bool:
