@@ -1,4 +1,4 @@
-"""Train under injected faults on a real (local) Slurm cluster, and compare with an undisturbed run bit for bit.
+"""Train under injected faults on a real (local) Slurm cluster; compare with an undisturbed run bit for bit.
 
     python bench/faults.py --faults 100 --seed 1 [--json FILE] [--kinds 'SIGKILL,node lost'] [--keep DIR]
 
@@ -25,9 +25,9 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in (".", "src")]  # run uninstalled
 
-from bench.faultlib import drive, endings, kinds, table, task
-from bench.faultlib.drive import Result, RunResult, Stage
-from strop.slurm.local_cluster import LocalCluster
+from bench.faultlib import drive, endings, kinds, table, task  # noqa: E402
+from bench.faultlib.drive import Result, RunResult, Stage  # noqa: E402
+from strop.slurm.local_cluster import LocalCluster  # noqa: E402
 
 ENDING_EVERY = 10
 """One fault in so many ends its run."""
@@ -42,7 +42,9 @@ def main() -> int:
     try:
         say(f"cluster, model and data in {folder}")
         cluster.up(num_nodes=2)
-        stage = Stage(cluster, task.make(folder / "task", args.steps), sys.executable, WATCHDOG, is_root(), say)
+        stage = Stage(
+            cluster, task.make(folder / "task", args.steps), sys.executable, WATCHDOG, is_root(), say
+        )
         try:
             good = run(stage, args, names)
         finally:
@@ -57,17 +59,21 @@ def main() -> int:
     return 0 if good else 1
 
 
-WATCHDOG: tuple[str, ...] = ()
+WATCHDOG = ("watchdog.step_s=12", "watchdog.start_s=90", "watchdog.save_s=30")
 """Limits that fit steps of a tenth of a second."""
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write every fault and run there")
-    parser.add_argument("--kinds", help="only these, by comma: " + ", ".join([*kinds.SURVIVABLE, *endings.ENDINGS]))
-    parser.add_argument("--steps", type=int, default=400, help="optimiser steps of a run (default 400)")
+    parser.add_argument(
+        "--kinds", help="only these, by comma: " + ", ".join([*kinds.SURVIVABLE, *endings.ENDINGS])
+    )
+    parser.add_argument("--steps", type=int, default=320, help="optimiser steps of a run (default 320)")
     parser.add_argument("--per-run", type=int, default=10, help="faults in one run (default 10)")
     parser.add_argument("--keep", type=Path, help="work in this new directory and keep it")
     return parser.parse_args()
@@ -78,7 +84,7 @@ def is_root() -> bool:
 
 
 def chosen_kinds(args: argparse.Namespace) -> list[str]:
-    names = [name for name in [*kinds.SURVIVABLE, *endings.ENDINGS]]
+    names = [*kinds.SURVIVABLE, *endings.ENDINGS]
     if args.kinds:
         asked = [word.strip() for word in args.kinds.split(",")]
         unknown = [word for word in asked if word not in names]
@@ -115,7 +121,8 @@ def run(stage: Stage, args: argparse.Namespace, names: list[str]) -> bool:
         new, end, left = drive.disturbed(stage, name, faults, "undisturbed")
         results += new
         disturbed.append(end)
-        say(f"  {'; '.join(end.complaints) or 'equal to the undisturbed run, bit for bit'} ({end.wall_s:.0f} s)")
+        verdict = "; ".join(end.complaints) or "equal to the undisturbed run, bit for bit"
+        say(f"  {verdict} ({end.wall_s:.0f} s)")
         stage.close(name)
         if left and not (end.complaints and not new):
             schedule.append(left)
@@ -137,7 +144,7 @@ def report(
         "",
         *table.restart_table(results),
         "",
-        *(table.ratios(results, disturbed, stage.task.save_every) if disturbed else []),
+        *(table.ratios(results, disturbed, args.steps, stage.task.save_every) if disturbed else []),
     ]
     print("\n".join(lines))
     for r in [r for r in results if r.complaints]:
@@ -149,13 +156,19 @@ def report(
     )
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(to_json(args, results, disturbed, undisturbed, last), indent=1) + "\n")
+        args.json.write_text(
+            json.dumps(to_json(args, results, disturbed, undisturbed, last), indent=1) + "\n"
+        )
     print(last, flush=True)
     return good
 
 
 def to_json(
-    args: argparse.Namespace, results: list[Result], disturbed: list[RunResult], undisturbed: RunResult, last: str
+    args: argparse.Namespace,
+    results: list[Result],
+    disturbed: list[RunResult],
+    undisturbed: RunResult,
+    last: str,
 ) -> dict[str, Any]:
     return {
         "summary": last,

@@ -1,1 +1,1 @@
-"""What bench/faults.py and tests/slurm/test_faults.py share: runs under injected faults, and their judgement."""
+"""Runs under injected faults, and their judgement: for bench/faults.py and tests/slurm/test_faults.py."""

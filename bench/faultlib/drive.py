@@ -54,7 +54,11 @@ class RunResult:
     attempts: int = 0
     wall_s: float = 0.0
     kept_s: float = 0.0
-    """Time of the steps that are part of the result, each counted once."""
+    """Time of the steps that are part of the result, each counted once, with their validations."""
+    stall_s: float = 0.0
+    """Training stood still for so long to stage its checkpoints, ..."""
+    saves: int = 0
+    """... of which there were so many."""
     complaints: list[str] = field(default_factory=list)
 
 
@@ -199,7 +203,8 @@ def _one_fault(stage: Stage, scene: Scene, fault: Fault, result: Result) -> None
         result.complaints += [line for line in [kind.check(scene, fault)] if line]
     verdict = "; ".join(result.complaints) or "as it should"
     told = f"{result.cause} -> {result.action}" if ended else "survived in place"
-    stage.say(f"  {fault.number:3d}  {fault.kind} ({fault.phase}), {result.run} attempt {attempt}: {told}: {verdict}")
+    where = f"{fault.kind} ({fault.phase}), {result.run} attempt {attempt}"
+    stage.say(f"  {fault.number:3d}  {where}: {told}: {verdict}")
 
 
 def _newer(now: list[int], before: list[int]) -> bool:
@@ -212,8 +217,9 @@ def _compare_with_table(scene: Scene, kind: kinds.Kind, result: Result) -> None:
     result.cause = record.get("cause") or "lost"
     result.action = record.get("action") or "requeue"
     result.exit_code = record.get("exit_code")
-    if result.cause not in kind.causes:
-        result.complaints.append(f"cause {result.cause}, not {' or '.join(kind.causes)}")
+    causes = kind.causes + (kind.early_causes if result.phase == "imports" else ())
+    if result.cause not in causes:
+        result.complaints.append(f"cause {result.cause}, not {' or '.join(causes)}")
     if result.action not in kind.actions:
         result.complaints.append(f"action {result.action}, not {' or '.join(kind.actions)}")
 
@@ -231,12 +237,13 @@ def _judge(stage: Stage, scene: Scene, results: list[Result], reference: str) ->
 def _sum_up(result: RunResult, scene: Scene, by_attempt: dict[int, Result]) -> RunResult:
     """Times and repeated steps out of timing.jsonl and the attempts' records."""
     timing = scene.timing()
-    last = {line["step"]: line["step_s"] for line in timing}
+    stalls = [line["save_stall_s"] for line in timing if line["save_stall_s"]]
+    result.stall_s, result.saves = sum(stalls), len(stalls)
     result.attempts = scene.attempt()
     records = [scene.record(n) for n in range(1, result.attempts + 1)]
     ends = [r.get("closed") or r.get("ended") or r["began"] for r in records]
     result.wall_s = max(ends, default=0.0) - records[0]["began"] if records else 0.0
-    result.kept_s = sum(last.values())
+    result.kept_s = sum(_durations(timing).values())
     for attempt, fault in by_attempt.items():
         later = [line for line in timing if line["attempt"] > attempt]
         before = [line["step"] for line in timing if line["attempt"] <= attempt]
@@ -249,7 +256,20 @@ def _sum_up(result: RunResult, scene: Scene, by_attempt: dict[int, Result]) -> R
     return result
 
 
-def _parts(scene: Scene, fault: Result, records: list[dict[str, Any]], first: dict[str, Any]) -> dict[str, float]:
+def _durations(timing: list[dict[str, Any]]) -> dict[int, float]:
+    """Seconds of each step when it was done last; what came between it and the step before is part of it
+    (a validation), stalls for a save are not."""
+    durations = {}
+    for before, line in zip([None, *timing], timing):
+        same = before is not None and before["attempt"] == line["attempt"]
+        seconds = line["time"] - before["time"] if before is not None and same else line["step_s"]
+        durations[line["step"]] = seconds - line["save_stall_s"] * same
+    return durations
+
+
+def _parts(
+    scene: Scene, fault: Result, records: list[dict[str, Any]], first: dict[str, Any]
+) -> dict[str, float]:
     """Where the time from the fault to the first new step went."""
     ended, began = records[fault.attempt - 1].get("closed"), records[fault.attempt]["began"]
     logs = scene.run_dir / "logs" / f"{fault.attempt + 1:04d}"

@@ -64,7 +64,8 @@ def _cpu_ticks(pid: int) -> int:
 ENDINGS = {
     ending.name: ending
     for ending in (
-        Ending("scancel", lambda stage: (), "cancelled", 75, strike=cancel, job_state="CANCELLED", commits=True),
+        Ending("scancel", lambda stage: (), "cancelled", 75, strike=cancel, job_state="CANCELLED",
+               commits=True),
         Ending("NaN", lambda stage: ("optim.lr=1e30", "optim.warmup_steps=0", "train.max_grad_norm=null"),
                "diverged", 79),
         Ending("bad row", lambda stage: (f"data.train={stage.task.bad_data}",), "user", 78),

@@ -51,6 +51,8 @@ class Kind:
     mend: Callable[[Scene, Fault], None] | None = None
     check: Callable[[Scene, Fault], str | None] | None = None
     """After the run is training again: what is wrong, or null."""
+    early_causes: tuple[str, ...] = ()
+    """What it may be called besides during the imports, which no signal interrupts: KillWait may be over."""
     in_place: bool = False
     """The attempt may survive it, so that there is nothing to decide."""
     needs_root: bool = False
@@ -221,13 +223,13 @@ SURVIVABLE = {
         Kind("SIGSEGV", signal_rank(signal.SIGSEGV), ("segfault",), ("model", "reference", *LATE)),
         Kind("SIGSTOP", signal_rank(signal.SIGSTOP), ("hang",), ("train", "validation", "save")),
         Kind("node lost", lose_node, NODE_LOST, ("model", "reference", *LATE)),
-        Kind("preempted with grace", preempt, ("preempted",), ("imports", "reference", *LATE),
-             mend=None),
+        Kind("preempted with grace", preempt, ("preempted",), ("imports", "reference", *LATE)),
         Kind("preempted at once", preempt_at_once, ("requeued", "preempted", "late"), LATE,
              mend=restore_grace),
         Kind("time limit", shorten_time, ("time_limit",), ("train",), mend=lengthen_time),
         Kind("USR1", signal_batch_shell, ("time_limit",), ("imports", "model", "reference", *LATE)),
-        Kind("scontrol requeue", requeue, ("requeued",), ("imports", "reference", *LATE)),
+        Kind("scontrol requeue", requeue, ("requeued",), ("imports", "reference", *LATE),
+             early_causes=("lost",)),
         Kind("stop file", ask_to_stop, ("stopped",), ("model", "reference", *LATE)),
         Kind("disk full, then room", fill_for_a_moment, ("storage",), ("save",), ("hold",), mend=release,
              in_place=True, needs_root=True),

@@ -22,9 +22,8 @@ def kinds_table(results: Sequence[Result]) -> list[str]:
         actions = _counted([r.action or "none" for r in of_kind])
         lost = [float(r.lost_steps) for r in of_kind if r.lost_steps is not None]
         seconds = [r.resume_s for r in of_kind if r.resume_s is not None]
-        lines.append(
-            f"| {kind} | {len(of_kind)} | {good} | {causes} | {actions} | {_spread(lost, 0)} | {_spread(seconds, 1)} |"
-        )
+        columns = [kind, len(of_kind), good, causes, actions, _spread(lost, 0), _spread(seconds, 1)]
+        lines.append(f"| {' | '.join(map(str, columns))} |")
     return lines
 
 
@@ -33,30 +32,36 @@ def restart_table(results: Sequence[Result]) -> list[str]:
     of_kills = [r for r in results if r.kind.startswith("SIGKILL") and r.parts_s]
     if not of_kills:
         return []
-    lines = [f"| from SIGKILL to the first new step ({len(of_kills)} times) | seconds, median (most) |", "|---|---:|"]
+    lines = [
+        f"| from SIGKILL to the first new step ({len(of_kills)} times) | seconds, median (most) |",
+        "|---|---:|",
+    ]
     for name in of_kills[0].parts_s:
         lines.append(f"| {name} | {_spread([r.parts_s[name] for r in of_kills], 1)} |")
     total = [r.resume_s for r in of_kills if r.resume_s is not None]
     return [*lines, f"| all | {_spread(total, 1)} |"]
 
 
-def ratios(results: Sequence[Result], runs: Sequence[RunResult], save_every: int) -> list[str]:
-    """The share of time in steps that count, beside (1 - N r (u + Δt/2)) / (1 + w/Δt) (Kokolis et al. 2024).
+def ratios(results: Sequence[Result], runs: Sequence[RunResult], steps: int, save_every: int) -> list[str]:
+    """The share of time that counts, beside (1 - N r (u + Δt/2)) / (1 + w/Δt) (Kokolis et al. 2024).
 
-    N·r is counted here: faults by second in which the runs were running or restarting.
+    N·r is counted here: faults by second in which runs were running or restarting. The formula loses Δt/2 at
+    every fault; one that lets the ranks commit loses nothing.
     """
-    wall_s, kept_s = sum(r.wall_s for r in runs), sum(r.kept_s for r in runs)
     resumes = [r.resume_s for r in results if r.resume_s is not None]
     lost = [r.lost_steps for r in results if r.lost_steps is not None]
-    steps_s = statistics.mean(r.kept_s for r in runs)
-    if not wall_s or not resumes:
+    if not resumes:
         return []
-    rate = sum(r.faults for r in runs) / wall_s
+    wall_s, kept_s = sum(r.wall_s for r in runs), sum(r.kept_s for r in runs)
+    rate, restart_s = sum(r.faults for r in runs) / wall_s, statistics.mean(resumes)
+    stall_s = sum(r.stall_s for r in runs) / max(1, sum(r.saves for r in runs))
+    interval_s = save_every * kept_s / (steps * len(runs))
+    formula = (1 - rate * (restart_s + interval_s / 2)) / (1 + stall_s / interval_s)
     return [
-        f"effective-time ratio: {kept_s / wall_s:.3f} ({kept_s:.0f} s of steps that count in {wall_s:.0f} s; "
-        f"{steps_s:.0f} s a run)",
-        f"faults: one every {1 / rate:.0f} s; restart u = {statistics.mean(resumes):.1f} s; "
-        f"repeated steps: {statistics.mean(lost):.1f} a fault (a save every {save_every})",
+        f"effective-time ratio {kept_s / wall_s:.3f} ({kept_s:.0f} of {wall_s:.0f} s); by the formula {formula:.3f}: a "
+        f"fault every {1 / rate:.0f} s, restart u = {restart_s:.1f} s, saves every Δt = {interval_s:.1f} s "
+        f"with a stall w = {stall_s:.3f} s",
+        f"repeated steps: {statistics.mean(lost):.1f} a fault, with a save every {save_every}",
     ]
 
 

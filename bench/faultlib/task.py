@@ -105,9 +105,7 @@ def _pair(draw: random.Random) -> dict[str, list[dict[str, str]]]:
     """A prompt, and two answers whose words come from different ends of the vocabulary."""
 
     def text(low: int, high: int, shortest: int, longest: int) -> str:
-        return " ".join(
-            f"w{draw.randrange(low, high)}" for _ in range(draw.randint(shortest, longest))
-        )
+        return " ".join(f"w{draw.randrange(low, high)}" for _ in range(draw.randint(shortest, longest)))
 
     def message(role: str, content: str) -> list[dict[str, str]]:
         return [{"role": role, "content": content}]
@@ -132,7 +130,7 @@ def _make_models(task: Task) -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<|end|>", pad_token="<|pad|>", chat_template=TEMPLATE
     )
-    ids = {"eos_token_id": 0, "pad_token_id": 1}
+    ids: dict[str, Any] = {"eos_token_id": 0, "pad_token_id": 1}
     for path, size in ((task.model, VOCABULARY), (task.narrow_model, VOCABULARY - 1)):
         torch.manual_seed(0)
         model: Any = LlamaForCausalLM(
