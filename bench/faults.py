@@ -29,9 +29,6 @@ from bench.faultlib import drive, endings, kinds, table, task  # noqa: E402
 from bench.faultlib.drive import Result, RunResult, Stage  # noqa: E402
 from strop.slurm.local_cluster import LocalCluster  # noqa: E402
 
-ENDING_EVERY = 10
-"""One fault in so many ends its run."""
-
 
 def main() -> int:
     args = parse_args()
@@ -103,7 +100,7 @@ def run(stage: Stage, args: argparse.Namespace, names: list[str]) -> bool:
     begin = time.time()
     survivable = [name for name in names if name in kinds.SURVIVABLE]
     fatal = [name for name in names if name in endings.ENDINGS]
-    num_fatal = args.faults if not survivable else -(-args.faults // ENDING_EVERY) if fatal else 0
+    num_fatal = args.faults * len(fatal) // (len(fatal) + 2 * len(survivable))  # half as often as others
     schedule = kinds.draw_schedule(args.seed, args.faults - num_fatal, survivable, args.per_run)
     draw = random.Random(args.seed)
     ends = [fatal[i % len(fatal)] for i in range(num_fatal)]

@@ -6,6 +6,7 @@ A fault strikes at a moment (phase, number of steps, delay), all drawn from the 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import random
@@ -133,9 +134,17 @@ def _filler(scene: Scene) -> Path:
 
 
 def fill_disk(scene: Scene, fault: Fault) -> None:
+    size = 0
     with _filler(scene).open("wb") as file:
-        stat = os.statvfs(file.name)
-        os.posix_fallocate(file.fileno(), 0, stat.f_bavail * stat.f_frsize)
+        while (free := _free_bytes(file.name)) > 0:
+            with contextlib.suppress(OSError):  # the trainer was faster, and there is less now
+                os.posix_fallocate(file.fileno(), size, free)
+                size += free
+
+
+def _free_bytes(path: str) -> int:
+    stat = os.statvfs(path)
+    return stat.f_bavail * stat.f_frsize
 
 
 def fill_for_a_moment(scene: Scene, fault: Fault) -> None:
@@ -231,7 +240,7 @@ SURVIVABLE = {
         Kind("scontrol requeue", requeue, ("requeued",), ("imports", "reference", *LATE),
              early_causes=("lost",)),
         Kind("stop file", ask_to_stop, ("stopped",), ("model", "reference", *LATE)),
-        Kind("disk full, then room", fill_for_a_moment, ("storage",), ("save",), ("hold",), mend=release,
+        Kind("disk full for a moment", fill_for_a_moment, ("storage",), ("save",), ("hold",), mend=release,
              in_place=True, needs_root=True),
         Kind("disk full", fill_disk, ("storage",), ("save",), ("hold",), mend=make_room, needs_root=True),
         Kind("flipped bit", damage_newest("flip"), ("killed",), ("train",), check=was_set_aside),

@@ -58,9 +58,9 @@ def ratios(results: Sequence[Result], runs: Sequence[RunResult], steps: int, sav
     interval_s = save_every * kept_s / (steps * len(runs))
     formula = (1 - rate * (restart_s + interval_s / 2)) / (1 + stall_s / interval_s)
     return [
-        f"effective-time ratio {kept_s / wall_s:.3f} ({kept_s:.0f} of {wall_s:.0f} s); by the formula {formula:.3f}: a "
-        f"fault every {1 / rate:.0f} s, restart u = {restart_s:.1f} s, saves every Δt = {interval_s:.1f} s "
-        f"with a stall w = {stall_s:.3f} s",
+        f"effective-time ratio {kept_s / wall_s:.3f} ({kept_s:.0f} of {wall_s:.0f} s); "
+        f"by the formula {formula:.3f}: a fault every {1 / rate:.0f} s, restart u = {restart_s:.1f} s, "
+        f"saves every Δt = {interval_s:.1f} s with a stall w = {stall_s:.3f} s",
         f"repeated steps: {statistics.mean(lost):.1f} a fault, with a save every {save_every}",
     ]
 

@@ -63,13 +63,15 @@ class Disk:
         """Inodes of files with content that was not fsynced."""
         self._changes: list[tuple[set[int], Callable[[], None]]] = []
         """Changes of directories that were not fsynced: the directories' inodes, and how to undo it."""
-        self._real: dict[str, Any] = {"open": io.open, "fsync": os.fsync, "rename": os.rename, "unlink": os.unlink,
-                      "mkdir": os.mkdir, "rmdir": os.rmdir}  # fmt: skip
+        self._real: dict[str, Any] = {
+            name: getattr(os, name) for name in ("fsync", "rename", "unlink", "mkdir", "rmdir")
+        }
+        self._real["open"] = io.open
 
     @contextmanager
     def mounted(self) -> Iterator[None]:
-        ours = {"fsync": self._fsync, "rename": self._rename, "replace": self._rename, "unlink": self._unlink,
-                "remove": self._unlink, "mkdir": self._mkdir, "rmdir": self._rmdir}  # fmt: skip
+        ours: dict[str, Any] = {name: getattr(self, f"_{name}") for name in self._real if name != "open"}
+        ours |= {"replace": self._rename, "remove": self._unlink}
         opens = mock.patch.object(builtins, "open", self._open), mock.patch.object(io, "open", self._open)
         with mock.patch.multiple(os, **ours), opens[0], opens[1]:
             yield
