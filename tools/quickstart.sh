@@ -37,7 +37,8 @@ parse_arguments() {
         options=("model.path=$model" optim.lr=1e-4 dpo.sft_loss_weight=1.0 validation.every=15 checkpoint.every=15)
     else
         model=assets/smollm2-135m-instruct base_name=quickstart most_steps=30 train_seconds=200
-        options=()
+        # With the plain DPO loss alone, so few steps change preferences but hardly what is answered first.
+        options=(optim.lr=5e-5 dpo.sft_loss_weight=1.0)
     fi
 }
 

@@ -26,6 +26,7 @@ from strop.algos import reference
 from strop.config import Config
 from strop.data import plan, prepare
 from strop.data.store import TokenStore
+from strop.data.tokenise import tokenizer_digest
 from strop.dist import Dist
 from strop.dist import start as start_dist
 from strop.errors import UserError
@@ -100,7 +101,7 @@ def _data(
         run_module.agree(run, config)
         cache = cache_dir(run, config)
         tokenizer = hf.load_tokenizer(config.model)
-        digest = hf.tokenizer_digest(tokenizer)
+        digest = tokenizer_digest(tokenizer)
         paths: dict[str, Optional[str]] = {"train": None, "validation": None}
         ledgers = {}
         splits = ["train"] + (["validation"] if prepare.has_validation(config.data) else [])

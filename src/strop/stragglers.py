@@ -27,7 +27,7 @@ log = logging.getLogger("strop")
 EVERY = 10
 """Steps in a window."""
 SLOW = 1.5
-PERSISTENT = 2
+PERSISTENT = 3
 """Windows in a row before a rank is reported, and then again each time that the number has doubled."""
 
 Mark = Union[float, torch.cuda.Event]
@@ -139,5 +139,6 @@ class Judge:
 
 
 def _is_due(count: int) -> bool:
-    """2, 4, 8, ... windows."""
-    return count >= PERSISTENT and count & (count - 1) == 0
+    """After 1, 2, 4, 8, ... times PERSISTENT windows."""
+    times, rest = divmod(count, PERSISTENT)
+    return times > 0 and rest == 0 and times & (times - 1) == 0

@@ -64,10 +64,9 @@ def _refuse(error: UserError, env: Env) -> int:
 def _train(run: run_module.Run, config: config_module.Config) -> int:
     position = run_module.Position()
     try:
-        with Watchdog(run, config.watchdog, position) as watchdog:
+        with Watchdog(run, config.watchdog, position):
             from strop import loop  # torch and transformers: seconds that a wrong key need not wait for
 
-            watchdog.keep_native_stacks()
             loop.train(run, config, position)
     except rendezvous.Stopped as error:
         log.info("stopped before training: %s", error)

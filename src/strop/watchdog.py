@@ -15,10 +15,8 @@ thread, which needs no lock, dumps the stacks then, and the other ranks end the 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import os
-import signal
 import statistics
 import sys
 import threading
@@ -98,19 +96,11 @@ class Watchdog:
         self._main = threading.main_thread().ident
         self._alive = run.logs / "alive"
         self._armed = -float("inf")
-        self._native = False
 
     def __enter__(self) -> Watchdog:
         if self._enabled:
             self._thread.start()
         return self
-
-    def keep_native_stacks(self) -> None:
-        """Once torch is imported: a fatal signal, and a hang, leave the C++ stacks of all threads too."""
-        import torch
-
-        torch._C._set_print_stack_traces_on_fatal_signal(True)
-        self._native = True
 
     def __exit__(
         self, kind: Optional[type[BaseException]], error: Optional[BaseException], tb: Optional[TracebackType]
@@ -161,6 +151,7 @@ class Watchdog:
         os.write(STDERR, f"watchdog: {message}; the stacks of all threads:\n".encode())
         faulthandler.cancel_dump_traceback_later()
         faulthandler.dump_traceback(file=STDERR)
+        _dump_threads()
         attempts.write_verdict(
             run.dir,
             run.attempt,
@@ -175,8 +166,6 @@ class Watchdog:
         )
         if not run.launched:
             attempts.finish(run.dir, run.attempt, "FAIL", step=step, reason="hang")
-        if self._native:
-            _dump_native_stacks()
         _wait_for_verdicts(run.logs, env.world_size)
         os._exit(EXIT_HANG)
 
@@ -190,24 +179,19 @@ def _where(frame: Optional[FrameType]) -> str:
     return " < ".join(f"{Path(f.filename).name}:{f.lineno} in {f.name}" for f in [stack[-1], *ours[-1:]])
 
 
-def _dump_native_stacks() -> None:
-    """The C++ stacks of all threads, through torch's handler of fatal signals.
+def _dump_threads() -> None:
+    """What the kernel knows of all threads, those without Python frames too: name, state (R runs, D waits
+    for a device or file server), and where in the kernel it waits.
 
-    It prints them, restores what the signal did before and raises it again: ignored, that does nothing. This
-    process is about to end in any case, and within 20 s should the handler itself hang.
+    Not the C++ stacks: taking them with a signal, as torch does on a crash, broke live processes.
     """
-    import torch
-
-    os.write(STDERR, b"watchdog: the native stacks (taken with a SIGBUS that is ignored):\n")
-    faulthandler.dump_traceback_later(20.0, exit=True, file=STDERR)
-    faulthandler.disable()
-    libc = ctypes.CDLL(None)
-    libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
-    torch._C._set_print_stack_traces_on_fatal_signal(False)
-    libc.signal(int(signal.SIGBUS), int(signal.SIG_IGN))
-    torch._C._set_print_stack_traces_on_fatal_signal(True)
-    signal.raise_signal(signal.SIGBUS)
-    faulthandler.cancel_dump_traceback_later()
+    lines = []
+    for task in sorted(Path("/proc/self/task").iterdir()):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            name = (task / "comm").read_text().strip()
+            state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+            lines.append(f"  thread {task.name} {name}: {state} {(task / 'wchan').read_text()}\n")
+    os.write(STDERR, ("watchdog: what the kernel says of the threads:\n" + "".join(lines)).encode())
 
 
 def _wait_for_verdicts(logs: Path, world_size: int) -> None:

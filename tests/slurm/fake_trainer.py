@@ -71,7 +71,7 @@ def fail(env: Env, args: dict[str, str], step: int) -> None:
         exit_code=code,
         message=message,
         step=step,
-        phase="TRAIN",
+        phase=args.get("phase", "TRAIN"),
         node=env.node,
     )
     os._exit(code)

@@ -201,16 +201,16 @@ def test_second_job_of_a_living_run_is_refused(submit):
 
 def test_time_limit(submit):
     """The real thing once: Slurm's own signal before the end of --time=1. It may come up to 60 s early."""
-    job = submit("--nodes=1", "--time=1", "--signal=B:USR1@50", "steps=150", "run.name=limit")
+    job = submit("--nodes=1", "--time=1", "--signal=B:USR1@50", "steps=400", "run.name=limit")
     record = ended(job, 180)
     assert (record["JobState"], record["ExitCode"]) == ("COMPLETED", "0:0")
     assert int(record["Restarts"]) >= 1
     assert set(causes(Path("runs/limit"))) == {"time_limit", "done"}
-    assert [s["step"] for s in steps(Path("runs/limit"))] == list(range(1, 151))
+    assert [s["step"] for s in steps(Path("runs/limit"))] == list(range(1, 401))
 
 
 def test_too_little_time_to_commit(submit):
-    """The commit takes longer than there is: killed, requeued, and the next attempt starts from what is there."""
+    """The commit takes longer than there is: killed, requeued, and the next one starts from what is there."""
     job = submit("--nodes=2", "--partition=low", "steps=40", "hold_commit_s=60", "run.name=slow")
     run = Path("runs/slow")
     wait_until(lambda: len(steps(run)) >= 3)
@@ -239,3 +239,13 @@ def test_through_tools_submit(submit):
     assert causes(job.run_dir) == ["time_limit", "done"]
     assert any("PENDING" in line for line in states)
     assert "attempt 2" in job.output.read_text()
+
+
+def test_node_that_failed_the_preflight_check_is_left_out(submit):
+    job = submit("--nodes=1", "steps=5", "fail=exception", "phase=PREFLIGHT", "once=1", "run.name=node")
+    record = ended(job, 90)
+    assert (record["JobState"], record["Restarts"]) == ("COMPLETED", "1")
+    first, second = attempts.read_all(Path("runs/node"))
+    assert first["exclude"] == first["nodes"]
+    assert second["nodes"] != first["nodes"]
+    assert record["ExcNodeList"] == first["nodes"][0]

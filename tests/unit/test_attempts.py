@@ -105,7 +105,10 @@ def test_restart_supersedes_its_earlier_self(tmp_path, monkeypatch):
 
 
 def test_two_at_once(tmp_path):
-    """Sixteen start together; one gets the run, the others learn who has it."""
+    """Sixteen start together; one gets the run, the others learn who has it.
+
+    Some find the winner's record half-written, and must look again instead of waiting until it is stale.
+    """
     results, barrier = [], threading.Barrier(16)
 
     def one():

@@ -7,7 +7,6 @@ its shards (`scatter_weights`), so a model never exists whole but on rank 0.
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, Optional
 
@@ -18,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import initialization as hf_init
 
 from strop.config import ModelConfig
+from strop.data.render import chat_template
 from strop.dist import Dist
 from strop.errors import UserError
 
@@ -34,19 +34,8 @@ def load_tokenizer(config: ModelConfig) -> Any:
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{key}: no tokenizer in {name!r} ({_first_line(error)})") from error
-    if config.chat_template is not None:
-        path = Path(config.chat_template)
-        is_file = len(config.chat_template) < 1000 and path.is_file()
-        tokenizer.chat_template = path.read_text() if is_file else config.chat_template
+    tokenizer.chat_template = chat_template(config.chat_template, tokenizer)
     return tokenizer
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """Content address of what turns text into ids."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    special = json.dumps({k: str(v) for k, v in tokenizer.special_tokens_map.items()}, sort_keys=True)
-    return hashlib.sha256((type(tokenizer).__name__ + content + special).encode()).hexdigest()[:24]
 
 
 def check_model(path: str) -> None:

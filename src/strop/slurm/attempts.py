@@ -53,10 +53,18 @@ def begin(
     (run_dir / "attempts").mkdir(parents=True, exist_ok=True)
     pid = pid or os.getpid()
     me = lease.Owner(job_id, restart_count, socket.gethostname(), pid, lease.process_start(pid))
+    deadline = time.monotonic() + wait_s
     while True:
-        records = read_all(run_dir)
-        if records:
-            lease.wait_until_free(run_dir, records[-1], me, wait_s)
+        records = read_all(run_dir)  # anew in every round: what was half-written before is whole now
+        holder, dying = lease.living_owner(run_dir, records[-1], me) if records else (None, False)
+        if holder is not None:
+            if not dying or time.monotonic() >= deadline:
+                raise lease.Held(
+                    f"run {run_dir} is in use by {holder} (attempt {records[-1]['attempt']}); "
+                    "wait for it, cancel it, or give this one another run.name"
+                )
+            time.sleep(0.5)
+            continue
         attempt = records[-1]["attempt"] + 1 if records else 1
         record = {
             "attempt": attempt,

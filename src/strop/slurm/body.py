@@ -7,6 +7,7 @@ because a requeue kills this very process.
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import time
 from collections.abc import Sequence
@@ -200,13 +201,17 @@ def _put_back(job: env.Job, decision: decide.Decision) -> decide.Decision:
             pending.unlink()
             return _refused(decision, str(error))
     pending.unlink(missing_ok=True)
-    _exclude_nodes(job, job.run_dir)
+    try:
+        _exclude_nodes(job, job.run_dir)
+    except command.SlurmError as error:  # the job is in the queue already; only this wish failed
+        return dataclasses.replace(decision, summary=f"{decision.summary}\nno node excluded: {error}")
     return decision
 
 
 def _refused(decision: decide.Decision, why: str) -> decide.Decision:
     exit_code = EXIT_YIELD if decision.cause in decide.YIELDS else decision.exit_code
-    return decide.Decision("stop", exit_code, decision.cause, f"{decision.summary}\nnot requeued: {why}")
+    summary = decision.summary.replace("\nrequeued", "") + f"\nnot requeued: {why}"
+    return dataclasses.replace(decision, action="stop", exit_code=exit_code, summary=summary)
 
 
 def _exclude_nodes(job: env.Job, run_dir: Path) -> None:

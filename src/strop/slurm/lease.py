@@ -47,29 +47,11 @@ def process_start(pid: int) -> Optional[str]:
     return stat.rpartition(")")[2].split()[19]
 
 
-def wait_until_free(run_dir: Path, record: dict[str, Any], me: Owner, wait_s: float) -> None:
-    """Return once the attempt has an outcome or its owner is dead; raise Held if it simply lives."""
-    deadline = time.monotonic() + wait_s
-    while True:
-        holder, dying = living_owner(run_dir, record, me)
-        if holder is None:
-            return
-        if not dying or time.monotonic() >= deadline:
-            raise Held(
-                f"run {run_dir} is in use by {holder} (attempt {record['attempt']}); "
-                "wait for it, cancel it, or give this one another run.name"
-            )
-        time.sleep(1.0)
-
-
 def living_owner(run_dir: Path, record: dict[str, Any], me: Owner) -> tuple[Optional[str], bool]:
-    """(who holds the run, or None; whether it is only about to end)."""
+    """(who holds the run, or None if the attempt has ended or its owner is dead; whether they are dying)."""
     if record.get("broken"):  # its creator died while it wrote, or is writing just now
-        return (
-            ("an attempt that is just being created", True)
-            if _age_s(run_dir, record) < CREATION_LIMIT_S
-            else (None, False)
-        )
+        young = _age_s(run_dir, record) < CREATION_LIMIT_S
+        return ("an attempt that is just being created", True) if young else (None, False)
     if record["state"] != "X":
         return None, False
     same_job = record["job_id"] is not None and record["job_id"] == me.job_id
