@@ -177,14 +177,13 @@ def _wait_for_moment(stage: Stage, scene: Scene, fault: Fault) -> bool:
 def _one_fault(stage: Stage, scene: Scene, fault: Fault, result: Result) -> None:
     kind = SURVIVABLE[fault.kind]
     attempt = scene.attempt()
-    commits = scene.commits()
     result.attempt, result.time = attempt, time.time()
     kind.strike(scene, fault)
 
     def outcome() -> str | None:
         if "action" in scene.record(attempt) or scene.attempt() > attempt:
             return "ended"
-        return "in place" if kind.in_place and _newer(scene.commits(), commits) else None
+        return "in place" if kind.in_place and kind.in_place(scene, attempt) else None
 
     try:
         ended = wait_until(outcome, LIMIT_S, f"the end of attempt {attempt}") == "ended"
@@ -205,10 +204,6 @@ def _one_fault(stage: Stage, scene: Scene, fault: Fault, result: Result) -> None
     told = f"{result.cause} -> {result.action}" if ended else "survived in place"
     where = f"{fault.kind} ({fault.phase}), {result.run} attempt {attempt}"
     stage.say(f"  {fault.number:3d}  {where}: {told}: {verdict}")
-
-
-def _newer(now: list[int], before: list[int]) -> bool:
-    return bool(now) and now[-1] > max(before, default=0)
 
 
 def _compare_with_table(scene: Scene, kind: kinds.Kind, result: Result) -> None:

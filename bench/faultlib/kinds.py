@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -54,8 +55,8 @@ class Kind:
     """After the run is training again: what is wrong, or null."""
     early_causes: tuple[str, ...] = ()
     """What it may be called besides during the imports, which no signal interrupts: KillWait may be over."""
-    in_place: bool = False
-    """The attempt may survive it, so that there is nothing to decide."""
+    in_place: Callable[[Scene, int], bool] | None = None
+    """Whether this attempt has survived it, so that there is nothing to decide."""
     needs_root: bool = False
 
 
@@ -159,6 +160,13 @@ def fill_for_a_moment(scene: Scene, fault: Fault) -> None:
     _filler(scene).unlink()
 
 
+def saved_after_all(scene: Scene, attempt: int) -> bool:
+    """The second try of the save that had failed was committed."""
+    before, _, after = scene.said(attempt).partition("trying once more")
+    failed = re.findall(r"checkpoint of step (\d+): ", before)
+    return bool(after and failed) and int(failed[-1]) in scene.commits()
+
+
 def make_room(scene: Scene, fault: Fault) -> None:
     _filler(scene).unlink(missing_ok=True)
     release(scene, fault)
@@ -241,7 +249,7 @@ SURVIVABLE = {
              early_causes=("lost",)),
         Kind("stop file", ask_to_stop, ("stopped",), ("model", "reference", *LATE)),
         Kind("disk full for a moment", fill_for_a_moment, ("storage",), ("save",), ("hold",), mend=release,
-             in_place=True, needs_root=True),
+             in_place=saved_after_all, needs_root=True),
         Kind("disk full", fill_disk, ("storage",), ("save",), ("hold",), mend=make_room, needs_root=True),
         Kind("flipped bit", damage_newest("flip"), ("killed",), ("train",), check=was_set_aside),
         Kind("truncated file", damage_newest("truncate"), ("killed",), ("train",), check=was_set_aside),
