@@ -27,6 +27,8 @@ LIMIT_S = 150.0
 EARLY = ("imports", "rendezvous", "model", "resume")
 """Phases of an attempt that starts."""
 LATE = ("train", "validation", "save")
+LONG_STEPS = 13
+"""Enough for a commit on the way (`Task.save_every`)."""
 DELAY_S = {"imports": 4.0, "rendezvous": 0.3, "model": 0.3, "reference": 0.4, "resume": 0.2, "train": 0.5,
            "validation": 0.1, "save": 0.03}  # fmt: skip
 """The longest wait between the beginning of the phase and the fault."""
@@ -174,7 +176,7 @@ def make_room(scene: Scene, fault: Fault) -> None:
 
 def release(scene: Scene, fault: Fault) -> None:
     """The held job may run again."""
-    if scene.record(scene.hit).get("action") == "hold":
+    if scene.hit and scene.record(scene.hit).get("action") == "hold":
         wait_until(lambda: scene.show()["Reason"] == "JobHeldUser" or scene.show()["Priority"] == "0",
                    LIMIT_S, "the job is held")  # fmt: skip
         scene.cluster.slurm("scontrol", "release", scene.job)
@@ -262,7 +264,8 @@ def draw_schedule(seed: int, count: int, names: Sequence[str], faults_per_run: i
     """`count` faults dealt to runs. Kinds come out of a bag that holds each once, so all come equally often.
 
     A fault in a start-up strikes the attempt that the fault before it has brought about; two in a row at
-    most, since five failures without a new commit would rightly end the run.
+    most, and after a short attempt comes a long one, since five failures without a new commit would rightly
+    end the run.
     """
     draw = random.Random(seed)
     bag: list[str] = []
@@ -284,7 +287,8 @@ def draw_schedule(seed: int, count: int, names: Sequence[str], faults_per_run: i
         wants_early = draw.random() < (0.6 if first else 0.35)
         phase = draw.choice(early if early and (wants_early or not late) else late)
         early_in_a_row = 0 if phase in LATE else early_in_a_row + 1
-        steps = draw.randint(3, 25)
+        short = bool(runs[-1]) and (runs[-1][-1].phase not in LATE or runs[-1][-1].steps < LONG_STEPS)
+        steps = draw.randint(LONG_STEPS if short else 3, 25)
         runs[-1].append(Fault(number + 1, kind.name, phase, draw.randrange(2), steps, draw.random()))
     return runs
 
