@@ -3,7 +3,7 @@
 logs/NNNN/hang.json is made by the first rank that notices; the others look for it. `suspect` reads the
 verdicts afterwards. When everybody waits for one rank, the verdicts of those who wait say little. The one to
 name is a rank that did not run for a while, or left no verdict at all (it is stopped, or its node is gone);
-else the only one whose main thread is not inside a collective; else the few that stand elsewhere than the rest.
+else the only one whose main thread is not inside a collective; else the few that stand elsewhere.
 """
 
 from __future__ import annotations
