@@ -51,7 +51,7 @@ def test_limits_by_phase():
 
 
 def test_steps_that_were_quicker_than_a_look():
-    """The rank stands at step 3 when it is first seen in training: the first step is behind it all the same."""
+    """The rank stands at step 3 when it is first seen in training: the first step is behind it."""
     clock = Clock(CONFIG, 0.0)
     clock.look(("train", 3, 4), 1.0, warm=True)
     assert clock.limit_s == 100
