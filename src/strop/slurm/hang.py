@@ -2,8 +2,8 @@
 
 logs/NNNN/hang.json is made by the first rank that notices; the others look for it. `suspect` reads the
 verdicts afterwards. When everybody waits for one rank, the verdicts of those who wait say little: the one
-to name is the rank that left none (it was stopped, or its machine is gone) or a late one, or else the only one whose main
-thread is not inside a collective, or else the few that stand elsewhere than the rest.
+to name is the rank that left none (it was stopped, or its machine is gone) or a late one, or else the only
+one whose main thread is not inside a collective, or else the few that stand elsewhere than the rest.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from strop.slurm import attempts, files
 
 SHOWN = 8
 STOPPED = "ProcessStopped"
-"""In the verdict of a rank that ran again (Slurm sends CONT before it kills) after the others had given up."""
+"""In the verdict of a rank that ran again (Slurm sends CONT before it kills) after the others gave up."""
 COLLECTIVE = re.compile(r"/torch/distributed/(?!checkpoint/)|/strop/dist\.py$|/strop/slurm/rendezvous\.py$")
 
 
