@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Optional
 
 NO_ANSWER = re.compile(
@@ -26,8 +26,14 @@ class NoController(SlurmError):
     """The controller did not answer until the deadline."""
 
 
-def slurm(args: Sequence[str], *, deadline_s: float = 60.0) -> str:
-    """Run a Slurm command and return what it printed.
+def slurm(
+    args: Sequence[str],
+    *,
+    deadline_s: float = 60.0,
+    stdin: Optional[str] = None,
+    variables: Optional[Mapping[str, str]] = None,
+) -> str:
+    """Run a Slurm command and return what it printed; `variables` in place of the environment.
 
     A controller that does not answer (a restart, a fail-over) is asked again after 1, 2, 4, ... 30 s.
     """
@@ -36,7 +42,10 @@ def slurm(args: Sequence[str], *, deadline_s: float = 60.0) -> str:
     while True:
         error = ""
         try:
-            done = subprocess.run(args, capture_output=True, text=True, timeout=max(5.0, deadline_s))
+            left_s = deadline - time.monotonic()
+            done = subprocess.run(
+                args, capture_output=True, text=True, input=stdin, env=variables, timeout=max(5.0, left_s)
+            )
             if done.returncode == 0:
                 return done.stdout
             error = (done.stderr or done.stdout).strip()
