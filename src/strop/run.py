@@ -70,14 +70,13 @@ def open_run(config: Config, env: Env) -> Run:
         if config.run.name is not None and config.run.name != env.run_dir.name:
             raise UserError(f"run.name: {config.run.name!r}, but the job's run is {env.run_dir}")
         parent = naming.parent_directory(config.run.dir)
-        same = parent.exists() and parent.samefile(
-            env.run_dir.parent
-        )  # a container may resolve links otherwise
-        if not same:
+        # A container may resolve links in another way.
+        if not (parent.exists() and parent.samefile(env.run_dir.parent)):
             raise UserError(f"run.dir: {parent}, but the job's run is {env.run_dir}")
         return Run(env.run_dir, env.attempt, env, StopRequest(env.run_dir, env.attempt), launched=True)
-    name = config.run.name or f"{config.algo}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = naming.parent_directory(config.run.dir) / naming.checked(name)
+    default = f"{config.algo}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = naming.checked(default if config.run.name is None else config.run.name)
+    run_dir = naming.parent_directory(config.run.dir) / name
     if run_dir.exists() and any(run_dir.iterdir()) and not (run_dir / "attempts").is_dir():
         raise UserError(f"run.name: {run_dir} exists and is no run of strop: choose another name")
     code_now = code.identify()

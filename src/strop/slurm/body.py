@@ -225,7 +225,7 @@ def _local_state(signals: Sequence[str]) -> decide.JobState:
     return decide.JobState(ended=bool({"TERM", "INT"} & set(signals)))
 
 
-def job_state(job: env.Job, *, deadline_s: float = 60.0) -> decide.JobState:
+def job_state(job: env.Job, *, deadline_s: float = 10.0) -> decide.JobState:
     assert job.target is not None
     try:
         record = command.show_job(job.target, deadline_s=deadline_s)

@@ -15,6 +15,7 @@ NO_ANSWER = re.compile(
     re.IGNORECASE,
 )
 UNKNOWN_JOB = re.compile(r"invalid job id", re.IGNORECASE)
+ONE_TRY_S = 30.0
 LONG_KEYS = ("Command", "WorkDir", "StdErr", "StdIn", "StdOut", "Comment", "AdminComment", "SystemComment")
 
 
@@ -42,9 +43,9 @@ def slurm(
     while True:
         error = ""
         try:
-            left_s = deadline - time.monotonic()
+            limit_s = min(max(5.0, deadline - time.monotonic()), ONE_TRY_S)
             done = subprocess.run(
-                args, capture_output=True, text=True, input=stdin, env=variables, timeout=max(5.0, left_s)
+                args, capture_output=True, text=True, input=stdin, env=variables, timeout=limit_s
             )
             if done.returncode == 0:
                 return done.stdout
