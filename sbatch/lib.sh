@@ -101,7 +101,7 @@ run_ranks() {
     if [[ ${STROP_LAUNCHER:-} == local ]]; then
         exec "$host_python" -m strop.slurm.local_launch --ranks "$STROP_TASKS_PER_NODE" -- "$@"
     fi
-    local options=(--kill-on-bad-exit=1 --wait=60 --export=ALL
+    local options=(--kill-on-bad-exit=1 --wait=30 --export=ALL
         "--nodes=$STROP_NUM_NODES" "--ntasks-per-node=$STROP_TASKS_PER_NODE"
         "--ntasks=$((STROP_NUM_NODES * STROP_TASKS_PER_NODE))")
     local cpus=$((${SLURM_CPUS_ON_NODE:-1} / STROP_TASKS_PER_NODE))

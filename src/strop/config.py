@@ -184,6 +184,20 @@ class DistConfig:
 
 
 @dataclass(frozen=True)
+class WatchdogConfig:
+    enabled: bool = True
+    """End the attempt, with the stacks of all ranks, when one makes no progress."""
+    start_s: float = 1800.0
+    """Longest time without progress in start-up (data, model, first step of each kind)."""
+    step_s: float = 300.0
+    """Longest time of one micro batch in training, validation or the reference pass, ..."""
+    step_factor: float = 20.0
+    """... or this times the median of the recent ones, whichever is longer."""
+    save_s: float = 1800.0
+    """Longest time of one checkpoint."""
+
+
+@dataclass(frozen=True)
 class LogConfig:
     level: str = "info"
     """debug, info, warning or error."""
@@ -234,6 +248,7 @@ class Config:
     dpo: DpoConfig = field(default_factory=DpoConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     dist: DistConfig = field(default_factory=DistConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     log: LogConfig = field(default_factory=LogConfig)
     run: RunConfig = field(default_factory=RunConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -245,6 +260,7 @@ FREE_FORM = "metadata"
 
 MAY_CHANGE: dict[str, str] = {
     "run.": "where a run lies and what its owner permits",
+    "watchdog.": "it only ends what hangs",
     "log.": "what is shown, not what is computed",
     "checkpoint.": "a checkpoint only copies the state",
     "validation.": "validation reads the weights; patience ends a run as max_steps does",

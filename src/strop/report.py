@@ -78,7 +78,9 @@ class Report:
             resumed_from=step or None,
         )
 
-    def step(self, line: dict[str, Any], *, tokens: int, seconds: float, data_s: float) -> None:
+    def step(
+        self, line: dict[str, Any], *, tokens: int, seconds: float, data_s: float, pace: dict[str, Any]
+    ) -> None:
         """One optimiser step: its line of metrics.jsonl, and how long it took."""
         if self._metrics is None or line["step"] % self._config.log.every:
             return
@@ -93,6 +95,7 @@ class Report:
             "tokens_per_s": tokens / seconds,
             "tokens_per_s_per_device": tokens / seconds / world,
             "save_stall_s": self._stall_s,
+            **pace,
             **self._device.read(),
         }
         self._stall_s = 0.0

@@ -40,10 +40,15 @@ PEER_SIGNS = (
 
 @dataclass
 class Position:
-    """Where this rank is, for its verdict."""
+    """Where this rank is, for its verdict and its watchdog."""
 
     phase: str = "start"
     step: Optional[int] = None
+    beats: int = 0
+    """Counts micro batches, rows and the like: progress inside a phase."""
+
+    def beat(self) -> None:
+        self.beats += 1
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import importlib
 import json
 import logging
 import math
-import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Optional
@@ -21,12 +20,13 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
-from strop import checkpoint, optim, parallel
+from strop import checkpoint, optim, parallel, preflight
 from strop import run as run_module
 from strop.algos import reference
 from strop.config import Config
 from strop.data import plan, prepare
 from strop.data.store import TokenStore
+from strop.data.tokenise import tokenizer_digest
 from strop.dist import Dist
 from strop.dist import start as start_dist
 from strop.errors import UserError
@@ -36,6 +36,7 @@ from strop.report import Report
 from strop.run import Position, Run
 from strop.saver import Saver
 from strop.slurm import attempts, files, rendezvous
+from strop.stragglers import Pace
 from strop.trainer import State, Trainer, step_bins, stop_agreed, tensors, validation_bins
 
 log = logging.getLogger("strop")
@@ -49,21 +50,26 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
     algo = importlib.import_module(f"strop.algos.{config.algo}")
     assert config.model.path is not None
     hf.check_model(config.model.path)
+    position.phase = "preflight"
+    preflight.check_machine(run, config.dist)
     position.phase = "data"
-    train_store, val_store = _data(run, config, algo, report)
+    train_store, val_store = _data(run, config, algo, report, position)
     position.phase = "rendezvous"
     dist = start_dist(config.dist, run.env, run.dir, run.attempt, run.stop)
+    nodes = preflight.check_together(run, dist)
     position.phase = "model"
     config = _settle(run, config, dist)
     with report.phase("building the model"):
         policy = Policy(hf.build_empty(config.model))
         policy.eval()  # dropout is off: the policy and its reference must be one function
-        _check_disk(run, policy, dist)
+        preflight.check_disk(run, policy, dist)
         parallel.shard(policy, config.train, dist)
         optimizer = optim.build(config.optim, policy)
     per_epoch = plan.steps_per_epoch(
         train_store.num_rows, config.train.global_batch_size, config.train.limit_train_batches
     )
+    if config.checkpoint.best_metric is not None and val_store is None:
+        raise UserError("checkpoint.best_metric needs validation data (data.validation)")
     max_steps = config.train.max_steps or math.ceil(config.train.max_epochs * per_epoch)
     t = Trainer(
         run,
@@ -79,6 +85,7 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
         per_epoch,
         max_steps,
     )
+    t.pace = Pace(policy, dist, nodes)
     t.reduce_each = parallel.reduce_each_micro_batch(policy)
     if config.train.precision == "fp16":
         t.state.loss_scale = FIRST_LOSS_SCALE
@@ -87,7 +94,7 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
 
 
 def _data(
-    run: Run, config: Config, algo: ModuleType, report: Report
+    run: Run, config: Config, algo: ModuleType, report: Report, position: Position
 ) -> tuple[TokenStore, Optional[TokenStore]]:
     """Rank 0 tokenises (or finds it done) and tells the others where; they wait without a collective,
     whose time-out long work would exceed."""
@@ -96,13 +103,15 @@ def _data(
         run_module.agree(run, config)
         cache = cache_dir(run, config)
         tokenizer = hf.load_tokenizer(config.model)
-        digest = hf.tokenizer_digest(tokenizer)
+        digest = tokenizer_digest(tokenizer)
         paths: dict[str, Optional[str]] = {"train": None, "validation": None}
         ledgers = {}
         splits = ["train"] + (["validation"] if prepare.has_validation(config.data) else [])
         for split in splits:
             with report.phase(f"{split} data"):
-                store, ledger = prepare.prepare(config, tokenizer, digest, cache, algo.KIND, split)
+                store, ledger = prepare.prepare(
+                    config, tokenizer, digest, cache, algo.KIND, split, lambda _: position.beat()
+                )
             report.ledger(ledger)
             ledgers[split] = files.read_json(store.path / "ledger.json")
             paths[split] = str(store.path)
@@ -140,17 +149,6 @@ def _cpu_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
 
 
-def _check_disk(run: Run, policy: Policy, dist: Dist) -> None:
-    """Weights and two moments in fp32, once while writing beside the ones that are kept."""
-    need = 12 * sum(p.numel() for p in policy.parameters())
-    free = dist.broadcast(shutil.disk_usage(run.dir).free)
-    if free < need:
-        raise UserError(
-            f"run.dir: {free / 2**30:.1f} GiB free in {run.dir}, but one checkpoint of this model takes "
-            f"{need / 2**30:.1f} GiB"
-        )
-
-
 def _load(t: Trainer) -> bool:
     """Layout, weights, reference and the newest checkpoint, each only where needed; False if stopped."""
     root = t.run.checkpoints
@@ -171,12 +169,12 @@ def _load(t: Trainer) -> bool:
         return False
     if t.algo.NEEDS_REFERENCE:
         _open_reference(t, choices)
+    optim.materialise(t.optimizer)
     if step is not None:
         with t.report.phase(f"loading the checkpoint of step {step}"):
-            optim.materialise(t.optimizer, step)
-            t.state = State(**checkpoint.load(root, step, tensors(t)))
-    else:
-        optim.materialise(t.optimizer, 0)
+            t.state = State(**checkpoint.read_state(root, step))
+            checkpoint.load(root, step, tensors(t))
+            optim.set_num_updates(t.optimizer, t.state.num_updates)
     t.saver = Saver(t.run, t.config.checkpoint, t.dist, t.report, tensors(t))
     t.position.step = t.state.step
     return True
@@ -184,7 +182,11 @@ def _load(t: Trainer) -> bool:
 
 def _forbid_silent_restart(run: Run) -> None:
     """A run that has committed before but has no checkpoint left is not begun anew behind the user's back."""
-    told = [r.get("committed_step") or 0 for r in attempts.read_all(run.dir)]
+    told = []
+    for record in attempts.read_all(run.dir):
+        told.append(record.get("committed_step") or 0)  # when it began
+        if record["state"] in ("DONE", "YIELD"):
+            told.append(record.get("step") or 0)
     if max(told, default=0) > 0 and not checkpoint.committed_steps(run.checkpoints):
         raise UserError(
             f"{run.checkpoints} holds no committed checkpoint, but step {max(told)} had been reached: "
@@ -193,26 +195,48 @@ def _forbid_silent_restart(run: Run) -> None:
 
 
 def _choices(t: Trainer) -> dict[str, Any]:
-    """What the run's first attempt found out (layout, head, reference files); {} before."""
-    return t.dist.broadcast(
-        files.read_json(t.run.dir / "data" / "choices.json") or {} if t.dist.is_main else None
-    )
+    """What the run's first attempt found out (layout, head, reference files); {} before.
+
+    A reference of other data or of another model (run.allow_config_change) is not this run's any more.
+    """
+    choices: dict[str, Any] = {}
+    if t.dist.is_main:
+        choices = files.read_json(t.run.dir / "data" / "choices.json") or {}
+        if choices.get("reference_of") != _reference_of(t):
+            choices.pop("reference", None)
+    return t.dist.broadcast(choices)
 
 
 def _set_layout(t: Trainer, choices: dict[str, Any]) -> None:
+    """Layout, head and reference files, as chosen before or now."""
     t.position.phase = "probe"
+    before = dict(choices)
     if choices:
         t.policy.head = choices["head"]
         t.policy.set_layout(choices["layout"], t.dist.device)
-        return
-    with t.report.phase("probing attention and head"):
-        t.policy.probe(t.dist.device, parallel.DTYPES[t.config.train.precision], t.config.model.attention)
-    choices |= {"head": t.policy.head, "layout": t.policy.layout}
-    if t.algo.NEEDS_REFERENCE:
+    else:
+        with t.report.phase("probing attention and head"):
+            t.policy.probe(t.dist.device, parallel.DTYPES[t.config.train.precision], t.config.model.attention)
+        choices |= {"head": t.policy.head, "layout": t.policy.layout}
+    if t.algo.NEEDS_REFERENCE and "reference" not in choices:
         choices["reference"] = t.dist.broadcast(_reference_files(t) if t.dist.is_main else None)
-    if t.dist.is_main:
+        choices["reference_of"] = _reference_of(t)
+    if t.dist.is_main and choices != before:
         run_module.write_config(t.run, t.config)
         files.write_json(t.run.dir / "data" / "choices.json", choices)
+
+
+def _reference_of(t: Trainer) -> Optional[dict[str, Any]]:
+    """What the log-probs of the reference belong to; null for an algorithm without one."""
+    if not t.algo.NEEDS_REFERENCE:
+        return None
+    stores = {name: store.digest for name, store in _stores(t).items()}
+    model = t.config.model
+    return {
+        "model": [model.path, model.revision],
+        "other": t.algo.reference_model(t.config),
+        "stores": stores,
+    }
 
 
 def _reference_files(t: Trainer) -> dict[str, str]:

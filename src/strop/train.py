@@ -6,6 +6,7 @@ The configuration is read and refused before torch is imported. What happens aft
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import sys
@@ -18,6 +19,7 @@ from strop.errors import EXIT_DONE, EXIT_USER, UserError
 from strop.obs import logs
 from strop.slurm import attempts, rendezvous, stop
 from strop.slurm.env import Env, read_env
+from strop.watchdog import Watchdog
 
 log = logging.getLogger("strop")
 
@@ -31,6 +33,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return EXIT_DONE
     env = read_env()
     stop.block_signals()
+    faulthandler.enable()
     try:
         if not words or words[0] not in config_module.ALGOS:
             raise UserError(f"{words[0] if words else 'no algorithm'}: {USAGE}")
@@ -59,11 +62,12 @@ def _refuse(error: UserError, env: Env) -> int:
 
 
 def _train(run: run_module.Run, config: config_module.Config) -> int:
-    from strop import loop  # torch and transformers: seconds that a wrong key need not wait for
-
     position = run_module.Position()
     try:
-        loop.train(run, config, position)
+        with Watchdog(run, config.watchdog, position):
+            from strop import loop  # torch and transformers: seconds that a wrong key need not wait for
+
+            loop.train(run, config, position)
     except rendezvous.Stopped as error:
         log.info("stopped before training: %s", error)
         if run.env.rank == 0:

@@ -22,6 +22,7 @@ from strop.models.policy import Policy
 from strop.report import Report
 from strop.run import Position, Run
 from strop.saver import Saver
+from strop.stragglers import Pace
 
 SAFETY = 1.5
 """A save and a step may take this much longer than the slowest so far."""
@@ -36,6 +37,8 @@ class State:
 
     step: int = 0
     """Optimiser steps done."""
+    num_updates: int = 0
+    """Those that changed the weights: all but fp16 steps whose gradient overflowed."""
     num_tokens: int = 0
     """Tokens seen in training, prompts included."""
     validated: bool = False
@@ -71,6 +74,7 @@ class Trainer:
     train_ref: Optional[np.ndarray] = None
     val_ref: Optional[np.ndarray] = None
     state: State = field(default_factory=State)
+    pace: Pace = field(init=False)
     saver: Saver = field(init=False)
     """Made when the weights are there."""
     ready: bool = False
@@ -122,7 +126,8 @@ def validation_bins(t: Trainer) -> list[list[np.ndarray]]:
 
 
 def stop_agreed(t: Trainer) -> bool:
-    """Whether any rank must stop. Collective."""
+    """Whether any rank must stop. Collective; asked after every batch, so it feeds the watchdog."""
+    t.position.beat()
     return t.dist.any(must_stop(t))
 
 

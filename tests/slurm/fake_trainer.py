@@ -1,7 +1,8 @@
 """Stands for `strop.train` where a test is about the job and not about training: counts steps to a goal.
 
-Arguments key=value: steps (goal), step_s, fail (user, exception, kill, segv, diverged, oom, storage, exit0), at
-(the step at which rank `rank` fails), once (only in the first attempt), hold_commit_s (how long a commit takes).
+Arguments key=value: steps (goal), step_s, fail (user, exception, kill, segv, diverged, oom, storage, exit0),
+at (the step at which rank `rank` fails), once (only in the first attempt), hold_commit_s (how long a commit
+takes).
 Rank 0 writes every step to steps.jsonl; a stop request is agreed on through files, since there is no process
 group here. `+metadata.steps=9` is the same as `steps=9`: the real configuration lets it pass.
 """

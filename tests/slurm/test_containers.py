@@ -64,7 +64,7 @@ def test_pyxis_on_two_nodes_of_eight_gpus(job, tmp_path):
     mounts = f"{ROOT}:{ROOT},{tmp_path}:{tmp_path},{tmp_path}/runs:{tmp_path}/runs,/data:/data"
     assert words == [
         "--kill-on-bad-exit=1",
-        "--wait=60",
+        "--wait=30",
         "--export=ALL",
         "--nodes=2",
         "--ntasks-per-node=8",

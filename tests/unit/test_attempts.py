@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -243,3 +244,46 @@ def test_deaths_without_a_word_are_counted_at_the_start(here):
     with pytest.raises(body.Exhausted, match="10 times"):
         body.begin("dpo", ["run.name=x"], job(restart=10))
     assert body.begin("dpo", ["run.name=x"], job("8")).attempt == 11  # somebody submitted it anew
+
+
+# --- the body's `end`: the controller is away when the job wants to be put back
+
+
+def ended_with(here, monkeypatch, answers):
+    """An attempt that yielded; `answers` of scontrol, in order. Its directory and the decision."""
+    body.begin("dpo", ["run.name=x"], job())
+    attempts.finish(here / "runs/x", 1, "YIELD", step=12, reason="USR1")
+
+    def slurm(args, *, deadline_s=60.0):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(command, "slurm", slurm)
+    monkeypatch.setattr(command, "show_job", lambda target: command.parse_jobs(command.slurm(["show"]))[0])
+    mine = dataclasses.replace(job(), run_dir=here / "runs/x", attempt=1)
+    return here / "runs/x", body.end(mine, 0, ["USR1"])
+
+
+RUNNING = "JobId=7 JobName=dpo\n   JobState=RUNNING\n   Requeue=1 Restarts=0 BatchFlag=1\n"
+
+
+def test_the_controller_stays_away(here, monkeypatch):
+    gone = command.NoController("Unable to contact slurm controller")
+    run, decision = ended_with(here, monkeypatch, [gone, gone])
+    assert (decision.action, decision.exit_code, decision.cause) == ("stop", 75, "time_limit")
+    assert (run / "requeue_pending").read_text() == "scontrol requeue 7\n"
+    assert "still to be done" in decision.summary
+
+
+def test_a_refused_requeue_ends_with_75(here, monkeypatch):
+    run, decision = ended_with(here, monkeypatch, [RUNNING, command.SlurmError("Access/permission denied")])
+    assert (decision.action, decision.exit_code) == ("stop", 75)
+    assert not (run / "requeue_pending").exists()
+
+
+def test_pending_means_that_it_is_requeued_already(here, monkeypatch):
+    run, decision = ended_with(here, monkeypatch, [RUNNING, command.SlurmError("Job is pending execution")])
+    assert (decision.action, decision.exit_code) == ("requeue", 75)
+    assert not (run / "requeue_pending").exists()

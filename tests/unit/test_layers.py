@@ -35,9 +35,13 @@ LAYERS = (
         "strop.trainer",
         "strop.saver",
         "strop.report",
+        "strop.watchdog",
+        "strop.preflight",
+        "strop.stragglers",
         "strop.run",
         "strop.submission",
         "strop.recipes",
+        "strop.doctor",
     ),
     ("tools",),
 )

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import re
 import subprocess
 import sys
 import time
@@ -20,16 +18,28 @@ from pathlib import Path
 from typing import Any, Optional
 
 from strop.errors import EXIT_STORAGE, EXIT_YIELD, STORAGE_ERRNOS, UserError
-from strop.slurm import attempts, code, command, deaths, decide, env, lease, naming, stop, successor
+from strop.slurm import (
+    attempts,
+    code,
+    command,
+    crash,
+    deaths,
+    decide,
+    env,
+    files,
+    hang,
+    lease,
+    naming,
+    stop,
+    successor,
+)
 
 ROOT = code.PACKAGE.parents[1]
 WAIT_WITHOUT_END_S = 3600.0
 END_MARGIN_S = 20.0
 """Before the job's end a controller that does not answer is given up."""
-EXCLUDE_FOR_S = 3600.0
+EXCLUDE_FOR_S = 24 * 3600.0
 NOTIFY_LIMIT_S = 60.0
-TAIL_BYTES = 16384
-FATAL = re.compile(rb"Fatal Python error: (Segmentation fault|Bus error|Illegal instruction|Aborted)")
 
 
 @dataclass(frozen=True)
@@ -190,10 +200,8 @@ def gather(job: env.Job, launcher_exit: int, signals: Sequence[str]) -> decide.F
     record = attempts.read(run_dir, number)
     committed = attempts.committed_step(run_dir)
     fields = decide.Verdict.__dataclass_fields__
-    verdicts = [
-        decide.Verdict(**{key: value for key, value in v.items() if key in fields})
-        for v in attempts.read_verdicts(run_dir, number)
-    ]
+    said = attempts.read_verdicts(run_dir, number)
+    verdicts = [decide.Verdict(**{key: v[key] for key in fields if key in v}) for v in said]
     logs = attempts.log_dir(run_dir, number)
     state = _local_state(signals) if job.launcher == "local" else job_state(job)
     return decide.Facts(
@@ -205,19 +213,28 @@ def gather(job: env.Job, launcher_exit: int, signals: Sequence[str]) -> decide.F
         signals=tuple(signals),
         stop_requested=stop.stop_file(run_dir, number).exists(),
         verdicts=tuple(verdicts),
-        crash=find_crash(logs),
+        crash=crash.find(logs),
         death=deaths.find(run_dir, record, verdicts),
         successor=_successor(record.get("successor"), state),
         space=deaths.describe_space(run_dir) if any(v.kind == "storage" for v in verdicts) else "",
+        suspect=hang.suspect(said, *_ranks(logs)),
+        num_nodes=len(record.get("nodes") or ()),
         job=state,
         history=decide.since_progress(records, committed)[:-1],
-        last_words=last_words(logs, {v.rank for v in verdicts}),
+        last_words=crash.last_words(logs, {v.rank for v in verdicts}),
     )
 
 
 def _successor(job_id: Optional[str], state: decide.JobState) -> Optional[str]:
     """The job that waits behind this one, unless its owner has taken it out of the queue."""
     return job_id if job_id and (not state.known or successor.waiting(job_id)) else None
+
+
+def _ranks(logs: Path) -> tuple[int, dict[int, str]]:
+    """How many ranks came, and on which nodes they were, as far as the pre-flight check could tell."""
+    clock = files.read_json(logs / "clock.json") or {"ranks": []}
+    nodes = {entry["rank"]: entry["node"] for entry in clock["ranks"]}
+    return len(nodes) or len(list(logs.glob("rank*.err"))), nodes
 
 
 def _local_state(signals: Sequence[str]) -> decide.JobState:
@@ -246,35 +263,6 @@ def read_state(record: dict[str, str], restart_count: int) -> decide.JobState:
         time_limit=ended and record.get("Reason") == "TimeLimit",
         preempted=record.get("PreemptTime", "None") not in ("None", "Unknown"),
     )
-
-
-def find_crash(logs: Path) -> Optional[decide.Crash]:
-    """The first rank whose stderr ends in faulthandler's dump of a native crash."""
-    for path in sorted(logs.glob("rank*.err")):
-        tail = _tail(path)
-        match = FATAL.search(tail)
-        if match:
-            dump = tail[match.start() :].decode(errors="replace")
-            rank = int(re.sub(r"\D", "", path.name))
-            lines = [line.strip() for line in dump.splitlines() if 'File "' in line]
-            message = " ".join([match[1].decode(), *lines[:1]]) + f" (stacks in {path})"
-            return decide.Crash(rank, message, attempts.fingerprint(match[1].decode(), dump))
-    return None
-
-
-def last_words(logs: Path, spoken: set[int]) -> str:
-    """The end of the stderr of the first rank that wrote something but left no verdict."""
-    for path in sorted(logs.glob("rank*.err")):
-        lines = _tail(path).decode(errors="replace").strip().splitlines()
-        if lines and int(re.sub(r"\D", "", path.name)) not in spoken:
-            return "\n  ".join([f"the end of {path}:", *lines[-12:]])
-    return ""
-
-
-def _tail(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
-        return file.read()
 
 
 def _put_back(job: env.Job, decision: decide.Decision, facts: decide.Facts) -> decide.Decision:
@@ -356,7 +344,7 @@ def cancel_successor(job: env.Job) -> bool:
 
 
 def _exclude_nodes(job: env.Job, run_dir: Path) -> None:
-    """Keep the restarted job off the nodes that failed the pre-flight check within the last hour."""
+    """Keep the restarted job off the nodes that failed the pre-flight check within the last day."""
     records = attempts.read_all(run_dir)
     bad = {node: r["closed"] > time.time() - EXCLUDE_FOR_S for r in records for node in r.get("exclude", [])}
     if not bad:

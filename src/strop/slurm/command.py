@@ -33,8 +33,10 @@ def slurm(
     deadline_s: float = 60.0,
     stdin: Optional[str] = None,
     variables: Optional[Mapping[str, str]] = None,
+    with_stderr: bool = False,
 ) -> str:
-    """Run a Slurm command and return what it printed; `variables` in place of the environment.
+    """Run a Slurm command and return what it printed (`with_stderr`: `sbatch --test-only` answers there);
+    `variables` in place of the environment.
 
     A controller that does not answer (a restart, a fail-over) is asked again after 1, 2, 4, ... 30 s.
     """
@@ -48,7 +50,7 @@ def slurm(
                 args, capture_output=True, text=True, input=stdin, env=variables, timeout=limit_s
             )
             if done.returncode == 0:
-                return done.stdout
+                return done.stdout + done.stderr if with_stderr else done.stdout
             error = (done.stderr or done.stdout).strip()
         except subprocess.TimeoutExpired:
             error = "connection timed out"

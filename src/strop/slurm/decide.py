@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 from strop.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_HANG, EXIT_STORAGE, EXIT_USER, EXIT_YIELD
+from strop.slurm.hang import Suspect
 
 FAILURE_LIMIT = 5
 FINGERPRINT_LIMIT = 3
@@ -133,6 +134,9 @@ class Facts:
     """The job that waits behind this one, to go on in its place."""
     space: str = ""
     """The file system of the run and what is free there, if something could not be written."""
+    suspect: Optional[Suspect] = None
+    """Whom the ranks of a hung attempt were waiting for."""
+    num_nodes: int = 1
     job: JobState = JobState()
     history: tuple[Past, ...] = ()
     last_words: str = ""
@@ -168,14 +172,13 @@ def decide(facts: Facts) -> Decision:
     cause = classify(facts)
     past = (*facts.history, Past(cause.name, cause.fingerprint, cause.step))
     action, exit_code, why = _act(facts, cause, past)
-    exclude = (cause.node,) if cause.node and (cause.phase or "").upper() == "PREFLIGHT" else ()
     return Decision(
         action,
         exit_code,
         cause.name,
         _summary(facts, cause, action, why),
         cause.fingerprint,
-        exclude,
+        _to_exclude(facts, cause),
         cause.step,
     )
 
@@ -191,6 +194,8 @@ def classify(facts: Facts) -> Cause:
     death = facts.death if facts.state != "YIELD" else None
     if death and death.oom and (first is None or first.kind in ("exception", "hang")):
         return Cause("oom", death.message, None, death.step, death.rank, death.node)
+    if facts.state != "YIELD" and first and first.kind == "hang":
+        return _hung(first, facts.suspect)
     if facts.state != "YIELD" and first:
         startup = first.step in (None, 0) or (first.phase or "").upper() in STARTUP_PHASES
         kind = "startup" if first.kind == "exception" and startup else first.kind
@@ -277,6 +282,26 @@ def _count(past: Sequence[Past], last: Past, field: str) -> int:
 
 def _from_verdict(kind: str, v: Verdict) -> Cause:
     return Cause(kind, v.message, v.fingerprint, v.step, v.rank, v.node, v.phase)
+
+
+def _hung(first: Verdict, suspect: Optional[Suspect]) -> Cause:
+    """The rank that the others waited for counts as the cause, not the one that noticed first."""
+    if suspect is None or suspect.rank == first.rank:
+        return _from_verdict("hang", first)
+    message = f"{suspect.message}\n  noticed by rank {first.rank} on {first.node}: {first.message}"
+    return Cause("hang", message, first.fingerprint, first.step, suspect.rank, suspect.node, first.phase)
+
+
+def _to_exclude(facts: Facts, cause: Cause) -> tuple[str, ...]:
+    """The nodes that failed the pre-flight check, unless all did: then it is not the nodes' fault."""
+    if cause.node is None or not _in_preflight(cause.phase):
+        return ()
+    bad = {cause.node, *(v.node for v in facts.verdicts if v.kind == "exception" and _in_preflight(v.phase))}
+    return () if len(bad) == facts.num_nodes > 1 else tuple(sorted(bad))
+
+
+def _in_preflight(phase: Optional[str]) -> bool:
+    return (phase or "").upper() == "PREFLIGHT"
 
 
 def _why_stopped(facts: Facts) -> Optional[str]:

@@ -24,6 +24,7 @@ def main(argv: Sequence[str]) -> None:
         name = rendezvous.interface_of(rendezvous.own_address())
         if name:
             variables["GLOO_SOCKET_IFNAME"] = name
+    variables["PYTHONFAULTHANDLER"] = "1"  # a native crash leaves its Python stack from the first import on
     logs = attempts.log_dir(task.run_dir, task.attempt)
     logs.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(logs / f"rank{task.rank:05d}.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)

@@ -1,0 +1,70 @@
+"""What a rank's stderr file says about a death that left no verdict.
+
+On a fatal signal torch's handler prints the native stacks of all threads, then faulthandler the Python
+stacks. Of both only the thread that crashed is the cause; what the others did differs from one time to the
+next, and must not get into the fingerprint by which a repeated crash is known.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Optional
+
+from strop.slurm import attempts, decide
+
+TAIL_BYTES = 1 << 16
+"""faulthandler's list of extension modules alone takes some thousand."""
+STACKS_BYTES = 1 << 20
+FATAL = re.compile(
+    r"Fatal Python error: (Segmentation fault|Bus error|Illegal instruction|Aborted|Floating.point exception)"
+)
+NATIVE_FRAME = re.compile(r"frame #\d+: (?!<unknown function>|c10::FatalSignalHandler)(.+?) \+ 0x")
+SHOWN = 3
+
+
+def find(logs: Path) -> Optional[decide.Crash]:
+    """The first rank whose stderr ends in the dump of a native crash."""
+    for path in sorted(logs.glob("rank*.err")):
+        if FATAL.search(_tail(path, TAIL_BYTES)):
+            return _read(path)
+    return None
+
+
+def _read(path: Path) -> decide.Crash:
+    text = _tail(path, STACKS_BYTES)
+    match = list(FATAL.finditer(text))[-1]
+    python = _paragraph(text[match.end() :], "Current thread ")
+    native = NATIVE_FRAME.findall(_paragraph(text[: match.start()], "FatalSignalHandler::fatalSignalHandler"))
+    frames = re.findall(r'File "([^"]+)", line (\d+) in (.+)', python)
+    places = [f"{os.path.basename(file)}:{line} in {name}" for file, line, name in frames[:SHOWN]]
+    words = [match[1], *(["at " + " < ".join(places)] if places else [])]
+    words += ["native: " + " < ".join(native[:SHOWN])] if native else []
+    message = f"{', '.join(words)} (stacks in {path})"
+    return decide.Crash(_rank(path), message, attempts.fingerprint(match[1], python or " ".join(native)))
+
+
+def _paragraph(text: str, mark: str) -> str:
+    """The text from the line with `mark` to the next empty line; "" without such a line."""
+    _, found, rest = text.partition(mark)
+    return rest.partition("\n\n")[0] if found else ""
+
+
+def last_words(logs: Path, spoken: set[int]) -> str:
+    """The end of the stderr of the first rank that wrote something but left no verdict."""
+    for path in sorted(logs.glob("rank*.err")):
+        lines = _tail(path, TAIL_BYTES).strip().splitlines()
+        if lines and _rank(path) not in spoken:
+            return "\n  ".join([f"the end of {path}:", *lines[-12:]])
+    return ""
+
+
+def _rank(path: Path) -> int:
+    return int(re.sub(r"\D", "", path.name))
+
+
+def _tail(path: Path, num_bytes: int) -> str:
+    with open(path, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - num_bytes))
+        return file.read().decode(errors="replace")
