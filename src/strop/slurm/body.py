@@ -140,9 +140,10 @@ def end(job: env.Job, launcher_exit: int, signals: Sequence[str]) -> decide.Deci
     if job.launcher != "slurm":
         return decision
     if not facts.job.known and decision.action in ("requeue", "hold"):
-        _leave_pending(job, decision)
+        pending = _leave_pending(job, decision)
         facts = dataclasses.replace(facts, job=job_state(job, deadline_s=_left_s(job)))
         decision = _record(job, facts, decide.decide(facts))  # somebody may have cancelled it meanwhile
+        pending.unlink(missing_ok=True)
     before = decision
     if decision.action in ("requeue", "hold") and not facts.job.requeued:
         decision = _put_back(job, decision, facts)
@@ -180,7 +181,8 @@ def _record(job: env.Job, facts: decide.Facts, decision: decide.Decision) -> dec
             return dataclasses.replace(
                 decision, action="hold", exit_code=EXIT_STORAGE, cause="storage", summary=summary
             )
-        return dataclasses.replace(decision, summary=f"{decision.summary}\nnot recorded: {why}")
+        if decision.cause != "storage":
+            return dataclasses.replace(decision, summary=f"{decision.summary}\nnot recorded: {why}")
     return decision
 
 
