@@ -55,3 +55,11 @@ def slurm_cluster() -> Iterator[LocalCluster]:
     yield cluster
     cluster.down()
     directory.parent.rmdir()
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/, preference/ and sft/ of tests/toy.py."""
+    from tests import toy
+
+    return toy.make(tmp_path_factory.mktemp("toy"))

@@ -24,7 +24,27 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from strop.data.store import TokenStore
 from tests.unit.data_helpers import tiny_tokenizer
 
-WORDS = "the quick brown fox jumps over a lazy dog while seven sea shells sell on the shore of Straße".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "sea",
+    "shells",
+    "sell",
+    "on",
+    "the",
+    "shore",
+    "of",
+    "Straße",
+]
 NUM_TRAIN, NUM_VALIDATION = 21, 7
 """Odd on purpose: with batches of 6 rows an epoch is three whole steps and one of three rows."""
 

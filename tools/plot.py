@@ -130,7 +130,12 @@ def draw(runs: list[Run], out: Path) -> None:
 
     panels = _panels(runs)
     num_rows = -(-len(panels) // 3)
-    style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "axes.titleweight": "bold"}
+    style: Any = {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "font.size": 9,
+        "axes.titleweight": "bold",
+    }
     with pyplot.rc_context(style):
         figure, grid = pyplot.subplots(
             num_rows, 3, figsize=(13, 3.3 * num_rows + 0.6), squeeze=False, layout="constrained"

@@ -34,11 +34,11 @@ parse_arguments() {
     esac
     if [[ -n $tiny ]]; then
         model=assets/tiny base_name=quickstart-tiny most_steps=40 train_seconds=60
-        options=("model.path=$model" optim.lr=1e-4 dpo.sft_loss_weight=1.0 validation.every=15 checkpoint.every=15)
+        options=("model.path=$model" optim.lr=2e-4 dpo.sft_loss_weight=1.0 validation.every=15 checkpoint.every=15)
     else
         model=assets/smollm2-135m-instruct base_name=quickstart most_steps=30 train_seconds=200
         # With the plain DPO loss alone, so few steps change preferences but hardly what is answered first.
-        options=(optim.lr=5e-5 dpo.sft_loss_weight=1.0)
+        options=(optim.lr=3e-5 dpo.sft_loss_weight=1.0)
     fi
 }
 

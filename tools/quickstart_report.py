@@ -142,7 +142,9 @@ def show(report: dict[str, Any]) -> None:
     for label, key, form in rows:
         table.add_row(f"{label} {steps}", format(first[key], form), format(last[key], form))
     console.print(table)
-    answers = Table(box=box.ASCII, title="sample answers (greedy)", title_justify="left", show_lines=True)
+    answers = Table(
+        box=box.ASCII, expand=True, title="sample answers (greedy)", title_justify="left", show_lines=True
+    )
     for heading in ("question", "before", "after"):
         answers.add_column(heading, ratio=1)
     for question, old, new in zip(report["questions"], before["samples"], after["samples"]):

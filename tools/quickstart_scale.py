@@ -3,8 +3,9 @@
     python -m tools.quickstart_scale --model DIR --seconds S --most N      prints STEPS and a remark
 
 A step's cost is about 2 x parameters x tokens x (1 forward + 2 backward) floating-point operations. One
-second of bf16 matrix products with the model's own shapes on all cores gives the speed; a training step on an
-idle machine was measured to reach nearly that (SHARE leaves some room). A machine that is too slow for `most` steps makes fewer, never below LEAST.
+second of bf16 matrix products with the model's own shapes on all cores gives the speed; a training step on
+an idle machine was measured to reach nearly that (SHARE leaves some room). A machine that is too slow for
+`most` steps makes fewer, never below LEAST.
 """
 
 from __future__ import annotations

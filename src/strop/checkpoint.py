@@ -59,7 +59,7 @@ def save(
     if dist.any((final / MARKER).exists()):
         return False
     if dist.any(not attempts.holds_lease(root.parent, attempt)):
-        raise Superseded(f"attempt {attempt} commits nothing: a newer one has begun")
+        raise Superseded(f"attempt {attempt} commits nothing: a newer attempt has begun")
     failure = _write(root, final, attempt, tensors, state, dist)
     if failure:
         log.warning("checkpoint of step %d: %s; trying once more", step, failure)
@@ -194,11 +194,14 @@ def _set_aside(path: Path) -> None:
     path.rename(target)
 
 
-def load(root: Path, step: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Read `step` into `tensors` in place and return its state. Collective; call after `newest_verified`."""
-    path = step_dir(root, step)
-    dcp.load(tensors, storage_reader=dcp.FileSystemReader(path))
-    return json.loads((path / STATE).read_text())
+def read_state(root: Path, step: int) -> dict[str, Any]:
+    """What was committed beside tensors. Call after `newest_verified`."""
+    return json.loads((step_dir(root, step) / STATE).read_text())
+
+
+def load(root: Path, step: int, tensors: dict[str, Tensor]) -> None:
+    """Read `step` into `tensors` in place. Collective; call after `newest_verified`."""
+    dcp.load(tensors, storage_reader=dcp.FileSystemReader(step_dir(root, step)))
 
 
 def clean_up(root: Path, keep_last: int, best: Optional[int]) -> None:

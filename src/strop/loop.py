@@ -44,14 +44,15 @@ class Meter:
 
     def add(self, metrics: Metrics, weight: float = 1.0) -> None:
         for name, (total, count) in metrics.items():
-            pair = (total.detach() * weight, count * weight)
+            # fp64: a validation set has more tokens than fp32 can count
+            pair = (total.detach().double() * weight, count.double() * weight)
             old = self._totals.get(name)
             self._totals[name] = pair if old is None else (old[0] + pair[0], old[1] + pair[1])
 
     def reduce(self, dist: Dist) -> dict[str, float]:
         """Means over all ranks, by name. Every rank must have added the same names."""
         names = sorted(self._totals)
-        values = torch.stack([x.double() for name in names for x in self._totals[name]]).tolist()
+        values = torch.stack([x for name in names for x in self._totals[name]]).tolist()
         sums = dist.sum(values)
         return {name: sums[2 * i] / sums[2 * i + 1] for i, name in enumerate(names) if sums[2 * i + 1]}
 
@@ -64,8 +65,11 @@ def train(run: Run, config: Config, position: Position) -> None:
     outcome = "YIELD"
     if t.ready:
         report.start(t.config, t.state.metrics_bytes, t.state.step, t.max_steps, _gpu_name(t))
-        outcome = _run_steps(t)
-        t.saver.wait()
+        try:
+            outcome = _run_steps(t)
+        finally:
+            # A commit under way is of sound weights, and what ends a run here ends it on all ranks alike.
+            t.saver.wait()
     if t.dist.is_main:
         reason = (run.stop.reason or "another rank was asked to stop") if outcome == "YIELD" else None
         attempts.finish(run.dir, run.attempt, outcome, step=t.state.step, reason=reason)
@@ -115,7 +119,7 @@ def _batches(t: Trainer) -> Iterator[list[Batch]]:
 
 
 def _step(t: Trainer, batches: list[Batch], data_s: float) -> bool:
-    """One optimiser step. False if asked to stop before it; then the state is committed."""
+    """One optimiser step. False if asked to stop before its end; then the state before it is committed."""
     c, state = t.config, t.state
     begin = time.monotonic()
     t.position.phase, t.position.step = "train", state.step
@@ -130,10 +134,11 @@ def _step(t: Trainer, batches: list[Batch], data_s: float) -> bool:
     if failures:
         t.saver.wait()
     if stops:
-        _save(t)
-        return False
+        return _abandon(t)
     meter = Meter()
     for i, batch in enumerate(batches):
+        if i > 0 and trainer.stop_agreed(t):
+            return _abandon(t)
         t.policy.set_requires_gradient_sync(t.reduce_each or i == len(batches) - 1)
         loss, metrics = _forward(t, batch)
         weight = 0.0 if batch.is_dummy else 1.0
@@ -163,6 +168,13 @@ def _step(t: Trainer, batches: list[Batch], data_s: float) -> bool:
     return True
 
 
+def _abandon(t: Trainer) -> bool:
+    """Commit the state before a step that is under way: a long step must not outlast a grace time."""
+    t.optimizer.zero_grad(set_to_none=True)
+    _save(t)
+    return False
+
+
 def _forward(t: Trainer, batch: Batch) -> tuple[Tensor, Metrics]:
     """The loss's sum over the batch, and metrics with the loss among them."""
     count = t.algo.count(batch)
@@ -182,6 +194,7 @@ def _update(t: Trainer, lr: float, loss: float, batches: list[Batch]) -> float:
     norm = optim.global_grad_norm(grads, t.dist) / state.loss_scale
     finite = math.isfinite(norm) and math.isfinite(loss)
     if not finite and not _may_rescale(t, loss):
+        t.saver.wait()  # the steps before were sound: a commit of them in flight counts
         raise Diverged(_dump_batch(t, batches, loss, norm))
     if finite:
         clip = c.train.max_grad_norm
@@ -189,6 +202,7 @@ def _update(t: Trainer, lr: float, loss: float, batches: list[Batch]) -> float:
         optim.scale_grads(grads, factor / state.loss_scale)
         optim.set_learning_rate(t.optimizer, lr)
         t.optimizer.step()
+        state.num_updates += 1
     t.optimizer.zero_grad(set_to_none=True)
     if c.train.precision == "fp16":
         _adapt_loss_scale(t, finite)

@@ -27,7 +27,7 @@ def build(config: OptimConfig, model: nn.Module) -> torch.optim.AdamW:
 
 def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
     """Learning rate of optimiser step `step` (from 0): linear warm-up, then the schedule down to
-    lr * min_lr_ratio at the last step."""
+    lr * min_lr_ratio, which it would reach at step `max_steps`."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -42,15 +42,21 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def materialise(optimizer: torch.optim.Optimizer, num_steps: int) -> None:
-    """AdamW's state as it is after `num_steps` steps, with moments to be filled from a checkpoint."""
+def materialise(optimizer: torch.optim.Optimizer) -> None:
+    """AdamW's state before its first step, so that a checkpoint has both moments at any time."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             optimizer.state[p] = {
-                "step": torch.tensor(float(num_steps), device=p.device if p.is_cuda else "cpu"),
+                "step": torch.tensor(0.0, device=p.device if p.is_cuda else "cpu"),
                 "exp_avg": torch.zeros_like(p),
                 "exp_avg_sq": torch.zeros_like(p),
             }
+
+
+def set_num_updates(optimizer: torch.optim.Optimizer, num_updates: int) -> None:
+    """AdamW's own count, the same for all parameters, which corrects the bias of its moments."""
+    for state in optimizer.state.values():
+        state["step"].fill_(float(num_updates))
 
 
 def local_grads(params: Iterable[nn.Parameter]) -> list[Tensor]:

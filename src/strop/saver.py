@@ -141,7 +141,8 @@ class Saver:
         try:
             root = self._run.checkpoints
             new = checkpoint.save(root, state["step"], self._run.attempt, tensors, state, self._dist)
-            if new and self._dist.is_main:
+            if self._dist.is_main:
+                # Also where the step was committed before, by an attempt that died right after.
                 self._after(root, state)
         except Exception as error:
             self._error = error

@@ -68,6 +68,8 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
     per_epoch = plan.steps_per_epoch(
         train_store.num_rows, config.train.global_batch_size, config.train.limit_train_batches
     )
+    if config.checkpoint.best_metric is not None and val_store is None:
+        raise UserError("checkpoint.best_metric needs validation data (data.validation)")
     max_steps = config.train.max_steps or math.ceil(config.train.max_epochs * per_epoch)
     t = Trainer(
         run,
@@ -167,12 +169,12 @@ def _load(t: Trainer) -> bool:
         return False
     if t.algo.NEEDS_REFERENCE:
         _open_reference(t, choices)
+    optim.materialise(t.optimizer)
     if step is not None:
         with t.report.phase(f"loading the checkpoint of step {step}"):
-            optim.materialise(t.optimizer, step)
-            t.state = State(**checkpoint.load(root, step, tensors(t)))
-    else:
-        optim.materialise(t.optimizer, 0)
+            t.state = State(**checkpoint.read_state(root, step))
+            checkpoint.load(root, step, tensors(t))
+            optim.set_num_updates(t.optimizer, t.state.num_updates)
     t.saver = Saver(t.run, t.config.checkpoint, t.dist, t.report, tensors(t))
     t.position.step = t.state.step
     return True
@@ -180,7 +182,11 @@ def _load(t: Trainer) -> bool:
 
 def _forbid_silent_restart(run: Run) -> None:
     """A run that has committed before but has no checkpoint left is not begun anew behind the user's back."""
-    told = [r.get("committed_step") or 0 for r in attempts.read_all(run.dir)]
+    told = []
+    for record in attempts.read_all(run.dir):
+        told.append(record.get("committed_step") or 0)  # when it began
+        if record["state"] in ("DONE", "YIELD"):
+            told.append(record.get("step") or 0)
     if max(told, default=0) > 0 and not checkpoint.committed_steps(run.checkpoints):
         raise UserError(
             f"{run.checkpoints} holds no committed checkpoint, but step {max(told)} had been reached: "
@@ -189,26 +195,48 @@ def _forbid_silent_restart(run: Run) -> None:
 
 
 def _choices(t: Trainer) -> dict[str, Any]:
-    """What the run's first attempt found out (layout, head, reference files); {} before."""
-    return t.dist.broadcast(
-        files.read_json(t.run.dir / "data" / "choices.json") or {} if t.dist.is_main else None
-    )
+    """What the run's first attempt found out (layout, head, reference files); {} before.
+
+    A reference of other data or of another model (run.allow_config_change) is not this run's any more.
+    """
+    choices: dict[str, Any] = {}
+    if t.dist.is_main:
+        choices = files.read_json(t.run.dir / "data" / "choices.json") or {}
+        if choices.get("reference_of") != _reference_of(t):
+            choices.pop("reference", None)
+    return t.dist.broadcast(choices)
 
 
 def _set_layout(t: Trainer, choices: dict[str, Any]) -> None:
+    """Layout, head and reference files, as chosen before or now."""
     t.position.phase = "probe"
+    before = dict(choices)
     if choices:
         t.policy.head = choices["head"]
         t.policy.set_layout(choices["layout"], t.dist.device)
-        return
-    with t.report.phase("probing attention and head"):
-        t.policy.probe(t.dist.device, parallel.DTYPES[t.config.train.precision], t.config.model.attention)
-    choices |= {"head": t.policy.head, "layout": t.policy.layout}
-    if t.algo.NEEDS_REFERENCE:
+    else:
+        with t.report.phase("probing attention and head"):
+            t.policy.probe(t.dist.device, parallel.DTYPES[t.config.train.precision], t.config.model.attention)
+        choices |= {"head": t.policy.head, "layout": t.policy.layout}
+    if t.algo.NEEDS_REFERENCE and "reference" not in choices:
         choices["reference"] = t.dist.broadcast(_reference_files(t) if t.dist.is_main else None)
-    if t.dist.is_main:
+        choices["reference_of"] = _reference_of(t)
+    if t.dist.is_main and choices != before:
         run_module.write_config(t.run, t.config)
         files.write_json(t.run.dir / "data" / "choices.json", choices)
+
+
+def _reference_of(t: Trainer) -> Optional[dict[str, Any]]:
+    """What the log-probs of the reference belong to; null for an algorithm without one."""
+    if not t.algo.NEEDS_REFERENCE:
+        return None
+    stores = {name: store.digest for name, store in _stores(t).items()}
+    model = t.config.model
+    return {
+        "model": [model.path, model.revision],
+        "other": t.algo.reference_model(t.config),
+        "stores": stores,
+    }
 
 
 def _reference_files(t: Trainer) -> dict[str, str]:

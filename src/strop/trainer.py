@@ -37,6 +37,8 @@ class State:
 
     step: int = 0
     """Optimiser steps done."""
+    num_updates: int = 0
+    """Those that changed the weights: all but fp16 steps whose gradient overflowed."""
     num_tokens: int = 0
     """Tokens seen in training, prompts included."""
     validated: bool = False

@@ -52,14 +52,16 @@ class Clock:
         self._config = config
         self._place: Place = ("start",)
         self._since = self._last_look = now
+        self.slept_s = 0.0
+        """How long this process did not run before the last look."""
         self._recent: dict[str, deque[float]] = {}
 
     def look(self, place: Place, now: float) -> bool:
         """Note where the rank is (`place[0]` is the phase); whether it has moved."""
         pause = now - self._last_look
         self._last_look = now
-        if pause > ASLEEP_S:
-            self._since += pause
+        self.slept_s = pause if pause > ASLEEP_S else 0.0
+        self._since += self.slept_s
         if place == self._place:
             return False
         phase = self._place[0]
@@ -119,7 +121,9 @@ class Watchdog:
                 self._alive.touch()
             self._arm(now)
             if announcement.exists():
-                self._end("another rank reported a hang")
+                slept_s = self._clock.slept_s
+                why = f"this process did not run for {slept_s:.0f} s" if slept_s else "another rank is hung"
+                self._end(why, hang.STOPPED if slept_s else None)
             if self._clock.elapsed_s > self._clock.limit_s:
                 self._end(f"no progress within {self._clock.limit_s:.0f} s")
 
@@ -139,7 +143,7 @@ class Watchdog:
             self._armed = now
             faulthandler.dump_traceback_later(silence_s, file=STDERR)
 
-    def _end(self, why: str) -> None:
+    def _end(self, why: str, exception: Optional[str] = None) -> None:
         """Announce, dump, leave the verdict, wait for the others to have done so, exit. No logging here:
         the hung thread may hold its lock."""
         run, env, phase, step = self._run, self._run.env, self._position.phase, self._position.step
@@ -159,6 +163,7 @@ class Watchdog:
             kind="hang",
             exit_code=EXIT_HANG,
             message=f"{message} (stacks in {run.logs / f'rank{env.rank:05d}.err'})",
+            exception=exception,
             traceback="".join(traceback.format_stack(frame)),
             step=step,
             phase=phase,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -47,6 +48,7 @@ def test_a_stopped_rank_costs_one_restart(slurm_cluster: LocalCluster, tmp_path,
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), output
     first, second = attempts.read_all(run)
     assert (first["cause"], first["action"], second["cause"]) == ("hang", "requeue", "done")
-    assert "rank 1 on node2 left no stacks" in first["summary"]
+    # Slurm sends CONT before it kills, so the rank may just have had the time to say that it was stopped.
+    assert re.search(r"rank 1 on node2( left no stacks|: was stopped)", first["summary"].splitlines()[0])
     assert "noticed by rank 0 on node1" in first["summary"]
     assert [s["step"] for s in steps(run)] == list(range(1, 121))

@@ -41,6 +41,7 @@ LAYERS = (
         "strop.run",
         "strop.submission",
         "strop.recipes",
+        "strop.doctor",
     ),
     ("tools",),
 )

@@ -102,6 +102,9 @@ def said(rank: int, trace: str = WAIT, step: int = 7, kind: str = "hang") -> dic
         # one left nothing; its node is known from the pre-flight check
         ([said(0), said(1), said(3)], 2, "rank 2 on n1 left no stacks"),
         ([said(0)], 1, "rank 1 on n0, rank 2 on n1, rank 3 on n1 left no stacks"),
+        # one ran again while it was being killed
+        ([said(0), said(1), said(2) | {"exception": "ProcessStopped"}, said(3, LOSS)], 2,
+         "rank 2 on n1: was stopped; m2"),
         # all speak: the one that does not wait
         ([said(0), said(1), said(2, LOSS), said(3)], 2, "rank 2 on n1: not inside a collective"),
         ([said(0, LOSS), said(1), said(2, LOSS), said(3)], 0, "rank 0 on n0, rank 2 on n1: not inside"),

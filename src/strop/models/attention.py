@@ -45,6 +45,7 @@ def packed_sdpa(
         raise PackingUnsupported("the model does not hand cu_seq_lens on to its attention")
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise PackingUnsupported("attention with a soft cap or sinks")
+    _windows_of_attention.add(sliding_window)
     bounds = cu_seq_lens_q.tolist()
     pieces = []
     for start, end in zip(bounds[:-1], bounds[1:]):
@@ -71,8 +72,28 @@ def _window_mask(length: int, window: Optional[int], device: torch.device) -> Op
     return (distance >= 0) & (distance < window)
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
+_windows_of_masks: set[Optional[int]] = set()
+_windows_of_attention: set[Optional[int]] = set()
+
+
+def _no_mask(*args: Any, local_size: Optional[int] = None, **kwargs: Any) -> None:
     """Causality and the bounds of sequences are the attention function's own business."""
+    _windows_of_masks.add(local_size)
+
+
+def forget_windows() -> None:
+    """Before the forward that `check_windows` is to judge."""
+    _windows_of_masks.clear()
+    _windows_of_attention.clear()
+
+
+def check_windows() -> None:
+    """Raise PackingUnsupported if a window stood in a mask only, which packed attention does not see:
+    chunked attention, and models that leave their sliding window to the mask. A probe with short sequences
+    would not notice."""
+    unseen = _windows_of_masks - _windows_of_attention - {None}
+    if unseen:
+        raise PackingUnsupported(f"a window of {min(u for u in unseen if u)} tokens that only the mask knows")
 
 
 AttentionInterface.register(NAME, packed_sdpa)

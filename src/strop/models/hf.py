@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -90,30 +91,52 @@ def build_empty(config: ModelConfig) -> PreTrainedModel:
 
 
 def scatter_weights(model: nn.Module, config: ModelConfig, dist: Dist, path: Optional[str] = None) -> None:
-    """Fill the sharded `model` from a checkpoint in HF format (`config.path` if `path` is null)."""
-    path = path or config.path
-    assert path is not None
+    """Fill the sharded `model` from a checkpoint in HF format (`config.path` if `path` is null).
+
+    Raises UserError on every rank if weights are missing, damaged or of another shape.
+    """
     source: dict[str, torch.Tensor] = {}
     failure = None
+    targets = distinct_state(model)
     if dist.is_main:
         try:
-            loaded = AutoModelForCausalLM.from_pretrained(
-                path,
-                revision=config.revision if path == config.path else None,
-                trust_remote_code=config.trust_remote_code,
-                dtype="auto",
-            )
-            source = loaded.state_dict()
-        except (OSError, ValueError, KeyError) as error:
-            failure = f"model.path: cannot load {path!r} ({_first_line(error)})"
+            source = _read_weights(config, path)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            failure = f"cannot load its weights ({_first_line(error)})"
+        else:
+            wrong = [
+                name for name, t in targets.items() if name not in source or source[name].shape != t.shape
+            ]
+            if wrong:
+                failure = f"no weight {wrong[0]} of shape {tuple(targets[wrong[0]].shape)}"
     if failure := dist.broadcast(failure):
-        raise UserError(failure)
+        raise UserError(f"{'dpo.reference' if path else 'model.path'}: {path or config.path}: {failure}")
     with torch.no_grad():
-        for name, tensor in distinct_state(model).items():
-            full = source.get(name) if dist.is_main else None
-            if dist.is_main and (full is None or full.shape != tensor.shape):
-                raise UserError(f"{path}: no weight {name} of shape {tuple(tensor.shape)}")
-            _scatter(tensor, full)
+        for name, tensor in targets.items():
+            _scatter(tensor, source.get(name))
+
+
+def _read_weights(config: ModelConfig, path: Optional[str]) -> dict[str, torch.Tensor]:
+    """The state of a checkpoint in HF format.
+
+    transformers fills what a file lacks with random numbers, after a warning; here that is a ValueError.
+    """
+    loaded, report = cast(Any, AutoModelForCausalLM).from_pretrained(
+        path or config.path,
+        revision=config.revision if path is None else None,
+        trust_remote_code=config.trust_remote_code,
+        dtype="auto",
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    if report["mismatched_keys"]:
+        name, found, wanted = sorted(report["mismatched_keys"])[0]
+        raise ValueError(f"{name} has shape {tuple(found)}, but its config.json says {tuple(wanted)}")
+    if report["missing_keys"]:
+        raise ValueError(
+            f"{len(report['missing_keys'])} are missing, such as {sorted(report['missing_keys'])[0]}"
+        )
+    return loaded.state_dict()
 
 
 def _scatter(target: torch.Tensor, full: Optional[torch.Tensor]) -> None:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from strop import ops
 from strop.data.batch import Batch
-from strop.errors import UserError
+from strop.errors import Diverged, UserError
 from strop.models import attention
 
 log = logging.getLogger(__name__)
@@ -57,9 +57,11 @@ class Policy(nn.Module):
 
     def set_layout(self, layout: str, device: torch.device) -> None:
         self.layout = layout
-        self.lm.set_attn_implementation(
-            attention.packed_implementation(device) if layout == "packed" else "sdpa"
-        )
+        if layout == "packed":
+            name = attention.packed_implementation(device)
+        else:  # some have soft caps that SDPA lacks, some have no attention at all
+            name = "sdpa" if self.lm._supports_sdpa else "eager"
+        self.lm.set_attn_implementation(name)
 
     def forward(self, batch: Batch) -> Output:
         index_N = batch.trained_T.nonzero()[:, 0]
@@ -108,12 +110,14 @@ class Policy(nn.Module):
         """Choose head and layout by comparing them with each sequence run alone through the model's own
         logits. Collective: all ranks run the same forwards.
 
-        Raises UserError if the model cannot be made to agree with itself.
+        Raises UserError if the model cannot be made to agree with itself, Diverged if it gives no numbers.
         """
         both = _probe_batch(self.lm.config.get_text_config().vocab_size, device)
         self.head = "logits"
         self.set_layout("padded", device)
         truth = torch.cat([self(one).logp_T for one in _each_sequence(both)])
+        if not truth.isfinite().all():
+            raise Diverged(f"model.path: log-probs of {self.name} are not finite: its weights are damaged")
         tolerance = PROBE_TOLERANCE[dtype]
 
         def agrees() -> bool:
@@ -131,8 +135,10 @@ class Policy(nn.Module):
         if wanted == "padded" or not _takes(self.lm.base_model, "cu_seq_lens_q"):
             return
         self.set_layout("packed", device)
+        attention.forget_windows()
         try:
             if agrees():
+                attention.check_windows()
                 return
             reason = "sequences side by side see each other"
         except attention.PackingUnsupported as error:

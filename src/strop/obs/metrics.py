@@ -8,6 +8,7 @@ before it writes on, so that no step is there twice. Nobody else writes while a 
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -76,20 +77,22 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
                 log.warning("%s:%d is not a record", path, number)
 
 
-def cut_back(path: Path, length: int) -> int:
-    """Keep the first `length` bytes, as a commit recorded them, up to their last whole line.
+def cut_back(path: Path, num_bytes: int) -> int:
+    """Keep the first `num_bytes`, as a commit recorded them, up to their last whole line.
 
-    Returns how many bytes were dropped. A file that is shorter than recorded was damaged from outside:
-    that is said, and what is left of it stays.
+    Returns how many bytes were dropped. StorageError for a file that is shorter: it was damaged from outside,
+    and a run that goes on would hide that.
     """
     size = path.stat().st_size if path.exists() else 0
-    if size < length:
-        log.warning("%s has %d bytes, but %d were committed: records are missing", path, size, length)
+    if size < num_bytes:
+        raise StorageError(
+            errno.EIO, f"{path} has {size} bytes, but {num_bytes} were committed: records are missing"
+        )
     if size == 0:
         return 0
     try:
         with open(path, "r+b") as f:
-            end = _end_of_last_line(f, min(size, length))
+            end = _end_of_last_line(f, num_bytes)
             if end < size:
                 f.truncate(end)
                 os.fsync(f.fileno())

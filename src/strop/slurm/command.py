@@ -26,8 +26,8 @@ class NoController(SlurmError):
     """The controller did not answer until the deadline."""
 
 
-def slurm(args: Sequence[str], *, deadline_s: float = 60.0) -> str:
-    """Run a Slurm command and return what it printed.
+def slurm(args: Sequence[str], *, deadline_s: float = 60.0, with_stderr: bool = False) -> str:
+    """Run a Slurm command and return what it printed (`with_stderr`: `sbatch --test-only` answers there).
 
     A controller that does not answer (a restart, a fail-over) is asked again after 1, 2, 4, ... 30 s.
     """
@@ -38,7 +38,7 @@ def slurm(args: Sequence[str], *, deadline_s: float = 60.0) -> str:
         try:
             done = subprocess.run(args, capture_output=True, text=True, timeout=max(5.0, deadline_s))
             if done.returncode == 0:
-                return done.stdout
+                return done.stdout + done.stderr if with_stderr else done.stdout
             error = (done.stderr or done.stdout).strip()
         except subprocess.TimeoutExpired:
             error = "connection timed out"

@@ -2,7 +2,7 @@
 
 logs/NNNN/hang.json is made by the first rank that notices; the others look for it. `suspect` reads the
 verdicts afterwards. When everybody waits for one rank, the verdicts of those who wait say little: the one
-to name is the rank that left none (it was stopped, or its machine is gone), or else the only one whose main
+to name is the rank that left none (it was stopped, or its machine is gone) or a late one, or else the only one whose main
 thread is not inside a collective, or else the few that stand elsewhere than the rest.
 """
 
@@ -20,6 +20,8 @@ from typing import Any, Optional
 from strop.slurm import attempts, files
 
 SHOWN = 8
+STOPPED = "ProcessStopped"
+"""In the verdict of a rank that ran again (Slurm sends CONT before it kills) after the others had given up."""
 COLLECTIVE = re.compile(r"/torch/distributed/(?!checkpoint/)|/strop/dist\.py$|/strop/slurm/rendezvous\.py$")
 
 
@@ -52,12 +54,13 @@ def suspect(
     hung = [v for v in verdicts if v["kind"] == "hang"]
     if not hung or world_size == 1:
         return None
+    stopped = [v for v in hung if v.get("exception") == STOPPED]
+    if stopped:
+        return _apart(stopped, "was stopped", nodes)
     silent = [rank for rank in range(world_size) if rank not in said]
     if silent:
-        where = nodes.get(silent[0])
-        return Suspect(
-            silent[0], where, f"{_named(silent, nodes)} left no stacks: stopped, or its node is lost"
-        )
+        text = f"{_named(silent, nodes)} left no stacks: stopped, or its node is lost"
+        return Suspect(silent[0], nodes.get(silent[0]), text)
     busy = [v for v in hung if not COLLECTIVE.search(_innermost(v)[0])]
     waiting = len(hung) - len(busy)
     if busy and waiting:

@@ -1,0 +1,199 @@
+"""The first rows of each source through the trainer's own renderer and tokeniser.
+
+What comes out is counted in the trainer's ledger, so the same rows are bad, too long or equal as in the
+run itself. `Scan` keeps what the other checks need: lengths, shares, a few examples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import numpy as np
+
+from strop.config import Config
+from strop.data import prepare, sources
+from strop.data.ledger import BadRow, Ledger, place
+from strop.data.render import Rendered, Renderer, chat_template
+from strop.data.sources import Source
+from strop.data.store import TokenisedRow
+from strop.data.tokenise import Tokeniser
+from strop.doctor.checks import Checks
+from strop.errors import UserError
+
+EXACT_BYTES = 256 * 2**20
+"""JSONL files up to this size are counted; of larger ones the number of rows is estimated."""
+
+
+@dataclass
+class Scan:
+    """What the looked-at rows of one set are like."""
+
+    split: str
+    ledger: Ledger
+    total_rows: int = 0
+    """Of all sources, looked at or not; `exact` says whether it was counted."""
+    exact: bool = True
+    complete: bool = True
+    """All rows were looked at."""
+    row_tokens: list[int] = field(default_factory=list)
+    """Tokens of each usable row (both sides of a pair)."""
+    sequence_tokens: list[int] = field(default_factory=list)
+    too_long: list[int] = field(default_factory=list)
+    examples: list[TokenisedRow] = field(default_factory=list)
+    templated: int = 0
+    plain: int = 0
+    contents: dict[bytes, tuple[str, int]] = field(default_factory=dict)
+    """Hash of a row's tokens -> its place."""
+    doubles: int = 0
+    """Rows equal to an earlier one of the same set."""
+
+    @property
+    def usable_rows(self) -> int:
+        """Rows of the whole set that will be used, as far as the looked-at ones tell."""
+        seen = self.ledger.read + sum(e.other_split for e in self.ledger.sources.values())
+        return round(self.total_rows * self.ledger.used / seen) if seen else 0
+
+
+def scan(config: Config, tokenizer: Any, kind: str, split: str, limit: Optional[int]) -> Scan:
+    """Look at `limit` rows of each source (None: all). Raises UserError for what makes a source unusable."""
+    result = Scan(split, Ledger(split))
+    template = chat_template(config.model.chat_template, tokenizer)
+    renderer = Renderer(kind, tokenizer, template, kind == "sft" and config.sft.train_on_prompt)
+    tokeniser = Tokeniser(tokenizer, config.data.max_length)
+    found = sources.find(config.data, split)
+    for row in tokeniser(_rendered(found, config, split, renderer, limit, result)):
+        if isinstance(row, BadRow):
+            result.ledger.drop(row)
+            if row.reason == "over_length":
+                result.too_long.append(row.tokens)
+            continue
+        result.ledger.use(row)
+        lengths = [len(tokens) for tokens, _ in row.sequences]
+        result.row_tokens.append(sum(lengths))
+        result.sequence_tokens += lengths
+        if len(result.examples) < 64:
+            result.examples.append(row)
+        digest = hashlib.blake2b(digest_size=12)
+        for tokens, _ in row.sequences:
+            digest.update(tokens.tobytes() + b"|")
+        if digest.digest() in result.contents:
+            result.doubles += 1
+        result.contents.setdefault(digest.digest(), (row.source, row.line))
+    return result
+
+
+def _rendered(
+    found: list[Source], config: Config, split: str, renderer: Renderer, limit: Optional[int], result: Scan
+) -> Iterator[Rendered | BadRow]:
+    for source in found:
+        taken = last = 0
+        for row in itertools.islice(sources.read(source), limit):
+            taken, last = taken + 1, row.line
+            if isinstance(row, BadRow):
+                yield row
+                continue
+            if config.data.split is not None and sources.in_split(row, config.data.split) != split:
+                result.ledger.of(source.name).other_split += 1
+                continue
+            rendered = renderer(row)
+            if isinstance(rendered, Rendered):
+                result.templated += rendered.templated
+                result.plain += not rendered.templated
+            yield rendered
+        total, exact = _num_rows(source, taken, last) if taken == limit else (taken, True)
+        result.total_rows += total
+        result.exact = result.exact and exact
+        result.complete = result.complete and taken >= total
+
+
+def _num_rows(source: Source, taken: int, last_line: int) -> tuple[int, bool]:
+    """(rows of a source, whether counted), without parsing the ones that were not looked at."""
+    if source.format == "jsonl" and source.path.endswith(".jsonl"):
+        with open(source.path, "rb") as file:
+            head = sum(len(line) for line in itertools.islice(file, last_line))
+            size = file.seek(0, 2)
+            if size > EXACT_BYTES:
+                return round(size * taken / head), False
+            file.seek(head)
+            return taken + sum(1 for line in file if line.strip()), True
+    if source.format == "parquet":
+        import pyarrow.parquet
+
+        with pyarrow.parquet.ParquetFile(source.path) as file:
+            return file.metadata.num_rows, True
+    return sum(1 for _ in sources.read(source)), True
+
+
+def judge(scan: Scan, config: Config, checks: Checks) -> None:
+    """Bad rows, lengths and boundaries of one set."""
+    ledger, data, name = scan.ledger, config.data, f"{scan.split} data"
+    extent = "all" if scan.complete else "the first"
+    about = "" if scan.exact else "about "
+    checks.ok(
+        name, f"{extent} {ledger.read:,} of {about}{scan.total_rows:,} rows looked at, {ledger.used:,} usable"
+    )
+    for entry in ledger.sources.values():
+        for reason, dropped in entry.dropped.items():
+            first = dropped.examples[0]
+            where = place(entry.name, int(first["line"]))
+            text = f"{dropped.rows:,} rows {reason}; the first: {where}: {first['message']}"
+            long = reason == "over_length"
+            key, lenient = ("over_length", "drop") if long else ("on_bad_row", "skip")
+            if getattr(data, key) != lenient:
+                checks.fail(name, text, f"correct it, or data.{key}={lenient} leaves such rows out")
+            else:
+                checks.warn(name, text, "data.max_length is the key to raise" if long else "")
+    try:
+        ledger.check(data.max_dropped_fraction)
+    except UserError as error:
+        text = str(error).splitlines()[0]
+        if scan.complete or not ledger.used:
+            checks.fail(name, text, "correct the rows, or raise data.max_dropped_fraction or data.max_length")
+        else:
+            checks.warn(name, f"of the rows looked at: {text}", "if the others are alike, the run will stop")
+    if scan.sequence_tokens:
+        checks.ok(name, "tokens a sequence: " + histogram(scan.sequence_tokens, data.max_length))
+    merged = sum(entry.merged_boundary for entry in ledger.sources.values())
+    if merged:
+        checks.warn(
+            name,
+            f"in {merged:,} rows the prompt's tokens are not the beginning of prompt+completion's",
+            "a token spans the boundary and is trained; end the prompts where a token ends (no blank)",
+        )
+    if scan.doubles:
+        checks.warn(name, f"{scan.doubles:,} rows are equal to an earlier one")
+
+
+def compare(train: Scan, validation: Scan, checks: Checks) -> None:
+    """Rows that stand in both sets."""
+    both = train.contents.keys() & validation.contents.keys()
+    extent = "" if train.complete and validation.complete else " among the rows looked at"
+    if both:
+        digest = next(d for d in validation.contents if d in both)
+        text = (
+            f"{len(both):,} of {len(validation.contents):,} validation rows are training rows too{extent}; "
+            f"{place(*validation.contents[digest])} is {place(*train.contents[digest])}"
+        )
+        checks.warn("validation data", text, "take them out of one set; data.split never does this")
+    else:
+        checks.ok("validation data", f"no row of it is a training row{extent}")
+
+
+def has_validation(config: Config) -> bool:
+    return prepare.has_validation(config.data)
+
+
+def histogram(lengths: list[int], limit: int) -> str:
+    """ "min 12, median 40, mean 51, p95 120, max 250 (limit 256)  ▁▃█▅▂▁": eight equal classes up to max."""
+    values = np.array(lengths)
+    counts, _ = np.histogram(values, bins=8, range=(0, int(values.max())))
+    bars = "".join(" ▁▂▃▄▅▆▇█"[int(np.ceil(8 * n / counts.max()))] for n in counts)
+    p95 = int(np.percentile(values, 95))
+    return (
+        f"min {values.min()}, median {int(np.median(values))}, mean {values.mean():.0f}, p95 {p95}, "
+        f"max {values.max()} (limit {limit})  |{bars}|"
+    )

@@ -1,0 +1,128 @@
+"""Tokenizer and chat template: what they do to real rows, and which tokens are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+
+from strop.config import Config
+from strop.data.render import chat_template
+from strop.data.store import TokenisedRow
+from strop.doctor.checks import Checks
+from strop.doctor.model import Shape
+from strop.doctor.rows import Scan
+from strop.errors import UserError
+from strop.models import hf
+
+ENDING = 3
+"""The end-of-turn token is among so many last tokens; templates write a line break after it."""
+
+
+def load(config: Config, checks: Checks, offline: bool) -> Optional[Any]:
+    """The tokenizer as the trainer loads it; None if it is not here. `offline`: jobs do not ask the hub."""
+    try:
+        tokenizer = hf.load_tokenizer(config.model)
+        template = chat_template(config.model.chat_template, tokenizer)
+    except UserError as error:
+        name = config.model.tokenizer or config.model.path or ""
+        if Path(name).exists() or name.startswith(("/", ".")):
+            checks.fail("tokenizer", str(error), "name one that has it as model.tokenizer")
+        else:
+            level = checks.fail if offline else checks.warn
+            level("tokenizer", f"that of {name} is not in the hub cache", f"hf download {name}")
+        return None
+    kind = "fast" if tokenizer.is_fast else "slow: boundaries inside a token cannot be found"
+    special = f"bos {tokenizer.bos_token!r}, eos {tokenizer.eos_token!r}, pad {tokenizer.pad_token!r}"
+    checks.ok("tokenizer", f"{type(tokenizer).__name__} ({kind}), {len(tokenizer):,} tokens; {special}")
+    if tokenizer.pad_token is None:
+        checks.ok("tokenizer", "no pad token: none is needed, masks never follow from pad ids")
+    if template is None:
+        checks.warn("template", "none: only rows of plain text can be used", "else set model.chat_template")
+    return tokenizer
+
+
+def judge(scan: Scan, tokenizer: Any, shape: Optional[Shape], checks: Checks) -> None:
+    """BOS, EOS, end of turn and vocabulary, by the usable rows that were looked at."""
+    sequences = [item for row in scan.examples for item in row.sequences]
+    if not sequences:
+        return
+    if scan.templated:
+        checks.ok("template", f"renders {scan.templated:,} rows looked at")
+    _beginnings(sequences, tokenizer, checks)
+    _endings(sequences, tokenizer, checks, plain=scan.plain > 0)
+    if shape is not None:
+        largest = max(int(tokens.max()) for tokens, _ in sequences)
+        if max(largest, len(tokenizer) - 1) < shape.vocab_size:
+            checks.ok("vocabulary", f"{len(tokenizer):,} tokens fit the embedding's {shape.vocab_size:,}")
+        elif largest >= shape.vocab_size:
+            text = f"token {largest} is used, the embedding has {shape.vocab_size:,} rows"
+            checks.fail("vocabulary", text, "tokenizer and model do not belong together")
+        else:
+            text = f"the tokenizer knows {len(tokenizer):,}, the embedding has {shape.vocab_size:,} rows"
+            checks.warn("vocabulary", text, "a row with one of the last tokens would end the run")
+
+
+def _beginnings(sequences: list[tuple[np.ndarray, np.ndarray]], tokenizer: Any, checks: Checks) -> None:
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        checks.ok("bos", "the tokenizer has none")
+        return
+    at_start = [int(tokens[0]) == bos for tokens, _ in sequences]
+    twice = sum(len(tokens) > 1 and tokens[0] == bos == tokens[1] for tokens, _ in sequences)
+    wanted = tokenizer("a", add_special_tokens=True)["input_ids"][:1] == [bos]
+    if twice:
+        text = f"{twice:,} of {len(sequences):,} sequences begin with it twice"
+        checks.fail("bos", text, "take it out of the rows or of the chat template")
+    elif wanted and not all(at_start):
+        text = f"the tokenizer puts {tokenizer.bos_token!r} before a text, {at_start.count(False):,} lack it"
+        checks.warn("bos", text, "the chat template leaves it out: compare it with the model's card")
+    else:
+        checks.ok("bos", f"exactly one at the beginning of {sum(at_start):,} of {len(sequences):,} sequences")
+
+
+def _endings(
+    sequences: list[tuple[np.ndarray, np.ndarray]], tokenizer: Any, checks: Checks, plain: bool
+) -> None:
+    """Without a trained end-of-turn token the model never learns to stop."""
+    special = {t for t, added in tokenizer.added_tokens_decoder.items() if added.special}
+    special |= set(tokenizer.all_special_ids)
+    ends: dict[int, int] = {}
+    untrained = twice = 0
+    for tokens, trained in sequences:
+        tail = [(int(t), bool(m)) for t, m in zip(tokens[-ENDING:], trained[-ENDING:])]
+        marks = [t for t, m in tail if t in special and m]
+        if not marks:
+            untrained += 1
+        else:
+            ends[marks[-1]] = ends.get(marks[-1], 0) + 1
+            twice += len(marks) > 1 and marks[-1] == marks[-2]
+    name = "end of turn"
+    if twice:
+        checks.warn(name, f"{twice:,} of {len(sequences):,} sequences end with it twice", "one is too many")
+    if untrained:
+        checks.warn(
+            name,
+            f"{untrained:,} of {len(sequences):,} sequences end without a trained end-of-turn token",
+            "the model would not learn to stop: let the chat template write one after the answer",
+        )
+    if ends:
+        names = ", ".join(repr(tokenizer.convert_ids_to_tokens(t)) for t in ends)
+        checks.ok(name, f"{names} is trained" + (" (eos, added to plain text)" if plain else ""))
+    if ends and tokenizer.eos_token_id not in ends:
+        text = f"rows end with {names}, the tokenizer's eos is {tokenizer.eos_token!r}"
+        checks.warn(name, text, "generation stops where generation_config.json's eos_token_id says; add it")
+
+
+def preview(row: TokenisedRow, tokenizer: Any, kind: str) -> Iterable[tuple[str, list[tuple[str, bool]]]]:
+    """(title, [(text, trained)]) of each sequence of a row, as the model will see it."""
+    titles = ("chosen", "rejected") if kind == "preference" else ("",)
+    for title, (tokens, trained) in zip(titles, row.sequences):
+        edges = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(tokens)]
+        pieces = [
+            (tokenizer.decode(tokens[a:b].tolist(), skip_special_tokens=False), bool(trained[a]))
+            for a, b in zip(edges, edges[1:])
+        ]
+        yield title, pieces

@@ -1,0 +1,331 @@
+"""The doctor's arithmetic against torch's own books, and its findings on models and data made on the spot."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from data_helpers import CHATML, tiny_tokenizer, write_jsonl
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from strop.config import ModelConfig
+from strop.doctor import examine, memory, model, place, schedule
+from strop.doctor.checks import Checks
+from strop.doctor.examine import Question
+from strop.slurm import attempts
+
+SHAPE = model.Shape(
+    num_params=1_000_003,
+    block_params=100_000,
+    num_blocks=8,
+    root_params=200_003,
+    hidden=128,
+    intermediate=512,
+    kv_hidden=64,
+    vocab_size=1000,
+    max_positions=512,
+    file_bytes=2_000_006,
+)
+LLAMA = {
+    "vocab_size": 448,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
+
+
+def saved_bytes(config: LlamaConfig, dtype: torch.dtype, num_tokens: int) -> int:
+    """What autograd keeps for the backward, each storage once, without the weights."""
+    net = LlamaForCausalLM(config).to(dtype)
+    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        net.model(input_ids=torch.zeros((1, num_tokens), dtype=torch.int64), use_cache=False)
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize(("dtype", "c"), [(torch.bfloat16, 2), (torch.float32, 4)])
+def test_activations_are_what_autograd_keeps(dtype, c):
+    """Four blocks more, without what is kept once; grouped heads, so that keys and queries differ."""
+    config = LlamaConfig(
+        **{**LLAMA, "hidden_size": 256, "intermediate_size": 704}, attn_implementation="sdpa"
+    )
+    few, many = (LlamaConfig.from_dict({**config.to_dict(), "num_hidden_layers": n}) for n in (2, 6))
+    measured = (saved_bytes(many, dtype, 64) - saved_bytes(few, dtype, 64)) / 4 / 64
+    shape = replace(SHAPE, hidden=256, intermediate=704, kv_hidden=128, num_blocks=1)
+    assert memory.activation_bytes(shape, c, "none") == pytest.approx(measured, rel=0.01)
+
+
+def test_memory_by_hand():
+    m = memory.estimate(
+        SHAPE,
+        num_ranks=2,
+        micro_batch_tokens=100,
+        precision="bf16",
+        activation_checkpointing="full",
+        gpu=False,
+    )
+    assert (m.weights, m.optimizer) == (4 * 500_002, 8 * 500_002)  # 1,000,003 / 2, rounded up
+    assert m.gradients == 4 * 500_002 + 4 * 1_000_003  # small: kept whole over a step
+    assert m.gathered == 2 * (200_003 + 2 * 100_000)
+    one_block = 2 * (6 * 128 + 2 * 64 + 4 * 512) + 8 * 128
+    assert m.activations == 100 * (8 * 2 * 128 + one_block)
+    assert m.total == m.states + m.activations + m.head + m.framework
+    large = replace(SHAPE, num_params=2**29 + 1)  # its fp32 gradient has more than 2 GiB
+    m = memory.estimate(
+        large,
+        num_ranks=4,
+        micro_batch_tokens=1,
+        precision="fp32",
+        activation_checkpointing="none",
+        gpu=True,
+    )
+    assert m.gradients == 4 * (2**27 + 1) + 8 * 100_000
+    assert memory.disk_bytes(SHAPE, keep_last=2, has_best=True) == 4 * 12 * 1_000_003
+
+
+def test_quota():
+    text = (
+        "Disk quotas for user me (uid 1000):\n     Filesystem  blocks   quota   limit   grace   files\n"
+        "      /dev/sda1  1000*  900  1500  6days  10 0 0\n      nfs:/home  10  50  0  0  3 0 0\n"
+    )
+    assert schedule.parse_quota(text, "/dev/sda1") == 500 * 1024
+    assert schedule.parse_quota(text, "nfs:/home") == 40 * 1024
+    assert schedule.parse_quota(text, "/dev/sdb1") is None
+
+
+def test_guess_algo(tmp_path):
+    (tmp_path / "x.yaml").write_text("model: {}\nalgo: sft # as written by a run\n")
+    assert examine.guess_algo(tmp_path / "x.yaml") == "sft"
+    for name, algo in [("llama3.1-8b-dpo.yaml", "dpo"), ("sft.yaml", "sft"), ("adpo.yaml", None)]:
+        assert examine.guess_algo(tmp_path / name) == algo
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory) -> Path:
+    """A model whose tokenizer knows ChatML, with weights."""
+    folder = tmp_path_factory.mktemp("assets") / "m"
+    LlamaForCausalLM(LlamaConfig(**LLAMA)).to(torch.bfloat16).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def pair(question: str, good: str = "Yes.", bad: str = "Perhaps.") -> dict:
+    return {
+        "prompt": [{"role": "user", "content": question}],
+        "chosen": [{"role": "assistant", "content": good}],
+        "rejected": [{"role": "assistant", "content": bad}],
+    }
+
+
+@pytest.fixture
+def ask(assets, tmp_path, monkeypatch):
+    """ask("key=value", nodes=2) -> the answer, for a small sound run in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(place.shutil, "which", lambda name: None)  # no Slurm
+    data = tmp_path / "data"
+    data.mkdir()
+    write_jsonl(data / "training.jsonl", [pair(f"Is {n} a number?") for n in range(40)])
+    write_jsonl(data / "validation.jsonl", [pair(f"Is {n} one?") for n in range(8)])
+    (tmp_path / "c.yaml").write_text(
+        f"model: {{path: {assets}}}\ndata: {{train: data, max_length: 200}}\n"
+        "train: {global_batch_size: 8}\ncheckpoint: {every: 2}\n"
+    )
+
+    def run(*words: str, **question):
+        return examine.examine(Question("dpo", ("--config", "c.yaml", *words), **question))
+
+    return run
+
+
+def found(answer, level: str) -> list[tuple[str, str]]:
+    """Without what depends on this host (Slurm, uncommitted code)."""
+    return [(c.name, c.text) for c in answer.checks if c.level == level and c.name not in ("slurm", "code")]
+
+
+def test_a_sound_run(ask, assets):
+    answer = ask(nodes=2)
+    assert found(answer, "FAIL") == []
+    # The tokenizer's eos is </s>, and ChatML ends a turn with another token.
+    assert [name for name, _ in found(answer, "warn")] == ["end of turn"]
+    params = sum(p.numel() for p in LlamaForCausalLM(LlamaConfig(**LLAMA)).parameters())
+    assert answer.numbers["num_params"] == params
+    assert (answer.numbers["steps"], answer.numbers["train_rows"]) == (5, 40)
+    assert answer.numbers["memory_bytes"]["optimizer"] == 8 * -(-params // 2)
+    (title, pieces), _ = answer.previews
+    assert title == "chosen"
+    assert pieces == [
+        ("<|im_start|>user\nIs 0 a number?<|im_end|>\n<|im_start|>assistant\n", False),
+        ("Yes.<|im_end|>\n", True),
+    ]
+
+
+def test_the_tools_preview():
+    from tools import doctor
+
+    text = doctor.preview("chosen", [("a ", False), ("b", True)], colour=False)
+    assert text.plain == "--- chosen ([[trained]])\na [[b]]"
+
+
+BROKEN = [
+    # words, name of the FAIL, what it says
+    (["optim.lrr=1"], "configuration", "command line: unknown key optim.lrr; did you mean optim.lr?"),
+    (["model.path=./nothing"], "model", "model.path: ./nothing does not exist"),
+    (["data.train=data/trainin.jsonl"], "train data", "data.train: no such file or directory"),
+    (["model.chat_template={{ x"], "train data", "model.chat_template: line 1"),
+    (["data.max_length=4"], "train data", "40 of 40 rows of the train set (100.0%) were dropped"),
+    (["data.max_length=4", "data.over_length=error"], "train data", "40 rows over_length; the first: data/"),
+    (["model.tokenizer=./nothing"], "tokenizer", "model.tokenizer: no tokenizer in './nothing'"),
+]
+
+
+@pytest.mark.parametrize(("words", "name", "text"), BROKEN)
+def test_what_would_fail(ask, words, name, text):
+    fails = found(ask(*words), "FAIL")
+    assert [t for n, t in fails if n == name and text in t], fails
+
+
+def test_bad_rows_are_named(ask, tmp_path):
+    rows = [pair("a?"), {"prompt": "x", "chosen": "y"}, pair("b?", "same", "same"), pair("c?")]
+    write_jsonl(tmp_path / "data" / "training.jsonl", rows)
+    fails = [text for _, text in found(ask(), "FAIL")]
+    assert any("1 rows wrong_fields; the first: data/training.jsonl, line 2" in t for t in fails)
+    assert any("1 rows same_pair; the first: data/training.jsonl, line 3" in t for t in fails)
+    warns = [text for _, text in found(ask("data.on_bad_row=skip"), "warn")]
+    assert any("same_pair" in t for t in warns)
+
+
+def test_only_the_first_rows_are_read(ask, tmp_path):
+    """Line 30 is broken: not seen among 20 rows, seen among all; the rows are counted all the same."""
+    lines = (tmp_path / "data" / "training.jsonl").read_text().splitlines()
+    lines[29] = "{"
+    (tmp_path / "data" / "training.jsonl").write_text("\n".join(lines) + "\n\n")
+    few = ask(rows=20)
+    assert found(few, "FAIL") == []
+    assert ("train data", "the first 20 of 40 rows looked at, 20 usable") in found(few, "ok")
+    assert few.numbers["steps"] == 5
+    assert any("line 30: not JSON" in text for _, text in found(ask(rows=None), "FAIL"))
+
+
+def test_rows_in_both_sets(ask, tmp_path):
+    both = [pair("Is 7 a number?"), pair("Is 8 a number?"), pair("new?")]
+    write_jsonl(tmp_path / "data" / "validation.jsonl", both)
+    [text] = [text for name, text in found(ask(), "warn") if name == "validation data"]
+    assert text.startswith("2 of 3 validation rows are training rows too")
+    assert text.endswith("data/validation.jsonl, line 1 is data/training.jsonl, line 8")
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "text"),
+    [
+        (["optim.warmup_steps=5"], "warm-up", "optim.warmup_steps=5, but the run has 5 steps"),
+        (["validation.every=6"], "validation", "validation.every=6 is more than the run's 5 steps"),
+        (["checkpoint.every=6"], "checkpoints", "checkpoint.every=6 is more than the run's 5 steps"),
+        (
+            ["checkpoint.best_metric=eval_loss", "validation.at_end=false"],
+            "checkpoints",
+            "after step 0",
+        ),
+        (["train.micro_batch_tokens=8"], "steps", "the longest row has"),
+        (["data.max_length=300"], "train data", "data.max_length=300, the model was made for 256"),
+        (["model.path=owner/model"], "model", "neither a directory nor in the hub cache"),
+    ],
+)
+def test_warnings(ask, monkeypatch, words, name, text):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    warns = found(ask(*words), "warn")
+    assert [t for n, t in warns if n == name and text in t], warns
+
+
+def test_a_template_without_end_of_turn_or_with_bos_twice(ask):
+    no_end = CHATML.replace("<|im_end|>\n", "\n").replace("\n", "\\n")
+    warns = found(ask(f"model.chat_template={no_end}"), "warn")
+    assert [t for n, t in warns if n == "end of turn" and "80 of 80 sequences end without" in t], warns
+    fails = found(ask(f"model.chat_template=<s><s>{CHATML}"), "FAIL")
+    assert [t for n, t in fails if n == "bos" and "80 of 80 sequences begin with it twice" in t], fails
+
+
+def test_an_existing_run(ask, tmp_path):
+    """The same configuration resumes; another one is refused with its differences; other code too."""
+    from strop import config
+
+    settled = config.load("dpo", tmp_path / "c.yaml", ["run.name=r"])
+    run = tmp_path / "runs" / "r"
+    number = attempts.begin(
+        run, job_id=None, restart_count=0, nodes=["n"], code={"digest": "other", "commit": None}
+    )
+    (run / "config.yaml").write_text(config.dump_yaml(settled))
+    attempts.finish(run, number, "YIELD", step=3)
+    [text] = [text for name, text in found(ask("run.name=r"), "ok") if name == "run"]
+    assert text == f"resumes {run} (1 attempts, committed up to step None)"
+    [text] = [text for name, text in found(ask("run.name=r", "optim.lr=1"), "FAIL") if name == "run"]
+    assert text.splitlines()[1:] == ["  optim.lr: 1e-06 -> 1.0"]
+    (run / "checkpoints" / "step-000003").mkdir(parents=True)
+    (run / "checkpoints" / "step-000003" / "COMMITTED.json").write_text("{}")
+    [code] = [c for c in ask("run.name=r").checks if c.name == "code" and c.level == "FAIL"]
+    assert "digest other then" in code.text
+    (tmp_path / "runs" / "foreign").mkdir()
+    (tmp_path / "runs" / "foreign" / "x").touch()
+    assert "is no run of strop" in found(ask("run.name=foreign"), "FAIL")[0][1]
+
+
+def test_host(ask, tmp_path):
+    variables = {
+        "HOST_PYTHON": "/nowhere/python3",
+        "CONTAINER": str(tmp_path / "image.sif"),
+        "MOUNTS": f"{tmp_path}:/a,/nowhere:/b",
+        "STROP_IFNAME": "none0",
+    }
+    answer = ask(variables=variables)
+    assert [name for name, _ in found(answer, "FAIL")] == ["host python", "container", "mounts"]
+    assert "network" in [name for name, _ in found(answer, "warn")]
+    (tmp_path / "image.sif").touch()
+    assert found(ask(variables={"CONTAINER": str(tmp_path / "image.sif")}), "FAIL") == []
+
+
+@pytest.mark.parametrize(("gpu_mem", "level"), [(0.001, "FAIL"), (100.0, "ok")])
+def test_gpu_memory(ask, gpu_mem, level):
+    assert "memory" in [name for name, _ in found(ask(gpu_mem_gib=gpu_mem), level)]
+
+
+def test_damaged_weights(assets, tmp_path):
+    file = tmp_path / "w.safetensors"
+    whole = (assets / "model.safetensors").read_bytes()
+    file.write_bytes(whole)
+    assert model.read_header(file)["model.norm.weight"] == ("BF16", [32])
+    file.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match="damaged or cut off"):
+        model.read_header(file)
+    for content in (b"", b"abc", struct.pack("<Q", 2**40) + b"{}"):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="not a safetensors file"):
+            model.read_header(file)
+
+
+def test_weights_that_do_not_belong(assets, tmp_path):
+
+    copy = tmp_path / "m"
+    shutil.copytree(assets, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "intermediate_size": 96}))
+    checks = Checks()
+
+    model.look(ModelConfig(path=str(copy)), checks, offline=True)
+    [fail] = [c for c in checks.found if c.level == "FAIL"]
+    assert "gate_proj.weight is [64, 32] in the file, config.json makes it [96, 32]" in fail.text

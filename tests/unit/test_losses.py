@@ -1,0 +1,156 @@
+"""DPO and SFT losses and their metrics against formulas in fp64, pair by pair in plain Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from strop.algos import dpo, sft
+from strop.config import Config, DpoConfig
+from strop.data.batch import Batch
+from strop.models.policy import Output
+
+LENGTHS = [(4, 1), (9, 6), (5, 2), (12, 11), (3, 1), (8, 3)]
+"""(tokens, of them trained at the end) of chosen, rejected, chosen, ...: three pairs of unlike lengths."""
+
+
+def example(spread=3.0):
+    generator = torch.Generator().manual_seed(0)
+    total = sum(n for n, _ in LENGTHS)
+    trained = torch.cat([torch.arange(n) >= n - k for n, k in LENGTHS])
+    logp, ref = (-spread * torch.rand(total, generator=generator) * trained for _ in range(2))
+    stats = [torch.rand(total, generator=generator) * trained for _ in range(3)]
+    edges = torch.tensor([0, *np.cumsum([n for n, _ in LENGTHS])], dtype=torch.int32)
+    batch = Batch(
+        tokens_T=torch.zeros(total, dtype=torch.int64), positions_T=torch.zeros(total, dtype=torch.int64),
+        cu_seqlens=edges, trained_T=trained, rows=np.arange(3), max_seqlen=12, ref_logp_T=ref,
+    )  # fmt: skip
+    return Output(logp.requires_grad_(), *stats), batch
+
+
+def pieces(values, batch):
+    """Values of the trained tokens of each sequence, as lists of floats."""
+    edges = batch.cu_seqlens.tolist()
+    return [values[a:b][batch.trained_T[a:b]].tolist() for a, b in zip(edges[:-1], edges[1:])]
+
+
+def log_sigmoid(z):
+    return -math.log1p(math.exp(-z))
+
+
+def preference(kind, h, beta, eps):
+    return {
+        "sigmoid": -(1 - eps) * log_sigmoid(beta * h) - eps * log_sigmoid(-beta * h),
+        "robust": (-(1 - eps) * log_sigmoid(beta * h) + eps * log_sigmoid(-beta * h)) / (1 - 2 * eps),
+        "hinge": max(0.0, 1 - beta * h),
+        "ipo": (h - 1 / (2 * beta)) ** 2,
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"label_smoothing": 0.2},
+        {"loss": "robust", "label_smoothing": 0.1},
+        {"loss": "hinge", "beta": 0.3},
+        {"loss": "ipo", "beta": 0.5},
+        {"average_log_probs": True},
+        {"loss": "hinge", "average_log_probs": True},
+        {"sft_loss_weight": 0.7, "preference_loss_weight": 0.4},
+        {"sft_loss_weight": 1.0, "average_log_probs": True, "beta": 1.3},
+        {"preference_loss_weight": 0.0, "sft_loss_weight": 1.0},
+    ],
+    ids=str,
+)
+def test_dpo_loss_and_gradient(options):
+    out, batch = example()
+    cfg = DpoConfig(**options)
+    total, metrics = dpo.loss(out, batch, Config(dpo=cfg))
+
+    def by_hand(logp):
+        """Sum over the pairs."""
+        policy, ref = pieces(logp, batch), pieces(batch.ref_logp_T, batch)
+        losses, prefs, nlls = [], [], []
+        for c, d in ((0, 1), (2, 3), (4, 5)):
+            means = cfg.average_log_probs or cfg.loss == "ipo"
+            ratios = [
+                (math.fsum(policy[s]) - math.fsum(ref[s])) / (len(policy[s]) if means else 1) for s in (c, d)
+            ]
+            prefs.append(preference(cfg.loss, ratios[0] - ratios[1], cfg.beta, cfg.label_smoothing))
+            nlls.append(-math.fsum(policy[c]) / len(policy[c]))
+            losses.append(cfg.preference_loss_weight * prefs[-1] + cfg.sft_loss_weight * nlls[-1])
+        return math.fsum(losses), math.fsum(prefs), math.fsum(nlls)
+
+    expected = by_hand(out.logp_T.detach().double())
+    assert float(total.detach()) == pytest.approx(expected[0], rel=1e-5)
+    assert float(metrics["preference_loss"][0]) == pytest.approx(expected[1], rel=1e-5)
+    if cfg.sft_loss_weight:
+        assert float(metrics["sft_loss"][0]) == pytest.approx(expected[2], rel=1e-5)
+    total.backward()
+    # Central differences of the formula. (Where nothing is trained the policy gives a constant 0.)
+    for token in batch.trained_T.nonzero()[::3, 0].tolist():
+        step = torch.zeros(len(batch.tokens_T), dtype=torch.float64)
+        step[token] = 1e-5
+        base = out.logp_T.detach().double()
+        slope = (by_hand(base + step)[0] - by_hand(base - step)[0]) / 2e-5
+        assert float(out.logp_T.grad[token]) == pytest.approx(slope, rel=1e-4, abs=1e-6)
+    assert dpo.count(batch) == 3
+
+
+def test_dpo_metrics():
+    out, batch = example()
+    metrics = dpo.loss(out, batch, Config(dpo=DpoConfig(beta=0.25)))[1]
+    policy, ref = (pieces(x.detach().double(), batch) for x in (out.logp_T, batch.ref_logp_T))
+    ratio = [0.25 * (sum(p) - sum(r)) for p, r in zip(policy, ref)]
+    chosen, rejected = ratio[0::2], ratio[1::2]
+    flat = {name: pieces(x, batch) for name, x in (("entropy", out.entropy_T), ("mean", out.mean_logit_T))}
+    expected = {
+        "rewards/chosen": (sum(chosen), 3),
+        "rewards/rejected": (sum(rejected), 3),
+        "rewards/margins": (sum(chosen) - sum(rejected), 3),
+        "rewards/accuracies": (sum(c > d for c, d in zip(chosen, rejected)), 3),
+        "logps/chosen": (sum(map(sum, policy[0::2])), 3),
+        "logps/rejected": (sum(map(sum, policy[1::2])), 3),
+        "logits/chosen": (sum(map(sum, flat["mean"][0::2])), 1 + 2 + 1),
+        "logits/rejected": (sum(map(sum, flat["mean"][1::2])), 6 + 11 + 3),
+        "entropy": (sum(map(sum, flat["entropy"])), 24),
+        "mean_token_accuracy": (float(out.correct_T.sum()), 24),
+    }
+    for name, (total, count) in expected.items():
+        assert float(metrics[name][0]) == pytest.approx(total, rel=1e-5, abs=1e-6), name
+        assert float(metrics[name][1]) == count, name
+
+
+def test_a_tie_is_ln_2_and_not_accurate():
+    out, batch = example()
+    batch = dataclasses.replace(batch, ref_logp_T=out.logp_T.detach().clone())
+    total, metrics = dpo.loss(out, batch, Config())
+    assert float(total.detach()) == pytest.approx(3 * math.log(2), rel=1e-7)
+    assert float(metrics["rewards/accuracies"][0]) == 0.0
+    assert float(metrics["rewards/margins"][0]) == 0.0
+
+
+@pytest.mark.parametrize("kind", sorted(dpo.LOSSES))
+def test_extreme_ratios_give_finite_losses_and_gradients(kind):
+    """A margin of ±2000 nats: a sigmoid written out would overflow."""
+    c = torch.tensor([1000.0, -1000.0], requires_grad=True)
+    value = dpo.LOSSES[kind](c, -c.detach(), DpoConfig(beta=1.0, loss=kind, label_smoothing=0.1)).sum()
+    value.backward()
+    assert math.isfinite(float(value.detach()))
+    assert c.grad.isfinite().all()
+
+
+def test_sft_loss():
+    out, batch = example()
+    total, metrics = sft.loss(out, batch, Config(algo="sft"))
+    assert float(total.detach()) == pytest.approx(
+        -math.fsum(map(math.fsum, pieces(out.logp_T.detach(), batch)))
+    )
+    assert float(metrics["entropy"][1]) == sft.count(batch) == 24
+    total.backward()
+    assert out.logp_T.grad.unique().tolist() == [-1.0]
