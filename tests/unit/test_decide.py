@@ -51,6 +51,7 @@ TABLE = [
     ("grace too short", Facts("X", 137, job=GRACE), "requeue", 1, "late"),
     ("stopped before there was anything", Facts("X", 0, signals=("USR1",)), "requeue", 1, "time_limit"),
     ("rank killed", Facts("X", 137), "requeue", 1, "killed"),
+    ("rank killed, and rank 0 yielded to srun's TERM", Facts("YIELD", 137), "requeue", 1, "killed"),
     ("rank killed, the others saw it", Facts("X", 137, verdicts=(said("peer"),)), "requeue", 1, "killed"),
     ("out of memory", Facts("X", 1, verdicts=(said("oom"),)), "requeue", 1, "oom"),
     ("native crash", Facts("X", 139, crash=CRASH), "requeue", 1, "segfault"),

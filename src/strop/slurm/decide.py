@@ -206,6 +206,8 @@ def classify(facts: Facts) -> Cause:
     if facts.job.requeued:
         return Cause("requeued")
     asked = _why_stopped(facts)
+    if facts.state == "YIELD" and facts.launcher_exit != 0 and asked is None:
+        return Cause("killed", facts.last_words)  # the TERM that rank 0 obeyed was srun's: another rank died
     if facts.state == "YIELD":
         return Cause(asked or "stopped", facts.reason or "")
     if asked:  # no outcome: with exit code 0 the stop came before there was anything to save
