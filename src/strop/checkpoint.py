@@ -11,7 +11,6 @@ pickle. What `tools.convert_dcp_to_hf` exports holds no code.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import re
@@ -22,9 +21,10 @@ from typing import Any, Optional
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from strop import files
 from strop.dist import Dist
 from strop.errors import StorageError, Superseded
-from strop.slurm import attempts, files
+from strop.slurm import attempts
 
 log = logging.getLogger(__name__)
 
@@ -127,11 +127,7 @@ def _hash_own(tmp: Path, dist: Dist) -> dict[str, Any]:
 
 def describe(path: Path) -> dict[str, Any]:
     """A file's entry in the manifest: size in bytes and SHA-256."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(2**22):
-            digest.update(block)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"size": path.stat().st_size, "sha256": files.sha256(path)}
 
 
 def _commit(tmp: Path, final: Path, hashes: dict[str, Any], state: dict[str, Any]) -> None:
@@ -139,7 +135,7 @@ def _commit(tmp: Path, final: Path, hashes: dict[str, Any], state: dict[str, Any
     hashes = {**hashes, STATE: describe(tmp / STATE)}
     files.write_json(tmp / MANIFEST, {"files": dict(sorted(hashes.items()))})
     tmp.rename(final)
-    files.fsync_directory(final.parent)
+    files.fsync(final.parent)
     files.write_json(final / MARKER, {"step": state["step"], "manifest": describe(final / MANIFEST)})
     files.write_atomic(final.parent / "LATEST", final.name + "\n")
 

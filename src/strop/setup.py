@@ -20,7 +20,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
-from strop import checkpoint, optim, parallel, preflight
+from strop import checkpoint, files, optim, parallel, preflight
 from strop import run as run_module
 from strop.algos import reference
 from strop.config import Config
@@ -35,7 +35,7 @@ from strop.models.policy import Policy
 from strop.report import Report
 from strop.run import Position, Run
 from strop.saver import Saver
-from strop.slurm import attempts, files, rendezvous
+from strop.slurm import attempts, rendezvous
 from strop.stragglers import Pace
 from strop.trainer import State, Trainer, step_bins, stop_agreed, tensors, validation_bins
 

@@ -20,8 +20,9 @@ from typing import Any, Optional
 
 import yaml
 
+from strop import files
 from strop.aliases import ALIASES
-from strop.slurm import attempts, command, files, lease
+from strop.slurm import attempts, command, lease
 
 TAIL_BYTES = 1 << 16
 SLURM_DEADLINE_S = 4.0

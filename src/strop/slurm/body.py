@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
+from strop import files
 from strop.errors import EXIT_YIELD, UserError
-from strop.slurm import attempts, code, command, crash, decide, env, files, hang, naming, stop
+from strop.slurm import attempts, code, command, crash, decide, env, hang, naming, stop
 
 ROOT = code.PACKAGE.parents[1]
 EXCLUDE_FOR_S = 24 * 3600.0
