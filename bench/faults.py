@@ -56,7 +56,7 @@ def main() -> int:
     return 0 if good else 1
 
 
-WATCHDOG = ("watchdog.step_s=12", "watchdog.start_s=90", "watchdog.save_s=30")
+WATCHDOG = ("watchdog.step_s=12", "watchdog.start_s=45", "watchdog.save_s=30")
 """Limits that fit steps of a tenth of a second."""
 
 
@@ -111,7 +111,13 @@ def run(stage: Stage, args: argparse.Namespace, names: list[str]) -> bool:
     say(f"  {stage.task.max_steps} steps, {runs[0].wall_s:.0f} s, of them {runs[0].kept_s:.0f} s in steps")
     results: list[Result] = []
     disturbed: list[RunResult] = []
-    while schedule:
+    number = args.faults - num_fatal
+    while schedule or ends:
+        for kind in [ends.pop() for _ in range(min(len(ends), 2 if schedule else len(ends)))]:
+            number += 1
+            results.append(endings.play(stage, number, f"end{number}", kind))
+        if not schedule:
+            break
         faults = schedule.pop(0)
         name = f"run{len(disturbed) + 1}"
         say(f"{name}: {len(faults)} faults")
@@ -123,8 +129,6 @@ def run(stage: Stage, args: argparse.Namespace, names: list[str]) -> bool:
         stage.close(name)
         if left and not (end.complaints and not new):
             schedule.append(left)
-    for i, kind in enumerate(ends):
-        results.append(endings.play(stage, args.faults - num_fatal + i + 1, f"end{i + 1}", kind))
     return report(stage, args, results, disturbed, runs[0], time.time() - begin)
 
 

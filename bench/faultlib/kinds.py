@@ -236,20 +236,20 @@ NODE_LOST = ("lost", "killed", "requeued")
 SURVIVABLE = {
     kind.name: kind
     for kind in (
-        Kind("SIGKILL", kill_rank, ("killed",), ("imports", "rendezvous", "model", "reference", *LATE)),
+        Kind("SIGKILL", kill_rank, ("killed",), (*EARLY, "reference", *LATE)),
         Kind("SIGKILL in a save", kill_rank, ("killed",), ("save",)),
         Kind("SIGKILL in a resume", kill_rank, ("killed",), ("resume",)),
-        Kind("SIGSEGV", signal_rank(signal.SIGSEGV), ("segfault",), ("model", "reference", *LATE)),
+        Kind("SIGSEGV", signal_rank(signal.SIGSEGV), ("segfault",), ("model", "resume", "reference", *LATE)),
         Kind("SIGSTOP", signal_rank(signal.SIGSTOP), ("hang",), ("train", "validation", "save")),
-        Kind("node lost", lose_node, NODE_LOST, ("model", "reference", *LATE)),
-        Kind("preempted with grace", preempt, ("preempted",), ("imports", "reference", *LATE)),
+        Kind("node lost", lose_node, NODE_LOST, (*EARLY, "reference", *LATE)),
+        Kind("preempted with grace", preempt, ("preempted",), (*EARLY, "reference", *LATE)),
         Kind("preempted at once", preempt_at_once, ("requeued", "preempted", "late"), LATE,
              mend=restore_grace),
         Kind("time limit", shorten_time, ("time_limit",), ("train",), mend=lengthen_time),
-        Kind("USR1", signal_batch_shell, ("time_limit",), ("imports", "model", "reference", *LATE)),
+        Kind("USR1", signal_batch_shell, ("time_limit",), (*EARLY, "reference", *LATE)),
         Kind("scontrol requeue", requeue, ("requeued",), ("imports", "reference", *LATE),
              early_causes=("lost",)),
-        Kind("stop file", ask_to_stop, ("stopped",), ("model", "reference", *LATE)),
+        Kind("stop file", ask_to_stop, ("stopped",), (*EARLY, "reference", *LATE)),
         Kind("disk full for a moment", fill_for_a_moment, ("storage",), ("save",), ("hold",), mend=release,
              in_place=saved_after_all, needs_root=True),
         Kind("disk full", fill_disk, ("storage",), ("save",), ("hold",), mend=make_room, needs_root=True),
@@ -275,10 +275,13 @@ def draw_schedule(seed: int, count: int, names: Sequence[str], faults_per_run: i
         if not bag:
             bag = list(names)
             draw.shuffle(bag)
-        kind = SURVIVABLE[bag.pop()]
-        if number % faults_per_run == 0:
+        first = number % faults_per_run == 0
+        if first:  # only a run's first attempt has a reference pass
             runs.append([])
-        first = not runs[-1]
+            bag.sort(key=lambda name: "reference" in SURVIVABLE[name].phases)
+        kind = SURVIVABLE[bag.pop()]
+        if first:
+            draw.shuffle(bag)
         phases = [p for p in kind.phases if _possible(p, first, early_in_a_row)] or [
             p for p in kind.phases if p not in ("reference",)
         ]
@@ -286,6 +289,8 @@ def draw_schedule(seed: int, count: int, names: Sequence[str], faults_per_run: i
         late = [p for p in phases if p in LATE]
         wants_early = draw.random() < (0.6 if first else 0.35)
         phase = draw.choice(early if early and (wants_early or not late) else late)
+        if "reference" in phases and draw.random() < 0.5:
+            phase = "reference"
         early_in_a_row = 0 if phase in LATE else early_in_a_row + 1
         short = bool(runs[-1]) and (runs[-1][-1].phase not in LATE or runs[-1][-1].steps < LONG_STEPS)
         steps = draw.randint(LONG_STEPS if short else 3, 25)

@@ -15,6 +15,7 @@ import json
 import logging
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any, Optional
 
@@ -31,6 +32,9 @@ log = logging.getLogger(__name__)
 MARKER = "COMMITTED.json"
 MANIFEST = "manifest.json"
 STATE = "state.json"
+
+RETRY_S = 2.0
+"""Between the two tries of a save: a full disk may be cleaned up, a file server come back."""
 
 
 class Damaged(ValueError):
@@ -62,7 +66,8 @@ def save(
         raise Superseded(f"attempt {attempt} commits nothing: a newer attempt has begun")
     failure = _write(root, final, attempt, tensors, state, dist)
     if failure:
-        log.warning("checkpoint of step %d: %s; trying once more", step, failure)
+        log.warning("checkpoint of step %d: %s; trying once more in %.0f s", step, failure, RETRY_S)
+        time.sleep(RETRY_S)
         failure = _write(root, final, attempt, tensors, state, dist)
     if failure:
         raise StorageError(errno.EIO, f"checkpoint of step {step} could not be written: {failure}")

@@ -40,7 +40,10 @@ DEFAULTS: dict[str, Any] = {
     "output": "%x-%j.out",
 }
 """As in the templates, which say why."""
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+ENDED = (
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"),
+    "PREEMPTED",
+)
 
 
 class _Executor(submitit.SlurmExecutor):
@@ -82,6 +85,10 @@ class Job:
             last = attempts.read_all(self.run_dir)[-1:]
             return int(last[0].get("exit_code", 1)) if last else 1
         if record["JobState"] not in ENDED:
+            return None
+        last = attempts.read_all(self.run_dir)[-1:]
+        if last and last[0].get("target") == self.job_id and last[0].get("action") == "successor":
+            self.job_id = last[0]["successor"]  # the same run goes on there
             return None
         code, _, number = record["ExitCode"].partition(":")
         return 128 + int(number) if int(number) else int(code) or int(record["JobState"] != "COMPLETED")

@@ -24,6 +24,7 @@ SCANCEL = JobState(ended=True)
 GRACE = JobState(preempted=True)
 BY_HAND = JobState(requeued=True, ended=True)
 LIMIT = JobState(ended=True, time_limit=True)
+CANCELS = JobState(ended=True, preempted=True)
 FIXED = JobState(can_requeue=False)
 CRASH = Crash(1, "Segmentation fault", "s")
 
@@ -50,6 +51,7 @@ TABLE = [
     ("grace too short", Facts("X", 137, job=GRACE), "requeue", 1, "late"),
     ("stopped before there was anything", Facts("X", 0, signals=("USR1",)), "requeue", 1, "time_limit"),
     ("rank killed", Facts("X", 137), "requeue", 1, "killed"),
+    ("rank killed, and rank 0 yielded to srun's TERM", Facts("YIELD", 137), "requeue", 1, "killed"),
     ("rank killed, the others saw it", Facts("X", 137, verdicts=(said("peer"),)), "requeue", 1, "killed"),
     ("out of memory", Facts("X", 1, verdicts=(said("oom"),)), "requeue", 1, "oom"),
     ("native crash", Facts("X", 139, crash=CRASH), "requeue", 1, "segfault"),
@@ -65,6 +67,19 @@ TABLE = [
     ("NaN", Facts("X", 79, verdicts=(said("diverged"),)), "stop", 79, "diverged"),
     ("disk full", Facts("X", 74, verdicts=(said("storage"),)), "hold", 74, "storage"),
     ("no outcome, exit code 0", Facts("X", 0), "requeue", 1, "exception"),
+    ("--no-requeue, with a successor", Facts("YIELD", 0, signals=("USR1",), job=FIXED, successor="9"),
+     "successor", 75, "time_limit"),
+    ("preemption that cancels", Facts("YIELD", 0, signals=("TERM",), job=CANCELS, successor="9"),
+     "successor", 75, "preempted"),
+    ("the same, too late", Facts("X", 137, signals=("TERM",), job=CANCELS, successor="9"), "successor", 1,
+     "late"),
+    ("scancel in the grace time", Facts("YIELD", 0, signals=("TERM",), job=CANCELS), "stop", 75, "cancelled"),
+    ("scancel, with a successor", Facts("YIELD", 0, signals=("TERM",), job=SCANCEL, successor="9"), "stop",
+     75, "cancelled"),
+    ("requeued, with a successor", Facts("YIELD", 0, job=BY_HAND, successor="9"), "requeue", 75, "requeued"),
+    ("rank killed, cannot be requeued", Facts("X", 137, job=FIXED, successor="9"), "successor", 1, "killed"),
+    ("disk full, with a successor", Facts("X", 74, verdicts=(said("storage"),), job=FIXED, successor="9"),
+     "hold", 74, "storage"),
     ("the controller does not answer", Facts("YIELD", 0, signals=("USR1",), job=JobState(known=False)),
      "requeue", 75, "time_limit"),
 ]  # fmt: skip

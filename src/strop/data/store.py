@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -132,8 +132,9 @@ class TokenStore:
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f"{path.name}.tmp-", dir=path.parent))
-        aside.chmod(0o755)
+        # not tempfile's: that one would be readable by its owner alone, and a group may share its runs
+        aside = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:12]}")
+        aside.mkdir()
         try:
             with open(aside / "tokens.bin", "wb") as tokens, open(aside / "trained.bin", "wb") as trained:
                 offsets, row_sources, sources = _stream(rows, tokens, trained, SEQS_PER_ROW[kind])

@@ -1,9 +1,9 @@
 """What the watchdogs of an attempt leave behind, and who is to blame for the hang.
 
 logs/NNNN/hang.json is made by the first rank that notices; the others look for it. `suspect` reads the
-verdicts afterwards. When everybody waits for one rank, the verdicts of those who wait say little: the one
-to name is the rank that left none (it was stopped, or its machine is gone) or a late one, or else the only
-one whose main thread is not inside a collective, or else the few that stand elsewhere than the rest.
+verdicts afterwards. When everybody waits for one rank, the verdicts of those who wait say little. The one to
+name is a rank that did not run for a while, or left no verdict at all (it is stopped, or its node is gone);
+else the only one whose main thread is not inside a collective; else the few that stand elsewhere.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from strop.slurm import attempts
 
 SHOWN = 8
 STOPPED = "ProcessStopped"
-"""In the verdict of a rank that ran again (Slurm sends CONT before it kills) after the others gave up."""
+"""In the verdict of a rank that ran again after the others had given up: Slurm sends CONT before it kills."""
 COLLECTIVE = re.compile(r"/torch/distributed/(?!checkpoint/)|/strop/dist\.py$|/strop/slurm/rendezvous\.py$")
 
 

@@ -6,7 +6,6 @@ that changes what torch or strop does in one rank. The truth is what was done to
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
