@@ -25,7 +25,6 @@ from strop.data.ledger import BadRow
 from strop.errors import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-SPLITS = ("train", "validation", "test")
 FILE_NAMES = {"train": ("training", "train"), "validation": ("validation",), "test": ("test",)}
 READ_ROWS = 1000
 """Rows of a Parquet file or a hub set in memory at a time."""
