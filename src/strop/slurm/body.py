@@ -28,6 +28,7 @@ from strop.slurm import (
     decide,
     env,
     hang,
+    hostlist,
     lease,
     naming,
     stop,
@@ -352,9 +353,7 @@ def _exclude_nodes(job: env.Job, run_dir: Path) -> None:
     if not bad:
         return
     assert job.target is not None
-    now = env.hostlist.expand(
-        (command.show_job(job.target) or {}).get("ExcNodeList", "").replace("(null)", "")
-    )
+    now = hostlist.expand((command.show_job(job.target) or {}).get("ExcNodeList", "").replace("(null)", ""))
     wanted = sorted({n for n in now if n not in bad} | {n for n, fresh in bad.items() if fresh})
     command.slurm(["scontrol", "update", f"JobId={job.target}", f"ExcNodeList={','.join(wanted)}"])
 
