@@ -141,8 +141,11 @@ def submit(
     parsed = config.load(algo, *config.parse_args(args, algo))
     if executor not in ("slurm", "local"):
         raise UserError(f"executor {executor!r}: expected slurm or local")
-    nodes = nodes or parsed.cluster.nodes or 1
-    gpus = options.pop("gpus_per_node", None) or parsed.cluster.gpus_per_node
+    nodes = parsed.cluster.nodes or 1 if nodes is None else nodes
+    if nodes < 1:
+        raise UserError(f"nodes: {nodes}, expected 1 or more")
+    gpus = options.pop("gpus_per_node", None)
+    gpus = parsed.cluster.gpus_per_node if gpus is None else gpus
     asked = {key: value for key, value in {**options, "gpus_per_node": gpus}.items() if value is not None}
     if executor == "local":
         if dry_run:
