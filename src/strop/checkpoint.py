@@ -77,7 +77,7 @@ def save(
 def _write(
     root: Path, final: Path, attempt: int, tensors: dict[str, Tensor], state: dict[str, Any], dist: Dist
 ) -> Optional[str]:
-    """Write aside and commit; null, or the first failure of any rank, with nothing left behind."""
+    """Write aside and commit; None, or the first failure of any rank, with nothing left behind."""
     tmp = root / f"{final.name}.a{attempt}.tmp"
     failure = _attempted(lambda: _clear(tmp, final)) if dist.is_main else None
     if not (failure := _first(dist.gather(failure))):
@@ -165,7 +165,7 @@ def verify(path: Path, part: int = 0, num_parts: int = 1) -> None:
 
 
 def newest_verified(root: Path, dist: Dist) -> Optional[int]:
-    """The newest committed step whose files are intact; null if nothing was ever committed. Collective.
+    """The newest committed step whose files are intact; None if nothing was ever committed. Collective.
 
     Damaged ones are set aside as `step-N.damaged-K`. Raises StorageError if all are damaged: a run that had
     committed something never silently starts from step 0.

@@ -227,7 +227,7 @@ def _set_layout(t: Trainer, choices: dict[str, Any]) -> None:
 
 
 def _reference_of(t: Trainer) -> Optional[dict[str, Any]]:
-    """What the log-probs of the reference belong to; null for an algorithm without one."""
+    """What the log-probs of the reference belong to; None for an algorithm without one."""
     if not t.algo.NEEDS_REFERENCE:
         return None
     stores = {name: store.digest for name, store in _stores(t).items()}
