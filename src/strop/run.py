@@ -18,9 +18,10 @@ from typing import Any, Optional
 import yaml
 
 from strop import config as config_module
+from strop import files
 from strop.config import Config
 from strop.errors import STORAGE_ERRNOS, Diverged, StorageError, Superseded, UserError
-from strop.slurm import attempts, code, files, lease, naming
+from strop.slurm import attempts, code, lease, naming
 from strop.slurm.env import Env
 from strop.slurm.rendezvous import PeerFailed
 from strop.slurm.stop import StopRequest

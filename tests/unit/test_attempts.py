@@ -13,8 +13,9 @@ import time
 
 import pytest
 
+from strop import files
 from strop.errors import UserError
-from strop.slurm import attempts, body, code, command, env, files, lease
+from strop.slurm import attempts, body, code, command, env, lease
 
 SLEEPER = "import time; time.sleep(60)"
 

@@ -22,6 +22,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from strop import files
 from strop.errors import UserError
 
 FORMAT = 1
@@ -174,20 +175,10 @@ def _stream(
 
 def _publish(aside: Path, path: Path) -> None:
     """Files to disk, then the rename that makes the store exist. A twin that came first is kept."""
-    for file in aside.iterdir():
-        _fsync(file)
-    _fsync(aside)
+    files.fsync_tree(aside)
     try:
         os.rename(aside, path)
     except OSError:
         if not (path / "store.json").exists():  # anything but "another process wrote it meanwhile"
             raise
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    files.fsync(path.parent)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
+from strop import files
 from strop.errors import EXIT_STORAGE, EXIT_YIELD, STORAGE_ERRNOS, UserError
 from strop.slurm import (
     attempts,
@@ -26,8 +27,8 @@ from strop.slurm import (
     deaths,
     decide,
     env,
-    files,
     hang,
+    hostlist,
     lease,
     naming,
     stop,
@@ -352,9 +353,7 @@ def _exclude_nodes(job: env.Job, run_dir: Path) -> None:
     if not bad:
         return
     assert job.target is not None
-    now = env.hostlist.expand(
-        (command.show_job(job.target) or {}).get("ExcNodeList", "").replace("(null)", "")
-    )
+    now = hostlist.expand((command.show_job(job.target) or {}).get("ExcNodeList", "").replace("(null)", ""))
     wanted = sorted({n for n in now if n not in bad} | {n for n, fresh in bad.items() if fresh})
     command.slurm(["scontrol", "update", f"JobId={job.target}", f"ExcNodeList={','.join(wanted)}"])
 

@@ -14,6 +14,11 @@ NO_ANSWER = re.compile(
     r"slurm backup controller in standby|unable to establish controller",
     re.IGNORECASE,
 )
+ENDED = (
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"),
+    *("BOOT_FAIL", "DEADLINE"),
+)
+"""States of a job that will not run again."""
 UNKNOWN_JOB = re.compile(r"invalid job id", re.IGNORECASE)
 ONE_TRY_S = 30.0
 LONG_KEYS = ("Command", "WorkDir", "StdErr", "StdIn", "StdOut", "Comment", "AdminComment", "SystemComment")

@@ -25,7 +25,6 @@ YIELD_LIMIT = 10
 
 YIELDS = ("preempted", "time_limit", "stopped", "requeued", "lost", "late")
 FAILURES = ("oom", "hang", "segfault", "killed", "startup", "exception")
-FINAL = ("done", "user", "diverged", "storage", "cancelled")
 STARTUP_PHASES = ("INIT", "PREFLIGHT", "RESUME")
 EXIT_UNKNOWN = 1
 
