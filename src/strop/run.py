@@ -11,7 +11,7 @@ import logging
 import platform
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
@@ -47,9 +47,12 @@ class Position:
     step: Optional[int] = None
     beats: int = 0
     """Counts micro batches, rows and the like: progress inside a phase."""
+    warm: set[str] = field(default_factory=set)
+    """The phases that have had a beat: what takes long only once is behind them."""
 
     def beat(self) -> None:
         self.beats += 1
+        self.warm.add(self.phase)
 
 
 @dataclass(frozen=True)
