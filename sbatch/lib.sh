@@ -12,6 +12,7 @@
 #   MOUNTS         "/data:/data,/scratch:/scratch", added to the repository and the working directory
 #   HOST_PYTHON    python3 >= 3.9 of the batch host, which takes the decisions (standard library only)
 #   STROP_LAUNCHER=local STROP_LOCAL_RANKS=N   the same body without Slurm, on this machine
+#   STROP_SUCCESSOR=1|0   submit a successor behind this job, or none; default: where it cannot be requeued
 #   STROP_NOTIFY   command that gets the summary on its stdin when the job ends for good
 set -euo pipefail
 
@@ -31,6 +32,9 @@ on_signal() {
     else
         request_stop
     fi
+    if [[ $1 == TERM && -n ${STROP_SUCCESSOR_JOB:-} ]]; then
+        "$host_python" -m strop.slurm term & # scancel is for the successor too, before KILL comes
+    fi
 }
 
 # A file, because a container may swallow the signal; the signal, because a file may be seen late.
@@ -39,7 +43,10 @@ request_stop() {
     local file
     file=$STROP_RUN_DIR/attempts/$(printf '%04d' "$STROP_ATTEMPT").stop
     [[ -e $file ]] || printf '%s\n' "${signals%% *}" >"$file"
-    if [[ -n $ranks_pid ]]; then kill -USR1 "$ranks_pid" 2>/dev/null || true; fi
+    local program=bash
+    if [[ -n $ranks_pid ]]; then read -r program <"/proc/$ranks_pid/comm" || true; fi 2>/dev/null
+    # Before its exec run_ranks is a bash, which would die of the signal. The file is there in any case.
+    if [[ $program != bash ]]; then kill -USR1 "$ranks_pid" 2>/dev/null || true; fi
 }
 
 find_pythons() {
@@ -53,7 +60,9 @@ find_pythons() {
         fail "PYTHON=$PYTHON: no such program on $(hostname)"
     fi
     export PYTHON
-    export PYTHONPATH=$root/src${PYTHONPATH:+:$PYTHONPATH}
+    if [[ :${PYTHONPATH:-}: != *":$root/src:"* ]]; then # a successor has it from this job
+        export PYTHONPATH=$root/src${PYTHONPATH:+:$PYTHONPATH}
+    fi
 }
 
 # Before the attempt begins: a missing tool is the user's or the site's error, no failure of the run.
@@ -85,7 +94,10 @@ set_container() {
 # --kill-on-bad-exit and --wait: else the others wait for a dead rank until the time limit.
 # --cpus-per-task: a step no longer inherits it from the job (Slurm 22.05), and would get one CPU.
 run_ranks() {
-    trap '' INT # Ctrl-C goes to all processes of a terminal; only the body acts on it
+    # INT: Ctrl-C goes to all processes of a terminal, and only the body acts on it. USR1 and TERM: until srun
+    # (or the local launcher) watches for them, they would kill it. It does so with the signals blocked, and a
+    # blocked signal waits although it is ignored.
+    trap '' INT USR1 TERM
     if [[ ${STROP_LAUNCHER:-} == local ]]; then
         exec "$host_python" -m strop.slurm.local_launch --ranks "$STROP_TASKS_PER_NODE" -- "$@"
     fi
@@ -123,7 +135,7 @@ attempt() {
     eval "$assignments"
     run_ranks "$@" &
     ranks_pid=$!
-    request_stop # a signal that came during `begin`
+    request_stop # a signal that came during `begin`, or before there was a process to tell
     wait_for_ranks
     ranks_pid=''
     read -r action exit_code < <("$host_python" -m strop.slurm end --exit "$launcher_exit" --signals "$signals")

@@ -16,9 +16,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from strop.slurm.local_cluster import ClusterError, LocalCluster
 

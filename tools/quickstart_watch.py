@@ -20,7 +20,6 @@ from typing import Any, Optional
 from strop.slurm import attempts, command
 
 POLL_S = 1.0
-GONE = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 
 class Lines:
@@ -69,7 +68,7 @@ def has_ended(job: Optional[str], pid: Optional[int]) -> bool:
             return True
         return False
     record = command.show_job(job) if job else None
-    return record is None or record["JobState"] in GONE
+    return record is None or record["JobState"] in command.ENDED
 
 
 def interrupt(job: Optional[str], pid: Optional[int]) -> None:

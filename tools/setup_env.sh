@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# What the quickstart and the tests need: a virtual environment with all dependencies, and Slurm.
+# The virtual environment with all dependencies; and for the quickstart and the tests, Slurm on this machine.
 #
-#   source tools/setup_env.sh; setup_venv; ensure_slurm        or:   bash tools/setup_env.sh
+#   bash tools/setup_env.sh                                   the environment alone, as on a cluster's login node
+#   source tools/setup_env.sh; setup_venv; ensure_slurm       both
 #
 # setup_venv makes .venv in the repository (elsewhere: STROP_VENV) and sets PYTHON to its interpreter. With PYTHON
 # set already, that interpreter is used as it is. A second call does nothing, unless the dependencies have changed.
@@ -156,6 +157,5 @@ install_torch() {
 if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
     set -euo pipefail
     setup_venv
-    ensure_slurm
     echo "ready: $PYTHON"
 fi

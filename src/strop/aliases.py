@@ -1,6 +1,6 @@
 """Names that users of NeMo RL type, and the short forms for debugging runs: one table, all in one place.
 
-`config.load` looks every key of the file and of the command line up here. A key found is replaced by ours,
+`config.load` looks up every key of the file and of the command line here. A key found is replaced by ours,
 its value translated where the two projects write it differently, and a note is handed to the caller to
 print ("note: policy.model_name is model.path here"). Short forms of our own carry no note.
 """

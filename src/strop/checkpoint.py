@@ -11,7 +11,6 @@ pickle. What `tools.convert_dcp_to_hf` exports holds no code.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import re
@@ -23,9 +22,10 @@ from typing import Any, Optional
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from strop import files
 from strop.dist import Dist
 from strop.errors import StorageError, Superseded
-from strop.slurm import attempts, files
+from strop.slurm import attempts
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def save(
 def _write(
     root: Path, final: Path, attempt: int, tensors: dict[str, Tensor], state: dict[str, Any], dist: Dist
 ) -> Optional[str]:
-    """Write aside and commit; null, or the first failure of any rank, with nothing left behind."""
+    """Write aside and commit; None, or the first failure of any rank, with nothing left behind."""
     tmp = root / f"{final.name}.a{attempt}.tmp"
     failure = _attempted(lambda: _clear(tmp, final)) if dist.is_main else None
     if not (failure := _first(dist.gather(failure))):
@@ -132,11 +132,7 @@ def _hash_own(tmp: Path, dist: Dist) -> dict[str, Any]:
 
 def describe(path: Path) -> dict[str, Any]:
     """A file's entry in the manifest: size in bytes and SHA-256."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(2**22):
-            digest.update(block)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"size": path.stat().st_size, "sha256": files.sha256(path)}
 
 
 def _commit(tmp: Path, final: Path, hashes: dict[str, Any], state: dict[str, Any]) -> None:
@@ -144,7 +140,7 @@ def _commit(tmp: Path, final: Path, hashes: dict[str, Any], state: dict[str, Any
     hashes = {**hashes, STATE: describe(tmp / STATE)}
     files.write_json(tmp / MANIFEST, {"files": dict(sorted(hashes.items()))})
     tmp.rename(final)
-    files.fsync_directory(final.parent)
+    files.fsync(final.parent)
     files.write_json(final / MARKER, {"step": state["step"], "manifest": describe(final / MANIFEST)})
     files.write_atomic(final.parent / "LATEST", final.name + "\n")
 
@@ -169,7 +165,7 @@ def verify(path: Path, part: int = 0, num_parts: int = 1) -> None:
 
 
 def newest_verified(root: Path, dist: Dist) -> Optional[int]:
-    """The newest committed step whose files are intact; null if nothing was ever committed. Collective.
+    """The newest committed step whose files are intact; None if nothing was ever committed. Collective.
 
     Damaged ones are set aside as `step-N.damaged-K`. Raises StorageError if all are damaged: a run that had
     committed something never silently starts from step 0.

@@ -110,7 +110,7 @@ class OptimConfig:
     schedule: str = "linear"
     """After the warm-up: constant, linear or cosine."""
     warmup_steps: int = 0
-    """Steps of linear warm-up from 0."""
+    """Steps in which the learning rate rises linearly to lr; the first one has lr / warmup_steps."""
     min_lr_ratio: float = 0.0
     """The schedule ends at lr times this."""
 
@@ -126,7 +126,7 @@ class ValidationConfig:
     patience: Optional[int] = None
     """Early stopping: end after so many validations without a better `checkpoint.best_metric`."""
     min_delta: float = 0.0
-    """What counts as better for early stopping."""
+    """How much `checkpoint.best_metric` must gain to count as better, for `patience` and the best one."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     metadata: dict[str, Any] = field(default_factory=dict)
-    """Free-form notes, kept with the run and sent to the trackers."""
+    """Free-form notes, kept in the run's config.yaml and sent to wandb and mlflow."""
 
 
 FREE_FORM = "metadata"

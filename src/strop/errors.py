@@ -3,6 +3,8 @@
 Standard library only: the requeue decision on the host reads these codes too.
 """
 
+import errno
+
 EXIT_DONE = 0
 EXIT_HANG = 70
 EXIT_STORAGE = 74
@@ -10,6 +12,8 @@ EXIT_YIELD = 75
 """Stopped and committed, but the requeue was refused or impossible."""
 EXIT_USER = 78
 EXIT_DIVERGED = 79
+STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Disk full, over quota, read-only: no other attempt can write there either."""
 
 
 class UserError(ValueError):

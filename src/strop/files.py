@@ -1,18 +1,46 @@
-"""Directories that appear complete or not at all.
+"""Files and directories that are whole whenever somebody reads them.
 
-A result (an exported model, an imported one, demo data) is written into a hidden directory beside its
-target, flushed to disk and renamed. Whoever reads the target never sees half a model, and an interrupted
-tool leaves nothing that looks like a result. Standard library only.
+A small file (a record, a verdict, a marker) is written aside, flushed to disk and renamed over its name. A
+result (an exported model, an imported one, demo data) is made in a hidden directory beside its target and
+renamed likewise. So a reader never sees half of anything, and what a killed process leaves is never taken
+for a result. Standard library only: the batch host's python3 runs this too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Optional
+
+BLOCK_BYTES = 4 * 2**20
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write aside, fsync, rename, fsync the directory: a reader sees the old text or the new one."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(aside, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    fsync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Optional[Any]:
+    """None where the file is missing, or was cut off by the death of its writer."""
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        return json.loads(path.read_text())
+    return None
 
 
 @contextmanager
@@ -31,7 +59,8 @@ def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
     aside.mkdir()
     try:
         yield aside
-        sync_directory(aside)
+        _give_usual_permissions(aside)
+        fsync_tree(aside)
         if target.exists() and not replace:  # made by somebody else meanwhile
             raise FileExistsError(f"{target} exists")
         old = target.parent / f".{target.name}.{os.getpid()}.old"
@@ -41,24 +70,28 @@ def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    _sync(target.parent)
+    fsync(target.parent)
 
 
-def sync_directory(directory: Path) -> None:
-    """fsync every file below `directory` and the directories themselves.
-
-    Files get the usual permissions too: safetensors makes its own readable by their owner alone.
-    """
+def _give_usual_permissions(directory: Path) -> None:
+    """safetensors makes its files readable by their owner alone."""
     umask = os.umask(0)
     os.umask(umask)
     for root, _, names in os.walk(directory):
         for name in names:
             (Path(root) / name).chmod(0o666 & ~umask)
-            _sync(Path(root) / name)
-        _sync(Path(root))
 
 
-def _sync(path: Path) -> None:
+def fsync_tree(directory: Path) -> None:
+    """Every file below `directory`, and the directories themselves."""
+    for root, _, names in os.walk(directory):
+        for name in names:
+            fsync(Path(root) / name)
+        fsync(Path(root))
+
+
+def fsync(path: Path) -> None:
+    """A file's content, or the names in a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -70,6 +103,6 @@ def sha256(path: Path) -> str:
     """Hex digest of a file's content."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
+        while block := file.read(BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()

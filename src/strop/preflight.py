@@ -16,12 +16,13 @@ import time
 
 import torch
 
+from strop import files
 from strop.config import DistConfig
 from strop.dist import Dist, choose_device
 from strop.errors import StorageError, UserError
 from strop.models.policy import Policy
 from strop.run import Run
-from strop.slurm import env, files
+from strop.slurm import env
 
 log = logging.getLogger("strop")
 
@@ -47,15 +48,10 @@ def check_machine(run: Run, config: DistConfig) -> None:
 def check_storage(run: Run) -> None:
     """A file goes all the way that a checkpoint's files go."""
     path = run.logs / f"preflight-{run.env.rank:05d}"
-    data = os.urandom(1 << 16)
+    text = os.urandom(1 << 15).hex()
     try:
-        with open(path.with_suffix(".tmp"), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path.with_suffix(".tmp"), path)
-        files.fsync_directory(path.parent)
-        same = path.read_bytes() == data
+        files.write_atomic(path, text)
+        same = path.read_bytes() == text.encode()
         path.unlink()
     except OSError as error:
         if error.errno in FULL:

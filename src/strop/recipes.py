@@ -114,7 +114,11 @@ class Recipe:
         return path
 
     def submit(self, executor: str = "slurm", wait: bool = False, dry_run: bool = False, **slurm: Any) -> Any:
-        """Start the job. `slurm` goes to Slurm: partition=, time=, account=, ..."""
+        """Start the job: a `submission.Job`, or with `dry_run` the text for sbatch.
+
+        `slurm` goes to sbatch: partition=, time=, account=, ... UserError, before anything is submitted, for
+        a configuration that cannot be run.
+        """
         from strop.submission import submit
 
         return submit(
@@ -140,7 +144,11 @@ def _recipe(algo: str, model: Optional[str], nodes: int, shorthand: Mapping[str,
 
 
 def dpo(model: Optional[str] = None, nodes: int = 1, **shorthand: Any) -> Recipe:
-    """DPO of `model` on `nodes` nodes; e.g. data="pairs.jsonl", lr=5e-7, max_steps=100, name="first"."""
+    """DPO of `model` (directory or hub name) on `nodes` nodes; e.g. data="a.jsonl", lr=5e-7, name="first".
+
+    Further arguments are those of SHORTHAND and the short forms of the command line (max_steps, seed, ...).
+    UserError for another one, or for a value of the wrong type.
+    """
     return _recipe("dpo", model, nodes, shorthand)
 
 

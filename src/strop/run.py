@@ -11,16 +11,17 @@ import logging
 import platform
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
 import yaml
 
 from strop import config as config_module
+from strop import files
 from strop.config import Config
-from strop.errors import Diverged, StorageError, Superseded, UserError
-from strop.slurm import attempts, files, lease
+from strop.errors import STORAGE_ERRNOS, Diverged, StorageError, Superseded, UserError
+from strop.slurm import attempts, code, lease, naming
 from strop.slurm.env import Env
 from strop.slurm.rendezvous import PeerFailed
 from strop.slurm.stop import StopRequest
@@ -46,9 +47,12 @@ class Position:
     step: Optional[int] = None
     beats: int = 0
     """Counts micro batches, rows and the like: progress inside a phase."""
+    warm: set[str] = field(default_factory=set)
+    """The phases that have had a beat: what takes long only once is behind them."""
 
     def beat(self) -> None:
         self.beats += 1
+        self.warm.add(self.phase)
 
 
 @dataclass(frozen=True)
@@ -74,13 +78,25 @@ def open_run(config: Config, env: Env) -> Run:
     if env.run_dir is not None and env.attempt is not None:
         if config.run.name is not None and config.run.name != env.run_dir.name:
             raise UserError(f"run.name: {config.run.name!r}, but the job's run is {env.run_dir}")
+        parent = naming.parent_directory(config.run.dir)
+        # A container may resolve links in another way.
+        if not (parent.exists() and parent.samefile(env.run_dir.parent)):
+            raise UserError(f"run.dir: {parent}, but the job's run is {env.run_dir}")
         return Run(env.run_dir, env.attempt, env, StopRequest(env.run_dir, env.attempt), launched=True)
-    name = config.run.name or f"{config.algo}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = (Path(config.run.dir) / name).absolute()
+    default = f"{config.algo}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = naming.checked(default if config.run.name is None else config.run.name)
+    run_dir = naming.parent_directory(config.run.dir) / name
     if run_dir.exists() and any(run_dir.iterdir()) and not (run_dir / "attempts").is_dir():
         raise UserError(f"run.name: {run_dir} exists and is no run of strop: choose another name")
+    code_now = code.identify()
+    if attempts.committed_step(run_dir) is not None:
+        note = code.check(code_now, attempts.read_all(run_dir), allow=config.run.allow_code_change)
+        if note:
+            log.warning("CODE CHANGED: %s", note)
     try:
-        attempt = attempts.begin(run_dir, job_id=None, restart_count=0, nodes=[env.node], launcher="direct")
+        attempt = attempts.begin(
+            run_dir, job_id=None, restart_count=0, nodes=[env.node], launcher="direct", code=code_now
+        )
     except lease.Held as error:
         raise UserError(f"run.name: {error}") from error
     return Run(run_dir, attempt, env, StopRequest(run_dir, attempt), launched=False)
@@ -140,6 +156,8 @@ def classify(error: BaseException) -> tuple[str, int]:
         return error.kind, error.exit_code
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "oom", 1
+    if isinstance(error, OSError) and error.errno in STORAGE_ERRNOS:
+        return StorageError.kind, StorageError.exit_code
     follows = isinstance(error, RuntimeError) and any(sign in str(error) for sign in PEER_SIGNS)
     if isinstance(error, (PeerFailed, Superseded)) or follows:
         return "peer", 1

@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
-from strop import checkpoint
+from strop import checkpoint, files
 from strop.config import CheckpointConfig
 from strop.dist import Dist
 from strop.report import Report
 from strop.run import Run
-from strop.slurm import attempts, files
+from strop.slurm import attempts
 
 PRIOR_MTTI_S = 4 * 3600.0
 """Mean time to an interruption that is assumed before anything was observed; weighs as one observation."""

@@ -20,7 +20,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
-from strop import checkpoint, optim, parallel, preflight
+from strop import checkpoint, files, optim, parallel, preflight
 from strop import run as run_module
 from strop.algos import reference
 from strop.config import Config
@@ -35,7 +35,7 @@ from strop.models.policy import Policy
 from strop.report import Report
 from strop.run import Position, Run
 from strop.saver import Saver
-from strop.slurm import attempts, files, rendezvous
+from strop.slurm import attempts, rendezvous
 from strop.stragglers import Pace
 from strop.trainer import State, Trainer, step_bins, stop_agreed, tensors, validation_bins
 
@@ -227,7 +227,7 @@ def _set_layout(t: Trainer, choices: dict[str, Any]) -> None:
 
 
 def _reference_of(t: Trainer) -> Optional[dict[str, Any]]:
-    """What the log-probs of the reference belong to; null for an algorithm without one."""
+    """What the log-probs of the reference belong to; None for an algorithm without one."""
     if not t.algo.NEEDS_REFERENCE:
         return None
     stores = {name: store.digest for name, store in _stores(t).items()}

@@ -40,7 +40,6 @@ DEFAULTS: dict[str, Any] = {
     "output": "%x-%j.out",
 }
 """As in the templates, which say why."""
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 
 class _Executor(submitit.SlurmExecutor):
@@ -81,7 +80,11 @@ class Job:
         if record is None:  # Slurm has forgotten it (MinJobAge): the run's record has not
             last = attempts.read_all(self.run_dir)[-1:]
             return int(last[0].get("exit_code", 1)) if last else 1
-        if record["JobState"] not in ENDED:
+        if record["JobState"] not in command.ENDED:
+            return None
+        last = attempts.read_all(self.run_dir)[-1:]
+        if last and last[0].get("target") == self.job_id and last[0].get("action") == "successor":
+            self.job_id = last[0]["successor"]  # the same run goes on there
             return None
         code, _, number = record["ExitCode"].partition(":")
         return 128 + int(number) if int(number) else int(code) or int(record["JobState"] != "COMPLETED")
@@ -138,8 +141,11 @@ def submit(
     parsed = config.load(algo, *config.parse_args(args, algo))
     if executor not in ("slurm", "local"):
         raise UserError(f"executor {executor!r}: expected slurm or local")
-    nodes = nodes or parsed.cluster.nodes or 1
-    gpus = options.pop("gpus_per_node", None) or parsed.cluster.gpus_per_node
+    nodes = parsed.cluster.nodes or 1 if nodes is None else nodes
+    if nodes < 1:
+        raise UserError(f"nodes: {nodes}, expected 1 or more")
+    gpus = options.pop("gpus_per_node", None)
+    gpus = parsed.cluster.gpus_per_node if gpus is None else gpus
     asked = {key: value for key, value in {**options, "gpus_per_node": gpus}.items() if value is not None}
     if executor == "local":
         if dry_run:

@@ -54,10 +54,15 @@ class Clock:
         self._since = self._last_look = now
         self.slept_s = 0.0
         """How long this process did not run before the last look."""
+        self._warm = False
         self._recent: dict[str, deque[float]] = {}
 
-    def look(self, place: Place, now: float) -> bool:
-        """Note where the rank is (`place[0]` is the phase); whether it has moved."""
+    def look(self, place: Place, now: float, warm: bool = False) -> bool:
+        """Note where the rank is (`place[0]` is the phase); whether it has moved.
+
+        warm: it has made progress in this phase before, even if that was too quick to be seen here.
+        """
+        self._warm = warm
         pause = now - self._last_look
         self._last_look = now
         self.slept_s = pause if pause > ASLEEP_S else 0.0
@@ -79,10 +84,11 @@ class Clock:
         phase, c = self._place[0], self._config
         if phase == "save":
             return c.save_s
-        recent = self._recent.get(phase)
-        if phase not in STEPPED or not recent:
-            return max(c.start_s, c.step_s if phase in STEPPED else 0.0)
-        return max(c.step_s, c.step_factor * statistics.median(recent))
+        recent = self._recent.get(phase, [0.0])
+        if phase not in STEPPED:
+            return c.start_s
+        floor_s = c.step_s if self._warm or phase in self._recent else max(c.start_s, c.step_s)
+        return max(floor_s, c.step_factor * statistics.median(recent))
 
 
 class Watchdog:
@@ -116,8 +122,9 @@ class Watchdog:
         announcement = hang.announcement(self._run.dir, self._run.attempt)
         while not self._closed.wait(POLL_S):
             now = time.monotonic()
-            moved = self._clock.look(self._place(), now)
-            if moved and self._run.env.rank == 0 and self._position.phase == "data":
+            phase = self._position.phase
+            moved = self._clock.look(self._place(), now, phase in self._position.warm)
+            if moved and self._run.env.rank == 0 and phase == "data":
                 self._alive.touch()
             self._arm(now)
             if announcement.exists():

@@ -1,7 +1,8 @@
 """Stands for `strop.train` where a test is about the job and not about training: counts steps to a goal.
 
-Arguments key=value: steps (goal), step_s, fail (user, exception, kill, segv, diverged, oom, exit0), at (the
-step at which rank `rank` fails), once (only in the first attempt), hold_commit_s (how long a commit takes).
+Arguments key=value: steps (goal), step_s, fail (user, exception, kill, segv, diverged, oom, storage, exit0),
+at (the step at which rank `rank` fails), once (only in the first attempt), hold_commit_s (how long a commit
+takes).
 Rank 0 writes every step to steps.jsonl; a stop request is agreed on through files, since there is no process
 group here. `+metadata.steps=9` is the same as `steps=9`: the real configuration lets it pass.
 """
@@ -16,11 +17,11 @@ import sys
 import time
 from pathlib import Path
 
-from strop.errors import EXIT_DIVERGED, EXIT_USER
+from strop.errors import EXIT_DIVERGED, EXIT_STORAGE, EXIT_USER
 from strop.slurm import attempts, rendezvous, stop
 from strop.slurm.env import Env, read_env
 
-EXIT_CODES = {"user": EXIT_USER, "diverged": EXIT_DIVERGED}
+EXIT_CODES = {"user": EXIT_USER, "diverged": EXIT_DIVERGED, "storage": EXIT_STORAGE}
 
 
 def main(args: dict[str, str]) -> int:
@@ -31,7 +32,10 @@ def main(args: dict[str, str]) -> int:
     request = stop.StopRequest(env.run_dir, env.attempt)
     if env.rank == 0:
         rendezvous.publish(env.run_dir, env.attempt, rendezvous.own_address(env.ifname), 1)
-    rendezvous.wait_for(env.run_dir, env.attempt, env.rank, env.world_size, 60.0, request)
+    try:
+        rendezvous.wait_for(env.run_dir, env.attempt, env.rank, env.world_size, 60.0, request)
+    except rendezvous.Stopped:
+        return 0  # there is nothing to save yet
     step = attempts.committed_step(env.run_dir) or 0
     goal = int(args.get("steps", 5))
     while step < goal:

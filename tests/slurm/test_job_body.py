@@ -6,74 +6,22 @@ run's own records. A fake trainer is enough, since here only the job is tested.
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from strop import submission
 from strop.slurm import attempts, command
-
-ROOT = Path(__file__).resolve().parents[2]
-FAKE = Path(__file__).parent / "fake_python"
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+from tests.slurm.body_jobs import causes, ended, output, steps, submitting, wait_until
 
 pytestmark = pytest.mark.slurm
 
 
 @pytest.fixture
 def submit(slurm_cluster, tmp_path, monkeypatch):
-    """submit("--nodes=2", "steps=5") -> job id; what begins with -- and precedes the rest is sbatch's."""
-    monkeypatch.setenv("SLURM_CONF", slurm_cluster.environment()["SLURM_CONF"])
-    monkeypatch.setenv("PYTHON", str(FAKE))
-    monkeypatch.chdir(tmp_path)
-    started: list[str] = []
-
-    def run(*words: str) -> str:
-        options = [w for w in words if w.startswith("--")]
-        args = [w for w in words if not w.startswith("--")]
-        shell = ["sbatch", "--parsable", *options, str(ROOT / "sbatch" / "dpo.sh"), *args]
-        job = subprocess.run(shell, check=True, capture_output=True, text=True).stdout.strip()
-        started.append(job)
-        return job
-
-    yield run
-    for job in started:
-        subprocess.run(["scancel", job], capture_output=True)
-
-
-def wait_until(what, limit_s: float = 60.0):
-    deadline = time.monotonic() + limit_s
-    while time.monotonic() < deadline:
-        value = what()
-        if value:
-            return value
-        time.sleep(0.1)
-    raise AssertionError(f"not within {limit_s} s")
-
-
-def ended(job: str, limit_s: float = 60.0) -> dict[str, str]:
-    def look():
-        record = command.show_job(job)
-        return record if record and record["JobState"] in ENDED else None
-
-    return wait_until(look, limit_s)
-
-
-def steps(run: Path) -> list[dict]:
-    path = run / "steps.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def causes(run: Path) -> list[str]:
-    return [record.get("cause") for record in attempts.read_all(run)]
-
-
-def output(job: str) -> str:
-    return Path(f"dpo-{job}.out").read_text()
+    yield from submitting(slurm_cluster, tmp_path, monkeypatch)
 
 
 def test_two_nodes_to_the_end(submit):
@@ -146,6 +94,7 @@ def test_killed_rank_is_requeued_and_counted(submit):
     assert (record["JobState"], record["Restarts"]) == ("COMPLETED", "1")
     assert causes(Path("runs/killed")) == ["killed", "done"]
     assert "failure 1 of 5" in output(job)
+    assert "a rank was killed (rank 1, node2): rank 1 on node2: Killed" in output(job)
 
 
 def test_segfault_twice_is_final(submit):
@@ -168,7 +117,8 @@ def test_requeue_by_hand(submit):
     assert [s["step"] for s in steps(run)] == list(range(1, 41))
 
 
-def test_no_requeue_ends_with_75(submit):
+def test_no_requeue_and_no_successor_ends_with_75(submit, monkeypatch):
+    monkeypatch.setenv("STROP_SUCCESSOR", "0")
     job = submit("--nodes=1", "--no-requeue", "steps=600", "run.name=no")
     wait_until(lambda: len(steps(Path("runs/no"))) >= 3)
     subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=True)
@@ -249,3 +199,25 @@ def test_node_that_failed_the_preflight_check_is_left_out(submit):
     assert first["exclude"] == first["nodes"]
     assert second["nodes"] != first["nodes"]
     assert record["ExcNodeList"] == first["nodes"][0]
+
+
+def test_storage_error_is_held_until_somebody_makes_room(submit, monkeypatch):
+    """And STROP_NOTIFY: told that it is held, told that it is done, and its output is no answer to lib.sh."""
+    monkeypatch.setenv("STROP_NOTIFY", "cat >>told; echo requeue 0")
+    job = submit("--nodes=2", "steps=8", "fail=storage", "message=disk full", "once=1", "run.name=full")
+    record = wait_until(lambda: held(job))
+    assert (record["JobState"], record["Restarts"]) == ("PENDING", "1")
+    first = attempts.read(Path("runs/full"), 1)
+    assert (first["cause"], first["action"], first["exit_code"]) == ("storage", "hold", 74)
+    told = Path("told").read_text()
+    assert f"scontrol release {job}" in told
+    assert re.search(r"GiB free", told)
+    subprocess.run(["scontrol", "release", job], check=True)
+    assert ended(job)["ExitCode"] == "0:0"
+    assert causes(Path("runs/full")) == ["storage", "done"]
+    assert Path("told").read_text().count("attempt ") == 2
+
+
+def held(job: str) -> dict[str, str] | None:
+    record = command.show_job(job)
+    return record if record and "held" in record["Reason"].lower() else None

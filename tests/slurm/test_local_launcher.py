@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
 import subprocess
 import time
 from pathlib import Path
@@ -23,8 +24,13 @@ def start(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     started: list[subprocess.Popen[str]] = []
 
-    def run(*args: str) -> subprocess.Popen[str]:
-        variables = {**os.environ, "STROP_LAUNCHER": "local", "STROP_LOCAL_RANKS": "2", "PYTHON": str(FAKE)}
+    def run(*args: str, ranks: int = 2, umask: int = -1) -> subprocess.Popen[str]:
+        variables = {
+            **os.environ,
+            "STROP_LAUNCHER": "local",
+            "STROP_LOCAL_RANKS": str(ranks),
+            "PYTHON": str(FAKE),
+        }
         process = subprocess.Popen(
             ["bash", str(ROOT / "sbatch/lib.sh"), "dpo", *args],
             env=variables,
@@ -32,6 +38,7 @@ def start(tmp_path, monkeypatch):
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            umask=umask,
         )
         started.append(process)
         return process
@@ -91,6 +98,43 @@ def test_second_ctrl_c_does_not_wait(start):
     assert job.poll() is None  # it waits for the commit
     os.killpg(job.pid, signal.SIGINT)
     assert job.wait(10) == 1
+
+
+def test_signals_at_every_moment_of_the_start(start):
+    """Until srun or the launcher watches for it, USR1 would kill the process that is about to become it."""
+    job = start("run.name=g", "steps=40", ranks=1)
+    time.sleep(0.2)  # a bash that has not set its traps yet would die of it
+    deadline = time.monotonic() + 4
+    while time.monotonic() < deadline:
+        os.kill(job.pid, signal.SIGUSR1)
+        time.sleep(0.003)
+    assert job.wait(60) == 0
+    assert set(causes("g")) == {"time_limit", "done"}
+    assert len(causes("g")) > 2
+    assert steps("g") == list(range(1, 41))
+
+
+def test_group_shares_the_run(start, tmp_path):
+    """umask 002 and a directory with setgid: whatever the body makes, the group may write."""
+    (tmp_path / "runs").mkdir(mode=0o775)
+    (tmp_path / "runs").chmod(0o2775)
+    job = start("run.name=h", "steps=600", umask=0o002)
+    wait_for_step("h", 2)
+    os.kill(job.pid, signal.SIGTERM)
+    assert job.wait(30) == 75
+    paths = [tmp_path / "runs/h", *(tmp_path / "runs/h").rglob("*")]
+    modes = {str(p.relative_to(tmp_path)): stat.S_IMODE(p.stat().st_mode) for p in paths}
+    assert {
+        name for name, mode in modes.items() if mode != (0o2775 if (tmp_path / name).is_dir() else 0o664)
+    } == set()
+    assert {"runs/h/attempts/0001.json", "runs/h/attempts/0001.stop"} < set(modes)
+
+
+def test_out_of_memory_at_the_same_step_twice(start):
+    job = start("run.name=i", "steps=20", "fail=oom", "at=3")
+    output, _ = job.communicate(timeout=60)
+    assert (job.returncode, causes("i")) == (78, ["oom", "oom"])
+    assert "train.micro_batch_tokens" in output
 
 
 def test_killed_rank_takes_the_others_along_and_is_retried(start):

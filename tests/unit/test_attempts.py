@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import subprocess
@@ -12,8 +13,9 @@ import time
 
 import pytest
 
+from strop import files
 from strop.errors import UserError
-from strop.slurm import attempts, body, code, command, env, files, lease
+from strop.slurm import attempts, body, code, command, env, lease
 
 SLEEPER = "import time; time.sleep(60)"
 
@@ -261,7 +263,9 @@ def ended_with(here, monkeypatch, answers):
         return answer
 
     monkeypatch.setattr(command, "slurm", slurm)
-    monkeypatch.setattr(command, "show_job", lambda target: command.parse_jobs(command.slurm(["show"]))[0])
+    monkeypatch.setattr(
+        command, "show_job", lambda target, **_: command.parse_jobs(command.slurm(["show"]))[0]
+    )
     mine = dataclasses.replace(job(), run_dir=here / "runs/x", attempt=1)
     return here / "runs/x", body.end(mine, 0, ["USR1"])
 
@@ -271,10 +275,33 @@ RUNNING = "JobId=7 JobName=dpo\n   JobState=RUNNING\n   Requeue=1 Restarts=0 Bat
 
 def test_the_controller_stays_away(here, monkeypatch):
     gone = command.NoController("Unable to contact slurm controller")
-    run, decision = ended_with(here, monkeypatch, [gone, gone])
-    assert (decision.action, decision.exit_code, decision.cause) == ("stop", 75, "time_limit")
+    run, decision = ended_with(here, monkeypatch, [gone, gone, gone])
+    assert (decision.action, decision.exit_code, decision.cause) == ("pending", 75, "time_limit")
+    record = attempts.read(run, 1)
+    assert (record["action"], record["exit_code"]) == ("pending", 75)
     assert (run / "requeue_pending").read_text() == "scontrol requeue 7\n"
     assert "still to be done" in decision.summary
+
+
+def test_cancelled_while_the_controller_was_away(here, monkeypatch):
+    cancelled = RUNNING.replace("RUNNING", "COMPLETING")
+    run, decision = ended_with(here, monkeypatch, [command.NoController("timed out"), cancelled])
+    assert (decision.action, decision.cause) == ("stop", "cancelled")
+    assert not (run / "requeue_pending").exists()
+
+
+def test_a_full_disk_holds_the_job_although_nothing_can_be_recorded(here, monkeypatch):
+    def full(*_args, **_fields):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    update = attempts.update
+    monkeypatch.setattr(attempts, "update", lambda *a, **f: full() if "cause" in f else update(*a, **f))
+    asked = [RUNNING, ""]
+    _, decision = ended_with(here, monkeypatch, asked)
+    assert (decision.action, decision.exit_code, decision.cause) == ("hold", 74, "storage")
+    assert "GiB free" in decision.summary
+    assert decision.summary.endswith("scontrol release 7")
+    assert asked == []
 
 
 def test_a_refused_requeue_ends_with_75(here, monkeypatch):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from strop import checkpoint, optim, setup
+from strop import checkpoint, optim, preflight
 from strop.config import OptimConfig
 from strop.errors import UserError
 
@@ -22,10 +22,10 @@ def test_a_disk_too_full_for_one_checkpoint(tmp_path, monkeypatch):
     for free, enough in ((3 * 2**30, True), (3 * 2**30 - 1, False)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
         if enough:
-            setup._check_disk(run, model, dist)
+            preflight.check_disk(run, model, dist)
             continue
         with pytest.raises(UserError) as raised:
-            setup._check_disk(run, model, dist)
+            preflight.check_disk(run, model, dist)
         assert str(raised.value) == (
             f"run.dir: 3.0 GiB free in {tmp_path}, but one checkpoint of this model takes 3.0 GiB"
         )

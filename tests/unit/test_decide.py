@@ -24,6 +24,7 @@ SCANCEL = JobState(ended=True)
 GRACE = JobState(preempted=True)
 BY_HAND = JobState(requeued=True, ended=True)
 LIMIT = JobState(ended=True, time_limit=True)
+CANCELS = JobState(ended=True, preempted=True)
 FIXED = JobState(can_requeue=False)
 CRASH = Crash(1, "Segmentation fault", "s")
 
@@ -66,6 +67,19 @@ TABLE = [
     ("NaN", Facts("X", 79, verdicts=(said("diverged"),)), "stop", 79, "diverged"),
     ("disk full", Facts("X", 74, verdicts=(said("storage"),)), "hold", 74, "storage"),
     ("no outcome, exit code 0", Facts("X", 0), "requeue", 1, "exception"),
+    ("--no-requeue, with a successor", Facts("YIELD", 0, signals=("USR1",), job=FIXED, successor="9"),
+     "successor", 75, "time_limit"),
+    ("preemption that cancels", Facts("YIELD", 0, signals=("TERM",), job=CANCELS, successor="9"),
+     "successor", 75, "preempted"),
+    ("the same, too late", Facts("X", 137, signals=("TERM",), job=CANCELS, successor="9"), "successor", 1,
+     "late"),
+    ("scancel in the grace time", Facts("YIELD", 0, signals=("TERM",), job=CANCELS), "stop", 75, "cancelled"),
+    ("scancel, with a successor", Facts("YIELD", 0, signals=("TERM",), job=SCANCEL, successor="9"), "stop",
+     75, "cancelled"),
+    ("requeued, with a successor", Facts("YIELD", 0, job=BY_HAND, successor="9"), "requeue", 75, "requeued"),
+    ("rank killed, cannot be requeued", Facts("X", 137, job=FIXED, successor="9"), "successor", 1, "killed"),
+    ("disk full, with a successor", Facts("X", 74, verdicts=(said("storage"),), job=FIXED, successor="9"),
+     "hold", 74, "storage"),
     ("the controller does not answer", Facts("YIELD", 0, signals=("USR1",), job=JobState(known=False)),
      "requeue", 75, "time_limit"),
 ]  # fmt: skip

@@ -200,6 +200,36 @@ def test_states(run, slurm, fields, job, state, action):
     assert action in s.next_action
 
 
+@pytest.mark.parametrize(
+    # what was recorded, the state of the successor (job 18) beside Slurm's other words for it
+    ("fields", "behind", "state", "action"),
+    [
+        ({**END, "action": "successor"}, {"JobState": "PENDING", "Reason": "Dependency"}, "queued", "job 18"),
+        ({**END, "action": "successor"}, {"JobState": "RUNNING"}, "starting", "nothing"),
+        ({**END, "action": "hold"}, {"JobState": "PENDING", "Reason": "JobHeldUser"}, "held", "release 18"),
+        ({}, {"JobState": "PENDING", "Reason": "Priority"}, "queued", "job 18"),  # killed: nothing recorded
+        ({**END, "action": "successor"}, {"JobState": "CANCELLED"}, "dead", "submit it again"),
+        ({**END, "action": "successor"}, None, "dead", "submit it again"),  # forgotten
+    ],
+)
+def test_a_successor_goes_on_when_the_job_has_ended(run, slurm, monkeypatch, fields, behind, state, action):
+    run.attempt(1, 0, **{**fields, "successor": "18"})
+    jobs = {"17": {"JobId": "17", "JobState": "COMPLETED"}, "18": behind and {"JobId": "18", **behind}}
+    monkeypatch.setattr(command, "show_job", lambda target, deadline_s: jobs[target])
+    s = assess(run, 60)
+    assert s.state == state
+    assert action in s.next_action
+    assert s.job_id == ("17" if state == "dead" else "18")
+
+
+def test_while_the_job_runs_its_successor_is_not_asked_about(run, slurm, monkeypatch):
+    run.attempt(1, 0, successor="18")
+    monkeypatch.setattr(
+        command, "show_job", lambda target, deadline_s: {"17": {"JobId": "17", "JobState": "RUNNING"}}[target]
+    )
+    assert (assess(run, 60).state, assess(run, 60).job_id) == ("starting", "17")
+
+
 def test_without_slurm_the_heartbeat_decides(run, monkeypatch):
     monkeypatch.setattr(run_files.shutil, "which", lambda name: None)
     run.attempt(1, 0, heartbeat=100)

@@ -45,6 +45,8 @@ def test_nodes_of_the_configuration(capsys, monkeypatch):
     assert "#SBATCH --gpus-per-node=2\n" in text
     text = printed(capsys, monkeypatch, "--algo", "sft", "--config", "c.yaml", "--dry-run", "--nodes", "1")
     assert "#SBATCH --nodes=1\n" in text
+    text = submission.submit("sft", ["--config", "c.yaml"], gpus_per_node=0, dry_run=True)
+    assert "#SBATCH --gpus-per-node=0\n" in text  # asked for, so not the configuration's 2
 
 
 def test_what_was_asked_for_beats_a_sites_variables():
@@ -75,6 +77,7 @@ def test_templates_differ_in_the_algorithm_only():
         (["--algo", "dpo", "--config", "my config.yaml", "optim.lrr=1"], "optim.lr"),
         (["--algo", "dpo", "--config", "nosuch.yaml"], "nosuch.yaml"),
         (["--algo", "ddpo"], "ddpo"),
+        (["--algo", "dpo", "--config", "my config.yaml", "--nodes", "0"], "nodes: 0"),
         (["--algo", "dpo", "--config", "my config.yaml", "--name", "x", "run.name=y"], "--name"),
         (["--algo", "dpo", "--config", "my config.yaml", "--executor", "local", "--dry-run"], "local"),
     ],

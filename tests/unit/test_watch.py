@@ -50,6 +50,13 @@ def test_limits_by_phase():
     assert clock.limit_s == 1000
 
 
+def test_steps_that_were_quicker_than_a_look():
+    """The rank stands at step 3 when it is first seen in training: the first step is behind it."""
+    clock = Clock(CONFIG, 0.0)
+    clock.look(("train", 3, 4), 1.0, warm=True)
+    assert clock.limit_s == 100
+
+
 def test_every_beat_is_progress():
     clock = Clock(CONFIG, 0.0)
     now = walk(clock, *[("data", None, rows) for rows in range(50)], every_s=900)

@@ -19,7 +19,6 @@ from strop.data.batch import Batch
 from strop.models.policy import Output
 
 KIND = "preference"
-COUNTS = "pairs"
 NEEDS_REFERENCE = True
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
@@ -112,6 +111,6 @@ def _metrics(c: Tensor, d: Tensor, logp: Tensor, beta: float, out: Output, batch
 
 
 def _of_chosen(batch: Batch) -> Tensor:
-    """bool [T]: the token belongs to a chosen completion."""
+    """bool [T]: the token is in a chosen sequence (the prompt's part of it is not trained)."""
     lengths = batch.cu_seqlens.diff().long()
     return torch.arange(len(lengths), device=lengths.device).remainder(2).eq(0).repeat_interleave(lengths)

@@ -10,13 +10,12 @@ from strop.data.batch import Batch
 from strop.models.policy import Output
 
 KIND = "sft"
-COUNTS = "tokens"
 NEEDS_REFERENCE = False
 
 
 def count(batch: Batch) -> int:
     """What the loss is divided by: trained tokens."""
-    return int(batch.trained_T.sum()) if len(batch.rows) else 0
+    return int(batch.trained_T.sum())
 
 
 def loss(out: Output, batch: Batch, cfg: Config) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:

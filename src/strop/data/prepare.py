@@ -8,7 +8,6 @@ end with one of two equal results. Ranks open it by its path.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from strop.data.render import Rendered, Renderer, chat_template
 from strop.data.sources import Source
 from strop.data.store import FORMAT, TokenisedRow, TokenStore
 from strop.data.tokenise import Tokeniser
-from strop.errors import StorageError, UserError
+from strop.errors import STORAGE_ERRNOS, StorageError, UserError
 
 PIPELINE = 1
 """Raise it when the same row would be tokenised or masked in another way than before."""
@@ -68,7 +67,7 @@ def prepare(
                 finish=lambda aside: ledger.save(aside / "ledger.json"),
             )
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            if error.errno in STORAGE_ERRNOS:
                 raise StorageError(error.errno, f"{error.strerror} (data.cache_dir)", str(path)) from error
             raise
     ledger = Ledger.load(path / "ledger.json")

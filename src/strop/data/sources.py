@@ -25,8 +25,9 @@ from strop.data.ledger import BadRow
 from strop.errors import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-SPLITS = ("train", "validation", "test")
 FILE_NAMES = {"train": ("training", "train"), "validation": ("validation",), "test": ("test",)}
+HUB_IS_AWAY = "the hub cannot be reached"
+"""In the message of an error; the doctor, which never asks the hub, tells it from the others by that."""
 READ_ROWS = 1000
 """Rows of a Parquet file or a hub set in memory at a time."""
 
@@ -298,7 +299,7 @@ def _load(source: Source) -> Any:
     except (datasets.exceptions.DatasetNotFoundError, ValueError) as error:
         raise UserError(f"{source.name}: {_first_line(error)} (neither a local path nor a hub set)") from None
     except ConnectionError as error:
-        text = f"{source.name} is no local path, and the hub cannot be reached: {_first_line(error)}"
+        text = f"{source.name} is no local path, and {HUB_IS_AWAY}: {_first_line(error)}"
         if datasets.config.HF_HUB_OFFLINE:
             raise UserError(text) from None
         raise ConnectionError(text) from None

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from strop import files
 from strop.errors import UserError
 
 FORMAT = 1
@@ -131,8 +132,9 @@ class TokenStore:
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f"{path.name}.tmp-", dir=path.parent))
-        aside.chmod(0o755)
+        # not tempfile's: that one would be readable by its owner alone, and a group may share its runs
+        aside = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:12]}")
+        aside.mkdir()
         try:
             with open(aside / "tokens.bin", "wb") as tokens, open(aside / "trained.bin", "wb") as trained:
                 offsets, row_sources, sources = _stream(rows, tokens, trained, SEQS_PER_ROW[kind])
@@ -173,20 +175,10 @@ def _stream(
 
 def _publish(aside: Path, path: Path) -> None:
     """Files to disk, then the rename that makes the store exist. A twin that came first is kept."""
-    for file in aside.iterdir():
-        _fsync(file)
-    _fsync(aside)
+    files.fsync_tree(aside)
     try:
         os.rename(aside, path)
     except OSError:
         if not (path / "store.json").exists():  # anything but "another process wrote it meanwhile"
             raise
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    files.fsync(path.parent)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-LEVELS = ("ok", "warn", "FAIL")
-
 
 @dataclass(frozen=True)
 class Check:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,14 +10,10 @@ from typing import Any, Optional
 
 from strop import config as config_module
 from strop.config import Config
-from strop.doctor import model, place, rows, schedule, tokens
+from strop.data import sources
+from strop.doctor import memory, model, place, rows, schedule, tokens
 from strop.doctor.checks import Check, Checks
-from strop.doctor.memory import Memory
 from strop.errors import UserError
-
-HUB_IS_AWAY = "the hub cannot be reached"
-"""In the message of data/sources.py; the doctor itself never asks the hub."""
-KINDS = {"dpo": "preference", "sft": "sft"}
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ def _data(
     tokenizer = tokens.load(config, checks, offline)
     if tokenizer is None:
         return None
-    kind = KINDS[q.algo]
+    kind = importlib.import_module(f"strop.algos.{q.algo}").KIND
     train = _scanned("train", lambda: rows.scan(config, tokenizer, kind, "train", q.rows), offline, checks)
     if train is None:
         return None
@@ -128,7 +125,7 @@ def _scanned(split: str, scan: Callable[[], rows.Scan], offline: bool, checks: C
     try:
         return scan()
     except UserError as error:
-        if HUB_IS_AWAY in str(error) and not offline:
+        if sources.HUB_IS_AWAY in str(error) and not offline:
             advice = "fetch it on a node with internet: hf download --repo-type dataset NAME"
             checks.warn(f"{split} data", "it is not in the hub cache, and is not looked at", advice)
         else:
@@ -138,12 +135,12 @@ def _scanned(split: str, scan: Callable[[], rows.Scan], offline: bool, checks: C
     return None
 
 
-def _numbers(shape: model.Shape, needed: Memory, world: int) -> dict[str, Any]:
+def _numbers(shape: model.Shape, needed: memory.Memory, world: int) -> dict[str, Any]:
     return {
         "num_params": shape.num_params,
         "world_size": world,
         "memory_bytes": {**vars(needed), "states": needed.states, "total": needed.total},
-        "checkpoint_bytes": 12 * shape.num_params,
+        "checkpoint_bytes": memory.checkpoint_bytes(shape),
     }
 
 

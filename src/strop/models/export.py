@@ -36,10 +36,10 @@ from strop.config import ModelConfig
 from strop.errors import StorageError, UserError
 from strop.files import new_directory
 from strop.models.hf import distinct_state, load_tokenizer
+from strop.parallel import DTYPES
 
 PREFIX = "model."
 """Where the weights are in a checkpoint: PREFIX + the model's own parameter name."""
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

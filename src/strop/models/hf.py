@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import initialization as hf_init
 
+from strop import files
 from strop.config import ModelConfig
 from strop.data.render import chat_template
 from strop.dist import Dist
@@ -61,12 +62,8 @@ def weights_digest(path: str, revision: Optional[str]) -> str:
         config = AutoConfig.from_pretrained(path, revision=revision)
         digest.update(f"{path}@{getattr(config, '_commit_hash', None) or revision}".encode())
         return digest.hexdigest()[:24]
-    files = sorted(f for pattern in (*WEIGHT_FILES, "config.json") for f in folder.glob(pattern))
-    for file in files:
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            while block := stream.read(2**24):
-                digest.update(block)
+    for file in sorted(f for pattern in (*WEIGHT_FILES, "config.json") for f in folder.glob(pattern)):
+        digest.update(f"{file.name} {files.sha256(file)}\n".encode())
     return digest.hexdigest()[:24]
 
 

@@ -31,7 +31,7 @@ class MetricsFile:
         self.path = path
         if path.exists():
             cut_back(path, path.stat().st_size)
-        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
     def write(self, record: Mapping[str, Number]) -> None:
         """Append one line. StorageError if it does not reach the file whole."""

@@ -12,8 +12,7 @@ from strop.obs.run_files import RunFiles
 def next_action(run: RunFiles, state: str, step: int) -> str:
     if not run.records:
         return "nothing is known of how it was started"
-    r = run.records[-1]
-    target = r.get("target") or r.get("job_id")
+    r, target = run.records[-1], run.target
     if run.requeue_pending is not None and state not in ("queued", "starting", "training"):
         return f"the controller did not take the requeue: {run.requeue_pending}"
     if state == "finished":

@@ -20,8 +20,9 @@ from typing import Any, Optional
 
 import yaml
 
+from strop import files
 from strop.aliases import ALIASES
-from strop.slurm import attempts, command, files, lease
+from strop.slurm import attempts, command, lease
 
 TAIL_BYTES = 1 << 16
 SLURM_DEADLINE_S = 4.0
@@ -61,10 +62,22 @@ class RunFiles:
     """Some attempt came as far as the training loop, which opens timing.jsonl."""
     checkpoints: Checkpoints
     job: Optional[Mapping[str, str]] = None
-    """Slurm's record of the newest attempt's job; {} if Slurm has forgotten it; None if it was not asked
-    or did not answer."""
+    """Slurm's record of the newest attempt's job, or of its successor once that is to go on; {} if Slurm has
+    forgotten it; None if it was not asked or did not answer."""
     requeue_pending: Optional[str] = None
     """The command that the controller did not take."""
+
+    @property
+    def target(self) -> Optional[str]:
+        """The number of the job that goes on with the run, for scontrol; None outside of Slurm."""
+        r = self.records[-1] if self.records else {}
+        return str(r["successor"]) if self.successor_goes_on else r.get("target") or r.get("job_id")
+
+    @property
+    def successor_goes_on(self) -> bool:
+        """The newest attempt's own job will not run again, and the one that waited behind it is there."""
+        successor = self.records[-1].get("successor") if self.records else None
+        return bool(self.job and successor and self.job.get("JobId") == str(successor))
 
 
 def is_run(directory: Path) -> bool:
@@ -116,7 +129,11 @@ def _ask_slurm(record: Mapping[str, Any]) -> Optional[Mapping[str, str]]:
     if target is None or final or shutil.which("scontrol") is None:
         return None
     try:
-        return command.show_job(str(target), deadline_s=SLURM_DEADLINE_S) or {}
+        own = command.show_job(str(target), deadline_s=SLURM_DEADLINE_S) or {}
+        if not record.get("successor") or own.get("JobState", "COMPLETED") not in command.ENDED:
+            return own
+        behind = command.show_job(str(record["successor"]), deadline_s=SLURM_DEADLINE_S) or {}
+        return own if behind.get("JobState", "COMPLETED") in command.ENDED else behind
     except command.SlurmError:
         return None
 

@@ -107,7 +107,7 @@ def assess(run: RunFiles) -> Status:
         tokens_per_s=_median([t.get("tokens_per_s") for t in _newest(run)[-RECENT_STEPS:]]),
         metrics=trained[-1] if trained else None,
         evaluation=evaluations[-1] if evaluations else None,
-        job_id=newest.get("target") or newest.get("job_id"),
+        job_id=run.target,
         attempts=rows,
         kept_s=kept,
         wall_s=wall,
@@ -165,14 +165,15 @@ def _owner(run: RunFiles) -> str:
             return "alive" if run.now - r["heartbeat"] < lease.CREATION_LIMIT_S else "gone"
         return "alive" if r["alive"] else "gone"
     if run.job is None:  # Slurm was not asked, or did not answer: the heartbeat and the decision remain
-        if r.get("action") == "requeue":
+        if r.get("action") in ("requeue", "successor"):
             return "queued"
         return "alive" if run.now - r["heartbeat"] < lease.HEARTBEAT_LIMIT_S else "gone"
     state = run.job.get("JobState", "")
     if state == "PENDING":
         return "held" if "held" in run.job.get("Reason", "").lower() else "queued"
     if state in lease.ALIVE:
-        return "restarted" if int(run.job.get("Restarts", 0)) > r.get("restart_count", 0) else "alive"
+        restarted = run.successor_goes_on or int(run.job.get("Restarts", 0)) > r.get("restart_count", 0)
+        return "restarted" if restarted else "alive"
     return {"COMPLETING": "ending", "CANCELLED": "cancelled"}.get(state, "gone")
 
 

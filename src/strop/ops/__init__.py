@@ -1,4 +1,4 @@
-"""The operations that a loss is made of. One entry each; the backend is chosen inside.
+"""The operations that a loss is made of, one function each, in plain torch for any device.
 
 Shapes: N trained tokens, H hidden size, V vocabulary, T packed tokens, S sequences, P pairs.
 """

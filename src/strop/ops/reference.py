@@ -140,7 +140,10 @@ class _LinearLogprob(torch.autograd.Function):
 
 
 def logprob(logits: Tensor, target: Tensor) -> tuple[Tensor, TokenStats]:
-    """log softmax(logits)[target] of logits that exist anyway: [N, V], int64 [N] -> fp32 [N], statistics."""
+    """log softmax(logits)[target] and statistics, of logits that exist anyway.
+
+    logits [N, V] of any float type, target int64 [N] -> log-prob fp32 [N], computed in fp32.
+    """
     logp = torch.log_softmax(logits.float(), dim=1)
     with torch.no_grad():
         entropy = -(logp.exp() * logp).sum(1)
@@ -150,7 +153,10 @@ def logprob(logits: Tensor, target: Tensor) -> tuple[Tensor, TokenStats]:
 
 
 def segment_sum(x_T: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Sums of consecutive segments: x [T], cu_seqlens [S+1] from 0 to T -> [S], summed in a fixed order."""
+    """Sums of consecutive segments: x [T], cu_seqlens int [S+1] from 0 to T -> [S], summed in a fixed order.
+
+    Raises ValueError if x is not one-dimensional, or (on the CPU) if cu_seqlens does not span it.
+    """
     if x_T.ndim != 1:
         raise ValueError(f"x must be [T], not {tuple(x_T.shape)}")
     if x_T.device.type == "cpu" and (cu_seqlens[0] != 0 or cu_seqlens[-1] != len(x_T)):

@@ -1,7 +1,8 @@
-"""`python3 -m strop.slurm begin|end`, for sbatch/lib.sh: on the host, uninstalled, standard library only.
+"""`python3 -m strop.slurm begin|end|term`, for sbatch/lib.sh: on the host, uninstalled, no other modules.
 
 `begin ALGO ARGS` prints shell assignments for the ranks. `end --exit CODE --signals "USR1 TERM"` prints
-"ACTION EXIT_CODE"; the summary for the reader goes to stderr, which is the job's output file.
+"ACTION EXIT_CODE"; the summary for the reader goes to stderr, which is the job's output file. `term` is
+called when TERM has reached the batch shell of a job with a successor.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from strop.errors import EXIT_USER, UserError
+from strop.errors import EXIT_DONE, EXIT_STORAGE, EXIT_USER, STORAGE_ERRNOS, UserError
 from strop.slurm import body, command, env, lease, stop
 
 
@@ -20,7 +21,14 @@ def main(argv: Sequence[str]) -> int:
         return begin(argv[1], list(argv[2:]))
     if argv[:1] == ["end"]:
         return end(list(argv[1:]))
-    print("usage: python3 -m strop.slurm begin ALGO ARGS | end --exit CODE --signals NAMES", file=sys.stderr)
+    if argv[:1] == ["term"]:
+        if body.cancel_successor(env.read_job()):
+            say("cancelled, and its successor with it")
+        return EXIT_DONE
+    print(
+        "usage: python3 -m strop.slurm begin ALGO ARGS | end --exit CODE --signals NAMES | term",
+        file=sys.stderr,
+    )
     return EXIT_USER
 
 
@@ -29,9 +37,18 @@ def begin(algo: str, args: list[str]) -> int:
     try:
         tasks = env.tasks_per_node() if job.launcher == "slurm" else env.local_ranks()
         begun = body.begin(algo, args, job)
+    except body.NothingToDo as reason:
+        say(str(reason))
+        print("exit 0")
+        return EXIT_DONE
     except UserError as error:
         say(str(error))
         return EXIT_USER
+    except OSError as error:
+        if error.errno not in STORAGE_ERRNOS:
+            raise
+        say(f"the run cannot be written: {error}\n{body.hold(job)}")
+        return EXIT_STORAGE
     except (lease.Held, body.Exhausted, command.SlurmError) as error:
         say(str(error))
         return 1
@@ -48,6 +65,7 @@ def begin(algo: str, args: list[str]) -> int:
         "STROP_TASKS_PER_NODE": tasks,
         "STROP_GPUS_PER_NODE": env.num_gpus() if job.launcher == "slurm" else 0,
         "STROP_NUM_NODES": len(job.nodes),
+        "STROP_SUCCESSOR_JOB": begun.successor or "",
     }
     for name, value in values.items():
         print(f"export {name}={shlex.quote(str(value))}")

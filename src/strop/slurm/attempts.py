@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 from typing import Any, Optional
 
-from strop.slurm import files, lease, stop
+from strop import files
+from strop.slurm import lease, stop
 
 STATES = ("X", "DONE", "YIELD", "FAIL")
 KINDS = ("user", "diverged", "storage", "oom", "hang", "exception", "peer")
@@ -93,7 +94,7 @@ def _create(path: Path, record: dict[str, Any]) -> bool:
         file.write(json.dumps(record, indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    files.fsync_directory(path.parent)
+    files.fsync(path.parent)
     return True
 
 

@@ -7,19 +7,40 @@ because a requeue kills this very process.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from strop.errors import EXIT_YIELD, UserError
-from strop.slurm import attempts, code, command, crash, decide, env, files, hang, naming, stop
+from strop import files
+from strop.errors import EXIT_STORAGE, EXIT_YIELD, STORAGE_ERRNOS, UserError
+from strop.slurm import (
+    attempts,
+    code,
+    command,
+    crash,
+    deaths,
+    decide,
+    env,
+    hang,
+    hostlist,
+    lease,
+    naming,
+    stop,
+    successor,
+)
 
 ROOT = code.PACKAGE.parents[1]
+WAIT_WITHOUT_END_S = 3600.0
+END_MARGIN_S = 20.0
+"""Before the job's end a controller that does not answer is given up."""
 EXCLUDE_FOR_S = 24 * 3600.0
+NOTIFY_LIMIT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -28,6 +49,11 @@ class Begun:
     attempt: int
     end_time: Optional[float]
     notes: tuple[str, ...]
+    successor: Optional[str] = None
+
+
+class NothingToDo(Exception):
+    """A successor whose run has ended, or gone on elsewhere; the message says so. Exit code 0."""
 
 
 class Exhausted(RuntimeError):
@@ -35,8 +61,11 @@ class Exhausted(RuntimeError):
 
 
 def begin(algo: str, args: Sequence[str], job: env.Job) -> Begun:
-    """Create the attempt. Raises UserError, lease.Held or Exhausted; then nothing has been written."""
+    """Create the attempt. Raises UserError, lease.Held, Exhausted or NothingToDo: nothing is written."""
     run = naming.resolve(algo, args, job, ROOT)
+    idle = successor.stand_down(job, run.directory, attempts.read_all(run.directory))
+    if idle:
+        raise NothingToDo(f"{idle}; nothing left to do for job {job.target}, its successor")
     records = _records_of(run, job)
     code_now = code.identify()
     committed = attempts.committed_step(run.directory)
@@ -56,9 +85,19 @@ def begin(algo: str, args: Sequence[str], job: env.Job) -> Begun:
         algo=algo,
         args=list(args),
         code=code_now,
+        **deaths.mark(),
     )
     (run.directory / "requeue_pending").unlink(missing_ok=True)
-    return Begun(run.directory, attempt, _end_time(job), tuple(notes))
+    known, behind = None, None
+    if job.target is not None:
+        known = command.show_job(job.target) or {}
+        named = args if run.given else [*args, f"run.name={run.name}"]
+        try:
+            behind = successor.prepare(run.directory, attempt, known, job, algo, named)
+        except command.SlurmError as error:
+            notes.append(f"NO SUCCESSOR, and this job cannot be requeued: {error}")
+    notes += [f"job {behind} is its successor: this one cannot be requeued"] if behind else []
+    return Begun(run.directory, attempt, _end_time(known or {}), tuple(notes), behind)
 
 
 def _records_of(run: naming.RunName, job: env.Job) -> list[dict[str, Any]]:
@@ -88,10 +127,7 @@ def _refuse_if_exhausted(run_dir: Path, records: list[dict[str, Any]], committed
         raise Exhausted(f"run {run_dir}: {spent}; not started again. Submit it anew to try once more")
 
 
-def _end_time(job: env.Job) -> Optional[float]:
-    if job.target is None:
-        return None
-    record = command.show_job(job.target) or {}
+def _end_time(record: Mapping[str, str]) -> Optional[float]:
     text = record.get("EndTime", "Unknown")
     return None if text == "Unknown" else time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
 
@@ -101,23 +137,61 @@ def end(job: env.Job, launcher_exit: int, signals: Sequence[str]) -> decide.Deci
     assert job.run_dir is not None
     assert job.attempt is not None
     facts = gather(job, launcher_exit, signals)
-    decision = decide.decide(facts)
-    state = "FAIL" if facts.state == "X" else facts.state
-    attempts.update(
-        job.run_dir,
-        job.attempt,
-        state=state,
-        cause=decision.cause,
-        action=decision.action,
-        exit_code=decision.exit_code,
-        fingerprint=decision.fingerprint,
-        exclude=list(decision.exclude),
-        summary=decision.summary,
-        closed=time.time(),
-    )
-    if job.launcher == "slurm" and decision.action in ("requeue", "hold") and not facts.job.requeued:
-        decision = _put_back(job, decision)
+    decision = _record(job, facts, decide.decide(facts))
+    if job.launcher != "slurm":
+        return decision
+    if not facts.job.known and decision.action in ("requeue", "hold"):
+        pending = _leave_pending(job, decision)
+        facts = dataclasses.replace(facts, job=job_state(job, deadline_s=_left_s(job)))
+        decision = _record(job, facts, decide.decide(facts))  # somebody may have cancelled it meanwhile
+        pending.unlink(missing_ok=True)
+    before = decision
+    if decision.action in ("requeue", "hold") and not facts.job.requeued:
+        decision = _put_back(job, decision, facts)
+    if facts.successor and decision.action in ("finished", "stop"):
+        decision = _without_successor(decision, facts.successor)
+    return decision if decision == before else _record(job, facts, decision)
+
+
+def _record(job: env.Job, facts: decide.Facts, decision: decide.Decision) -> decide.Decision:
+    """Write the decision down. Where even that cannot be written, storage is the cause."""
+    assert job.run_dir is not None
+    assert job.attempt is not None
+    try:
+        attempts.update(
+            job.run_dir,
+            job.attempt,
+            state="FAIL" if facts.state == "X" else facts.state,
+            step=decision.step if facts.step is None else facts.step,
+            cause=decision.cause,
+            action=decision.action,
+            exit_code=decision.exit_code,
+            fingerprint=decision.fingerprint,
+            exclude=list(decision.exclude),
+            summary=decision.summary,
+            closed=time.time(),
+        )
+    except OSError as error:
+        if error.errno not in STORAGE_ERRNOS:
+            raise
+        why = f"{error}\n{deaths.describe_space(job.run_dir)}"
+        if decision.action in ("requeue", "successor"):
+            summary = (
+                f"{decide.WORDS['storage']}: {why}\n{decision.summary}\nheld: make room, then release it"
+            )
+            return dataclasses.replace(
+                decision, action="hold", exit_code=EXIT_STORAGE, cause="storage", summary=summary
+            )
+        if decision.cause != "storage":
+            return dataclasses.replace(decision, summary=f"{decision.summary}\nnot recorded: {why}")
     return decision
+
+
+def _left_s(job: env.Job) -> float:
+    """How long a controller that does not answer may be waited for."""
+    if job.end_time is None:
+        return WAIT_WITHOUT_END_S
+    return max(job.end_time - time.time() - END_MARGIN_S, 5.0)
 
 
 def gather(job: env.Job, launcher_exit: int, signals: Sequence[str]) -> decide.Facts:
@@ -132,6 +206,7 @@ def gather(job: env.Job, launcher_exit: int, signals: Sequence[str]) -> decide.F
     said = attempts.read_verdicts(run_dir, number)
     verdicts = [decide.Verdict(**{key: v[key] for key in fields if key in v}) for v in said]
     logs = attempts.log_dir(run_dir, number)
+    state = _local_state(signals) if job.launcher == "local" else job_state(job)
     return decide.Facts(
         state=record["state"],
         launcher_exit=launcher_exit,
@@ -142,12 +217,20 @@ def gather(job: env.Job, launcher_exit: int, signals: Sequence[str]) -> decide.F
         stop_requested=stop.stop_file(run_dir, number).exists(),
         verdicts=tuple(verdicts),
         crash=crash.find(logs),
+        death=deaths.find(run_dir, record, verdicts),
+        successor=_successor(record.get("successor"), state),
+        space=deaths.describe_space(run_dir) if any(v.kind == "storage" for v in verdicts) else "",
         suspect=hang.suspect(said, *_ranks(logs)),
         num_nodes=len(record.get("nodes") or ()),
-        job=_local_state(signals) if job.launcher == "local" else job_state(job),
+        job=state,
         history=decide.since_progress(records, committed)[:-1],
         last_words=crash.last_words(logs, {v.rank for v in verdicts}),
     )
+
+
+def _successor(job_id: Optional[str], state: decide.JobState) -> Optional[str]:
+    """The job that waits behind this one, unless its owner has taken it out of the queue."""
+    return job_id if job_id and (not state.known or successor.waiting(job_id)) else None
 
 
 def _ranks(logs: Path) -> tuple[int, dict[int, str]]:
@@ -162,10 +245,10 @@ def _local_state(signals: Sequence[str]) -> decide.JobState:
     return decide.JobState(ended=bool({"TERM", "INT"} & set(signals)))
 
 
-def job_state(job: env.Job) -> decide.JobState:
+def job_state(job: env.Job, *, deadline_s: float = 10.0) -> decide.JobState:
     assert job.target is not None
     try:
-        record = command.show_job(job.target)
+        record = command.show_job(job.target, deadline_s=deadline_s)
     except command.NoController:
         record = None
     return decide.JobState(known=False) if record is None else read_state(record, job.restart_count)
@@ -175,7 +258,7 @@ def read_state(record: dict[str, str], restart_count: int) -> decide.JobState:
     """As measured without accounting: after scancel COMPLETING with Restarts unchanged, on a requeue with
     one more, at the time limit with Reason=TimeLimit; in a preemption's grace time RUNNING with PreemptTime.
     """
-    ended = record["JobState"] != "RUNNING"
+    ended = record["JobState"] not in lease.ALIVE  # SIGNALING: it is RUNNING, and gets a signal just now
     return decide.JobState(
         can_requeue=record.get("Requeue") == "1" and record.get("BatchFlag") != "0",
         requeued=int(record.get("Restarts", 0)) > restart_count,
@@ -185,22 +268,27 @@ def read_state(record: dict[str, str], restart_count: int) -> decide.JobState:
     )
 
 
-def _put_back(job: env.Job, decision: decide.Decision) -> decide.Decision:
+def _put_back(job: env.Job, decision: decide.Decision, facts: decide.Facts) -> decide.Decision:
     """scontrol requeue (or requeuehold). Refused: the job ends with what it has, and says so."""
-    assert job.target is not None
     assert job.run_dir is not None
-    verb = "requeue" if decision.action == "requeue" else "requeuehold"
-    pending = job.run_dir / "requeue_pending"
-    pending.write_text(f"scontrol {verb} {job.target}\n")
+    if decision.action == "hold" and facts.successor and not facts.job.can_requeue:
+        successor.hold(facts.successor)
+        return _released_by(decision, facts.successor)
+    pending = _leave_pending(job, decision)
     try:
-        command.slurm(["scontrol", verb, job.target], deadline_s=600.0)
+        command.slurm(_back(job, decision), deadline_s=_left_s(job))
     except command.NoController as error:
-        return _refused(decision, f"{error}\nthe requeue is still to be done: {pending}")
+        summary = decision.summary.replace("\nrequeued", "")
+        summary += f"\n{error}\nthe requeue is still to be done: {' '.join(_back(job, decision))}"
+        summary += " (or submit it again with the same run.name)"
+        return dataclasses.replace(decision, action="pending", exit_code=EXIT_YIELD, summary=summary)
     except command.SlurmError as error:
         if "pending" not in str(error).lower():
-            pending.unlink()
-            return _refused(decision, str(error))
+            pending.unlink(missing_ok=True)
+            return _refused(decision, str(error), facts.successor)
     pending.unlink(missing_ok=True)
+    if decision.action == "hold":
+        return _released_by(decision, str(job.target))
     try:
         _exclude_nodes(job, job.run_dir)
     except command.SlurmError as error:  # the job is in the queue already; only this wish failed
@@ -208,10 +296,54 @@ def _put_back(job: env.Job, decision: decide.Decision) -> decide.Decision:
     return decision
 
 
-def _refused(decision: decide.Decision, why: str) -> decide.Decision:
+def _back(job: env.Job, decision: decide.Decision) -> list[str]:
+    assert job.target is not None
+    return ["scontrol", "requeue" if decision.action == "requeue" else "requeuehold", job.target]
+
+
+def _leave_pending(job: env.Job, decision: decide.Decision) -> Path:
+    """For whoever looks at the run after this process was killed while it waited for the controller."""
+    assert job.run_dir is not None
+    path = job.run_dir / "requeue_pending"
+    with contextlib.suppress(OSError):  # a full disk may be the very reason for a hold
+        path.write_text(" ".join(_back(job, decision)) + "\n")
+    return path
+
+
+def _released_by(decision: decide.Decision, target: str) -> decide.Decision:
+    return dataclasses.replace(decision, summary=f"{decision.summary}: scontrol release {target}")
+
+
+def _refused(decision: decide.Decision, why: str, waiting: Optional[str]) -> decide.Decision:
     exit_code = EXIT_YIELD if decision.cause in decide.YIELDS else decision.exit_code
     summary = decision.summary.replace("\nrequeued", "") + f"\nnot requeued: {why}"
+    if waiting and decision.action == "requeue":
+        summary += f"\njob {waiting} goes on"
+        return dataclasses.replace(decision, action="successor", exit_code=exit_code, summary=summary)
     return dataclasses.replace(decision, action="stop", exit_code=exit_code, summary=summary)
+
+
+def _without_successor(decision: decide.Decision, waiting: str) -> decide.Decision:
+    """Nothing is lost if this fails: the successor finds the end in the run directory (`stand_down`)."""
+    try:
+        successor.cancel(waiting)
+    except command.SlurmError as error:
+        return dataclasses.replace(
+            decision, summary=f"{decision.summary}\njob {waiting} not cancelled: {error}"
+        )
+    return decision
+
+
+def cancel_successor(job: env.Job) -> bool:
+    """TERM has reached the batch shell. After scancel the successor goes at once: `end` may come too late,
+    since KILL follows within half a minute and a commit may take longer."""
+    assert job.run_dir is not None
+    assert job.attempt is not None
+    waiting = attempts.read(job.run_dir, job.attempt).get("successor")
+    if not waiting or not decide.is_cancelled(job_state(job), waiting):
+        return False
+    successor.cancel(waiting)
+    return True
 
 
 def _exclude_nodes(job: env.Job, run_dir: Path) -> None:
@@ -221,14 +353,35 @@ def _exclude_nodes(job: env.Job, run_dir: Path) -> None:
     if not bad:
         return
     assert job.target is not None
-    now = env.hostlist.expand(
-        (command.show_job(job.target) or {}).get("ExcNodeList", "").replace("(null)", "")
-    )
+    now = hostlist.expand((command.show_job(job.target) or {}).get("ExcNodeList", "").replace("(null)", ""))
     wanted = sorted({n for n in now if n not in bad} | {n for n, fresh in bad.items() if fresh})
     command.slurm(["scontrol", "update", f"JobId={job.target}", f"ExcNodeList={','.join(wanted)}"])
 
 
+def hold(job: env.Job) -> str:
+    """Put a job whose attempt could not even begin for want of space back into the queue, held. What became
+    of it, in words."""
+    if job.target is None:
+        return "make room, then start it again"
+    try:
+        command.slurm(["scontrol", "requeuehold", job.target])
+    except command.SlurmError as error:
+        return f"make room, then submit it again (not held: {error})"
+    return f"held: make room, then: scontrol release {job.target}"
+
+
 def notify(job: env.Job, decision: decide.Decision, text: str) -> None:
     """The site's STROP_NOTIFY command gets the summary on its stdin when a job ends for good."""
-    if job.notify and decision.action != "requeue":
-        subprocess.run(["bash", "-c", job.notify], input=text, text=True, timeout=60, check=False)
+    if not job.notify or decision.action in ("requeue", "successor"):
+        return
+    try:  # its output goes to the job's: our stdout is for the batch shell
+        subprocess.run(
+            ["bash", "-c", job.notify],
+            input=text,
+            text=True,
+            stdout=sys.stderr,
+            timeout=NOTIFY_LIMIT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        print(f"strop: STROP_NOTIFY took longer than {NOTIFY_LIMIT_S:.0f} s", file=sys.stderr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Optional
 
 NO_ANSWER = re.compile(
@@ -14,7 +14,13 @@ NO_ANSWER = re.compile(
     r"slurm backup controller in standby|unable to establish controller",
     re.IGNORECASE,
 )
+ENDED = (
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"),
+    *("BOOT_FAIL", "DEADLINE"),
+)
+"""States of a job that will not run again."""
 UNKNOWN_JOB = re.compile(r"invalid job id", re.IGNORECASE)
+ONE_TRY_S = 30.0
 LONG_KEYS = ("Command", "WorkDir", "StdErr", "StdIn", "StdOut", "Comment", "AdminComment", "SystemComment")
 
 
@@ -26,8 +32,16 @@ class NoController(SlurmError):
     """The controller did not answer until the deadline."""
 
 
-def slurm(args: Sequence[str], *, deadline_s: float = 60.0, with_stderr: bool = False) -> str:
-    """Run a Slurm command and return what it printed (`with_stderr`: `sbatch --test-only` answers there).
+def slurm(
+    args: Sequence[str],
+    *,
+    deadline_s: float = 60.0,
+    stdin: Optional[str] = None,
+    variables: Optional[Mapping[str, str]] = None,
+    with_stderr: bool = False,
+) -> str:
+    """Run a Slurm command and return what it printed (`with_stderr`: `sbatch --test-only` answers there);
+    `variables` in place of the environment.
 
     A controller that does not answer (a restart, a fail-over) is asked again after 1, 2, 4, ... 30 s.
     """
@@ -36,7 +50,10 @@ def slurm(args: Sequence[str], *, deadline_s: float = 60.0, with_stderr: bool = 
     while True:
         error = ""
         try:
-            done = subprocess.run(args, capture_output=True, text=True, timeout=max(5.0, deadline_s))
+            limit_s = min(max(5.0, deadline - time.monotonic()), ONE_TRY_S)
+            done = subprocess.run(
+                args, capture_output=True, text=True, input=stdin, env=variables, timeout=limit_s
+            )
             if done.returncode == 0:
                 return done.stdout + done.stderr if with_stderr else done.stdout
             error = (done.stderr or done.stdout).strip()

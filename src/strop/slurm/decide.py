@@ -25,7 +25,6 @@ YIELD_LIMIT = 10
 
 YIELDS = ("preempted", "time_limit", "stopped", "requeued", "lost", "late")
 FAILURES = ("oom", "hang", "segfault", "killed", "startup", "exception")
-FINAL = ("done", "user", "diverged", "storage", "cancelled")
 STARTUP_PHASES = ("INIT", "PREFLIGHT", "RESUME")
 EXIT_UNKNOWN = 1
 
@@ -48,6 +47,11 @@ WORDS = {
     "startup": "failed before its first step",
     "exception": "failed",
 }
+
+LESS_MEMORY = (
+    "to need less memory: lower train.micro_batch_tokens, train.activation_checkpointing=full, more nodes; "
+    "if it was the host's memory: --mem=0, or fewer ranks a node"
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,18 @@ class Crash:
     rank: Optional[int]
     message: str
     fingerprint: str
+
+
+@dataclass(frozen=True)
+class Death:
+    """A rank that was killed, as srun or the kernel tell (strop.slurm.deaths)."""
+
+    rank: Optional[int]
+    node: Optional[str]
+    message: str
+    oom: bool
+    """For want of memory."""
+    step: Optional[int] = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +128,11 @@ class Facts:
     """There is a stop file."""
     verdicts: tuple[Verdict, ...] = ()
     crash: Optional[Crash] = None
+    death: Optional[Death] = None
+    successor: Optional[str] = None
+    """The job that waits behind this one, to go on in its place."""
+    space: str = ""
+    """The file system of the run and what is free there, if something could not be written."""
     suspect: Optional[Suspect] = None
     """Whom the ranks of a hung attempt were waiting for."""
     num_nodes: int = 1
@@ -135,21 +156,30 @@ class Cause:
 @dataclass(frozen=True)
 class Decision:
     action: str
-    """requeue | stop | hold | finished"""
+    """requeue | successor | pending (requeue still to be asked for) | stop | hold | finished"""
     exit_code: int
     cause: str
     summary: str
     fingerprint: Optional[str] = None
     exclude: tuple[str, ...] = ()
     """Nodes that failed the pre-flight check: the next attempt shall not get them."""
+    step: Optional[int] = None
+    """Where it failed."""
 
 
 def decide(facts: Facts) -> Decision:
     cause = classify(facts)
     past = (*facts.history, Past(cause.name, cause.fingerprint, cause.step))
     action, exit_code, why = _act(facts, cause, past)
-    summary = _summary(facts, cause, action, why)
-    return Decision(action, exit_code, cause.name, summary, cause.fingerprint, _to_exclude(facts, cause))
+    return Decision(
+        action,
+        exit_code,
+        cause.name,
+        _summary(facts, cause, action, why),
+        cause.fingerprint,
+        _to_exclude(facts, cause),
+        cause.step,
+    )
 
 
 def classify(facts: Facts) -> Cause:
@@ -158,8 +188,11 @@ def classify(facts: Facts) -> Cause:
     first = first_failure(facts.verdicts)
     if first and first.kind in ("user", "diverged"):
         return _from_verdict(first.kind, first)
-    if facts.job.ended and not facts.job.requeued and not facts.job.time_limit:
+    if is_cancelled(facts.job, facts.successor):
         return Cause("cancelled")
+    death = facts.death if facts.state != "YIELD" else None
+    if death and death.oom and (first is None or first.kind in ("exception", "hang")):
+        return Cause("oom", death.message, None, death.step, death.rank, death.node)
     if facts.state != "YIELD" and first and first.kind == "hang":
         return _hung(first, facts.suspect)
     if facts.state != "YIELD" and first:
@@ -181,7 +214,20 @@ def classify(facts: Facts) -> Cause:
     if facts.launcher_exit == 0:
         message = "all ranks ended with exit code 0, but no outcome was recorded"
         return Cause("exception", message, fingerprint="no-outcome")
+    if death:
+        message = "\n".join(filter(None, [death.message, facts.last_words]))
+        return Cause("killed", message, None, death.step, death.rank, death.node)
     return Cause("killed", facts.last_words)
+
+
+def is_cancelled(job: JobState, successor: Optional[str]) -> bool:
+    """Slurm ends the job, and not for its time, a requeue or a preemption.
+
+    A preemption that cancels looks like scancel in the grace time of one that requeues; the job has a
+    successor where the former is possible, and the successor asks Slurm once more.
+    """
+    preempted = job.preempted and successor is not None
+    return job.ended and not (job.requeued or job.time_limit or preempted)
 
 
 def first_failure(verdicts: Sequence[Verdict]) -> Optional[Verdict]:
@@ -287,11 +333,15 @@ def _act(facts: Facts, cause: Cause, past: Sequence[Past]) -> tuple[str, int, st
     spent = exhausted(past)
     if spent:
         return "stop", EXIT_USER if cause.name == "oom" and "same step" in spent else exit_code, spent
-    if not facts.job.can_requeue:
-        return "stop", exit_code, "not requeued: the job may not be (--no-requeue, or not a batch job)"
     failures = sum(p.cause in FAILURES for p in past)
     budget = f" (failure {failures} of {FAILURE_LIMIT} without a new checkpoint)"
-    return "requeue", exit_code, "requeued" + (budget if cause.name in FAILURES else "")
+    budget = budget if cause.name in FAILURES else ""
+    gone = facts.job.ended and not facts.job.requeued
+    if facts.successor and (gone or not facts.job.can_requeue):
+        return "successor", exit_code, f"job {facts.successor} goes on{budget}"
+    if not facts.job.can_requeue:
+        return "stop", exit_code, "not requeued: the job may not be (--no-requeue, or not a batch job)"
+    return "requeue", exit_code, f"requeued{budget}"
 
 
 def _summary(facts: Facts, cause: Cause, action: str, why: str) -> str:
@@ -307,6 +357,10 @@ def _summary(facts: Facts, cause: Cause, action: str, why: str) -> str:
         lines = [cause.message, head]
     if cause.name == "late":
         lines.append("the time between the signal and the kill was too short: raise --signal=B:USR1@SECONDS")
+    if cause.name == "oom":
+        lines.append(LESS_MEMORY)
+    if cause.name == "storage" and facts.space:
+        lines.append(facts.space)
     if facts.committed_step is None:
         lines.append("nothing is committed yet")
     else:

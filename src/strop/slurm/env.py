@@ -19,6 +19,17 @@ from typing import Optional
 from strop.errors import UserError
 from strop.slurm import hostlist
 
+OF_THIS_ATTEMPT = {
+    *("STROP_RUN_DIR", "STROP_ATTEMPT", "STROP_JOB_ID", "STROP_RESTART_COUNT", "STROP_END_TIME"),
+    *("STROP_TASKS_PER_NODE", "STROP_GPUS_PER_NODE", "STROP_NUM_NODES", "STROP_SHELL_PID"),
+    *("STROP_LOCAL_RESTARTS", "STROP_SUCCESSOR_JOB"),
+}
+OF_THIS_SUBMISSION = {
+    *("SBATCH_ARRAY_INX", "SBATCH_GRES", "SBATCH_GPUS", "SBATCH_GPUS_PER_NODE", "SBATCH_GPUS_PER_TASK"),
+    *("SBATCH_GPUS_PER_SOCKET", "SBATCH_MEM_PER_NODE", "SBATCH_MEM_PER_CPU", "SBATCH_EXCLUSIVE"),
+    *("SBATCH_REQUEUE", "SBATCH_NO_REQUEUE", "SBATCH_WAIT"),
+}
+
 
 @dataclass(frozen=True)
 class Env:
@@ -55,6 +66,12 @@ class Job:
     shell_pid: Optional[int]
     """Of the batch shell, which lives exactly as long as the attempt."""
     notify: Optional[str]
+    successor_of: Optional[str] = None
+    """The job behind which this one was submitted (strop.slurm.successor)."""
+    successor_wish: Optional[bool] = None
+    """STROP_SUCCESSOR=1 or 0: the user's word on whether there is to be a successor."""
+    end_time: Optional[float] = None
+    """Of an attempt that has begun, in unix seconds; None when Slurm names no end."""
 
     @property
     def target(self) -> Optional[str]:
@@ -115,6 +132,9 @@ def read_job(environ: Optional[Mapping[str, str]] = None) -> Job:
         attempt=int(e["STROP_ATTEMPT"]) if e.get("STROP_ATTEMPT") else None,
         shell_pid=int(e["STROP_SHELL_PID"]) if e.get("STROP_SHELL_PID") else None,
         notify=e.get("STROP_NOTIFY") or None,
+        successor_of=None if local else e.get("STROP_SUCCESSOR_OF") or None,
+        successor_wish={"1": True, "0": False}.get(e.get("STROP_SUCCESSOR", "")),
+        end_time=float(e["STROP_END_TIME"]) if e.get("STROP_END_TIME") else None,
     )
 
 
@@ -206,6 +226,23 @@ def tasks_per_node(environ: Optional[Mapping[str, str]] = None) -> int:
 def all_variables() -> dict[str, str]:
     """A copy of the environment, to pass on to a child."""
     return dict(os.environ)
+
+
+def submission_variables(target: str, environ: Optional[Mapping[str, str]] = None) -> dict[str, str]:
+    """The environment for submitting the successor of job `target` from inside of it.
+
+    The job's own SLURM_* would be taken for the new one's, and an attempt's STROP_* are of this attempt. An
+    SBATCH_* of the resources that are asked for explicitly would contradict them.
+    """
+    e = os.environ if environ is None else environ
+    kept = {
+        name: value
+        for name, value in e.items()
+        if not (name.startswith("SLURM") or name in OF_THIS_ATTEMPT or name in OF_THIS_SUBMISSION)
+    }
+    if "SLURM_CONF" in e:
+        kept["SLURM_CONF"] = e["SLURM_CONF"]
+    return {**kept, "STROP_SUCCESSOR_OF": target}
 
 
 def local_ranks(environ: Optional[Mapping[str, str]] = None) -> int:

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from strop.slurm import attempts, files
+from strop import files
+from strop.slurm import attempts
 
 SHOWN = 8
 STOPPED = "ProcessStopped"

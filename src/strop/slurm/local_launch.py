@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -52,9 +53,13 @@ def supervise(ranks: Sequence[subprocess.Popen[bytes]], watched: set[signal.Sign
         received = signal.sigtimedwait(watched, POLL_S)
         if received and received.si_signo in FORWARDED:
             send(ranks, received.si_signo)
-        failed = next((r.returncode for r in ranks if r.poll() not in (None, 0)), 0)
+        failed = next(((i, r.returncode) for i, r in enumerate(ranks) if r.poll() not in (None, 0)), None)
         if failed and result == 0:
-            result = failed if failed > 0 else 128 - failed
+            rank, code = failed
+            if code == -signal.SIGKILL:  # as srun says it: strop.slurm.deaths reads this
+                name = socket.gethostname()
+                print(f"local_launch: error: {name}: task {rank}: Killed", file=sys.stderr, flush=True)
+            result = code if code > 0 else 128 - code
             time.sleep(0.5)  # the others may be about to say why
             send(ranks, signal.SIGKILL)
         if received and received.si_signo == signal.SIGHUP:

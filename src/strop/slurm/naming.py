@@ -36,13 +36,22 @@ def resolve(algo: str, args: Sequence[str], job: Job, root: Path) -> RunName:
     settings = scan_config(config_file(algo, args, root))
     settings.update(_overrides(args))
     name = settings.get("name")
-    if name is not None and (not name or "/" in name or name.startswith(".")):
-        raise UserError(f"run.name={name!r}: a plain directory name is needed, without '/' or a leading '.'")
     given = name is not None
-    name = name or _default(algo, job)
-    parent = Path(settings.get("dir") or "runs").expanduser()
+    name = checked(_default(algo, job) if name is None else name)
     allow = (settings.get("allow_code_change") or "").lower() == "true"
-    return RunName(name, (Path.cwd() / parent).resolve() / name, given, allow)
+    return RunName(name, parent_directory(settings.get("dir") or "runs") / name, given, allow)
+
+
+def checked(name: str) -> str:
+    """The name of a run, which is that of its directory; UserError if it is not a plain one."""
+    if not name or "/" in name or name.startswith("."):
+        raise UserError(f"run.name={name!r}: a plain directory name is needed, without '/' or a leading '.'")
+    return name
+
+
+def parent_directory(text: str) -> Path:
+    """`run.dir`, relative to the directory that the job runs in."""
+    return (Path.cwd() / Path(text).expanduser()).resolve()
 
 
 def config_file(algo: str, args: Sequence[str], root: Path) -> Path:

@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 from typing import Optional
 
-from strop.slurm import attempts, files, stop
+from strop import files
+from strop.slurm import attempts, stop
 
 POLL_S = 0.05
 SIOCGIFADDR = 0x8915

@@ -42,7 +42,7 @@ class StopRequest:
     """Sticky: once there is a reason, it stays.
 
     Polling also says that this attempt lives, by touching its record now and then: another machine that
-    cannot look at our processes goes by that (`strop.slurm.attempts`).
+    cannot look at our processes goes by that (`strop.slurm.lease`).
     """
 
     def __init__(self, run_dir: Optional[Path], attempt: Optional[int]) -> None:

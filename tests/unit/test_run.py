@@ -1,0 +1,88 @@
+"""The trainer's side of a run's directory: what `open_run` refuses, and which error is which verdict."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import stat
+
+import pytest
+
+from strop import run as run_module
+from strop.config import Config, RunConfig
+from strop.data.store import TokenStore
+from strop.errors import UserError
+from strop.obs.metrics import MetricsFile
+from strop.slurm import attempts, code, env
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return lambda **fields: dataclasses.replace(
+        Config(algo="dpo"), run=dataclasses.replace(RunConfig(), **fields)
+    )
+
+
+def direct() -> env.Env:
+    return env.read_env({})
+
+
+def test_direct_run_is_pinned_to_its_code(config, tmp_path, monkeypatch):
+    codes = iter(["a", "b", "c", "c", "c"])
+    monkeypatch.setattr(code, "identify", lambda: {"digest": next(codes), "commit": None})
+    for attempt in (1, 2):  # before the first checkpoint any code may go on
+        assert run_module.open_run(config(name="x"), direct()).attempt == attempt
+        attempts.finish(tmp_path / "runs/x", attempt, "YIELD", step=1)
+    (tmp_path / "runs/x/checkpoints/step-000001").mkdir(parents=True)
+    (tmp_path / "runs/x/checkpoints/step-000001/COMMITTED.json").write_text("{}")
+    with pytest.raises(UserError, match="digest b then, digest c now"):
+        run_module.open_run(config(name="x"), direct())
+    assert run_module.open_run(config(name="x", allow_code_change=True), direct()).attempt == 3
+
+
+@pytest.mark.parametrize("name", ["a/b", ".hidden", ""])
+def test_name_is_checked_as_the_job_body_does(config, name):
+    with pytest.raises(UserError, match=r"run\.name="):
+        run_module.open_run(config(name=name), direct())
+
+
+def test_launched_run_must_be_where_the_configuration_says(config, tmp_path):
+    launched = dataclasses.replace(direct(), run_dir=tmp_path / "runs/x", attempt=1)
+    (tmp_path / "runs/x").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("runs")
+    for folder in ("runs", "link", str(tmp_path / "runs")):
+        assert run_module.open_run(config(name="x", dir=folder), launched).launched
+    with pytest.raises(UserError, match=r"run\.dir: .*other, but the job's run is"):
+        run_module.open_run(config(name="x", dir="other"), launched)
+
+
+@pytest.mark.parametrize(
+    ("number", "verdict"),
+    [(errno.ENOSPC, ("storage", 74)), (errno.EDQUOT, ("storage", 74)), (errno.EROFS, ("storage", 74)),
+     (errno.ENOENT, ("exception", 1))],
+)  # fmt: skip
+def test_full_over_quota_or_read_only_is_storage(number, verdict):
+    assert run_module.classify(OSError(number, os.strerror(number))) == verdict
+
+
+def test_files_are_as_the_umask_says(tmp_path):
+    """A group that shares its runs has umask 002; files of their owner alone would end that."""
+    before = os.umask(0o002)
+    try:
+        MetricsFile(tmp_path / "metrics.jsonl").close()
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data").chmod(0o2775)
+        with pytest.raises(AssertionError, match="without rows"):  # looked at before it is removed again
+            TokenStore.write(tmp_path / "data/s", look(tmp_path / "data"), kind="sft", digest="d")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "metrics.jsonl").stat().st_mode) == 0o664
+
+
+def look(folder):
+    (aside,) = folder.iterdir()
+    assert stat.S_IMODE(aside.stat().st_mode) == 0o2775
+    assert {stat.S_IMODE(p.stat().st_mode) for p in aside.iterdir()} == {0o664}
+    yield from ()
