@@ -159,6 +159,11 @@ def read_task(environ: Optional[Mapping[str, str]] = None) -> Task:
     )
 
 
+FRUGAL = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "MALLOC_MMAP_THRESHOLD_": "131072"}
+"""Packed batches differ in shape from step to step. With oneDNN's 1,024 cached kernels and glibc's growing
+threshold a rank's memory doubled within 60 steps on CPUs; with these it stays, at the same speed."""
+
+
 def rank_variables(task: Task, environ: Mapping[str, str], num_cpus: int) -> dict[str, str]:
     """The environment of a rank: everything it has, plus its STROP_* variables.
 
@@ -169,6 +174,8 @@ def rank_variables(task: Task, environ: Mapping[str, str], num_cpus: int) -> dic
     threads = min(task.cpus, num_cpus) if task.cpus else share
     variables = dict(environ)
     variables.setdefault("OMP_NUM_THREADS", str(threads))
+    for name, value in FRUGAL.items():
+        variables.setdefault(name, value)
     variables.update(
         STROP_RANK=str(task.rank),
         STROP_WORLD_SIZE=str(task.world_size),

@@ -109,8 +109,11 @@ class LocalCluster:
             return None
 
     def environment(self) -> dict[str, str]:
-        """The variables that make Slurm's commands talk to this cluster."""
-        return {"SLURM_CONF": str(self.conf)}
+        """What makes Slurm's commands talk to this cluster, and a rank a node share the machine's CPUs: its
+        nodes claim more of them than there are."""
+        spec = self.spec()
+        threads = max(1, (os.cpu_count() or 1) // (spec.num_nodes if spec else 1))
+        return {"SLURM_CONF": str(self.conf), "OMP_NUM_THREADS": str(threads)}
 
     def problems(self) -> list[str]:
         """What keeps the cluster from being usable, one line each; empty if healthy."""
