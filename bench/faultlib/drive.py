@@ -11,8 +11,9 @@ from typing import Any
 
 from bench.faultlib import compare, kinds
 from bench.faultlib.kinds import DELAY_S, LIMIT_S, SURVIVABLE, Fault
-from bench.faultlib.scene import ENDED, Scene, Stuck, wait_until
+from bench.faultlib.scene import Scene, Stuck, wait_until
 from bench.faultlib.task import Task
+from strop.slurm import command
 from strop.slurm.local_cluster import ClusterError, LocalCluster
 
 REPO = Path(__file__).resolve().parents[2]
@@ -97,9 +98,9 @@ class Stage:
         try:
             yield scene
         finally:
-            if scene.show()["JobState"] not in ENDED:
+            if scene.show()["JobState"] not in command.ENDED:
                 self.cluster.slurm("scancel", scene.job)
-                wait_until(lambda: scene.show()["JobState"] in ENDED, 60, "scancel")
+                wait_until(lambda: scene.show()["JobState"] in command.ENDED, 60, "scancel")
 
     def close(self, name: str) -> None:
         """Give the run's file system back, and what is on it."""
@@ -147,7 +148,7 @@ def wait_for_end(scene: Scene) -> dict[str, str]:
     def look() -> dict[str, str] | None:
         time.sleep(0.3)
         fields = scene.show()
-        return fields if fields["JobState"] in ENDED else None
+        return fields if fields["JobState"] in command.ENDED else None
 
     return wait_until(look, TRAIN_LIMIT_S, f"the end of job {scene.job}")
 

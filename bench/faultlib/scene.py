@@ -16,7 +16,6 @@ from strop.slurm import attempts, command
 from strop.slurm.local_cluster import LocalCluster
 from strop.slurm.processes import command_lines, read_or_empty
 
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
 POLL_S = 0.01
 PHASE_LINES = {
     "model": "building the model ...",

@@ -36,8 +36,6 @@ NULL = "tag:yaml.org,2002:null"
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's core types: 1e-5 is a number, yes and on are text, only true and false are booleans."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
-
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             problem = "anchors are not supported; write ${section.key} to repeat a value"
@@ -55,6 +53,10 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             mapping[key_node.value] = self.construct_object(value_node, deep=deep)
         return mapping
+
+
+# SafeLoader's table is shared with every other user of PyYAML: this class gets an empty one of its own.
+setattr(_Loader, "yaml_implicit_resolvers", {})  # noqa: B010
 
 
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:

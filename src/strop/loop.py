@@ -242,7 +242,7 @@ def _after_step(t: Trainer) -> bool:
     """Validation and checkpoint, if due at this step; False if stopped (and committed) on the way."""
     v, step = t.config.validation, t.state.step
     last = step >= t.max_steps
-    due = v.at_end if last else v.every is not None and step % v.every == 0
+    due = (last and v.at_end) or (v.every is not None and step % v.every == 0)
     if due and not t.state.validated and not _validate(t):
         _save(t)
         return False

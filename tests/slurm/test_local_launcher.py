@@ -83,7 +83,10 @@ def test_the_user_stops_it_and_goes_on_later(start, number):
     os.killpg(job.pid, number)
     output, _ = job.communicate(timeout=30)
     assert job.returncode == 75
-    assert "to go on: STROP_LAUNCHER=local bash sbatch/lib.sh dpo run.name=b steps=600" in output
+    assert (
+        "to go on: STROP_LAUNCHER=local STROP_LOCAL_RANKS=2 bash sbatch/lib.sh dpo run.name=b steps=600"
+        in output
+    )
     done = len(steps("b"))
     assert attempts.committed_step(Path("runs/b")) == done
     assert start("run.name=b", f"steps={done + 2}").wait(30) == 0
