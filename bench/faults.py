@@ -111,7 +111,19 @@ def run(stage: Stage, args: argparse.Namespace, names: list[str]) -> bool:
     say(f"  {stage.task.max_steps} steps, {runs[0].wall_s:.0f} s, of them {runs[0].kept_s:.0f} s in steps")
     results: list[Result] = []
     disturbed: list[RunResult] = []
-    number = args.faults - num_fatal
+    try:
+        play(stage, args.faults - num_fatal, schedule, ends, results, disturbed)
+    except KeyboardInterrupt:
+        say("interrupted: what there is so far")
+    return report(stage, args, results, disturbed, runs[0], time.time() - begin)
+
+
+def play(
+    stage: Stage, number: int, schedule: list[list[kinds.Fault]], ends: list[str],
+    results: list[Result], disturbed: list[RunResult],
+) -> None:  # fmt: skip
+    """All runs, disturbed ones and those that must end in turn; fills `results` and `disturbed`. `number`: how
+    many faults the schedule has."""
     while schedule or ends:
         for kind in [ends.pop() for _ in range(min(len(ends), 2 if schedule else len(ends)))]:
             number += 1
@@ -129,7 +141,6 @@ def run(stage: Stage, args: argparse.Namespace, names: list[str]) -> bool:
         stage.close(name)
         if left and not (end.complaints and not new):
             schedule.append(left)
-    return report(stage, args, results, disturbed, runs[0], time.time() - begin)
 
 
 def report(

@@ -51,6 +51,10 @@ class Task:
         return self.folder / "data"
 
     @property
+    def sft_data(self) -> Path:
+        return self.folder / "sft-data"
+
+    @property
     def bad_data(self) -> Path:
         return self.folder / "bad-data"
 
@@ -92,13 +96,15 @@ def _make_data(task: Task) -> None:
     draw = random.Random(0)
     rows = [_pair(draw) for _ in range(304)]
     rows[200]["chosen"][0]["content"] += f" {RARE_WORD}"
-    for folder in (task.data, task.bad_data):
+    sft = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    for folder, good, bad in (
+        (task.data, rows, []),
+        (task.sft_data, sft, []),
+        (task.bad_data, rows, [{"prompt": rows[0]["prompt"], "chosen": rows[0]["chosen"]}]),
+    ):
         folder.mkdir()
-        for name, part in (("training", rows[:256]), ("validation", rows[256:])):
-            text = "".join(json.dumps(row) + "\n" for row in part)
-            if folder == task.bad_data and name == "training":
-                text += json.dumps({"prompt": rows[0]["prompt"], "chosen": rows[0]["chosen"]}) + "\n"
-            (folder / f"{name}.jsonl").write_text(text)
+        for name, part in (("training", good[:256] + bad), ("validation", good[256:])):
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
 
 
 def _pair(draw: random.Random) -> dict[str, list[dict[str, str]]]:
