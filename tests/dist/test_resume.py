@@ -248,7 +248,7 @@ def test_an_attempt_that_lost_its_lease_commits_nothing(ranks, undisturbed_sft):
     codes = ranks.wait(job)
     assert any(codes)
     assert attempts.committed_step(job.run_dir) is None
-    assert "commits nothing: a newer one has begun" in job.text()
+    assert "commits nothing: a newer attempt has begun" in job.text()
 
 
 def test_signal_through_the_job_body(whole_run, tmp_path):
