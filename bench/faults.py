@@ -122,8 +122,8 @@ def play(
     stage: Stage, number: int, schedule: list[list[kinds.Fault]], ends: list[str],
     results: list[Result], disturbed: list[RunResult],
 ) -> None:  # fmt: skip
-    """All runs, disturbed ones and those that must end in turn; fills `results` and `disturbed`. `number`: how
-    many faults the schedule has."""
+    """All runs, disturbed ones and those that must end in turn; fills `results` and `disturbed`.
+    `number`: how many faults the schedule has."""
     while schedule or ends:
         for kind in [ends.pop() for _ in range(min(len(ends), 2 if schedule else len(ends)))]:
             number += 1
