@@ -22,7 +22,8 @@ exit 1
 SCONTROL = """#!/usr/bin/env bash
 if [[ $1 == show ]]; then
     echo 'JobId=7 JobName=dpo'
-    echo '   JobState=RUNNING Reason=None Requeue=1 Restarts=0 BatchFlag=1 EndTime=Unknown'
+    echo '   JobState=RUNNING Reason=None Requeue=1 Restarts=0 BatchFlag=1 EndTime=Unknown Partition=gpu'
+    echo '   PartitionName=gpu PreemptMode=REQUEUE'
 fi
 """
 
