@@ -59,7 +59,6 @@ class Meter:
 
 def train(run: Run, config: Config, position: Position) -> None:
     """Train to the end or to a stop request; the attempt's record says which. Raises what ends it."""
-    torch._C._set_print_stack_traces_on_fatal_signal(True)  # a native crash leaves its C++ stack too
     report = Report(run, config)
     t = setup.build(run, config, position, report)
     outcome = "YIELD"

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import Optional
+from typing import NoReturn, Optional
 
 from strop import config as config_module
 from strop import run as run_module
@@ -22,6 +22,9 @@ from strop.slurm.env import Env, read_env
 from strop.watchdog import Watchdog
 
 log = logging.getLogger("strop")
+
+EXIT_INTERRUPTED = 130
+"""As a shell gives it for Ctrl-C."""
 
 USAGE = f"usage: python -m strop.train {{{','.join(config_module.ALGOS)}}} [--config FILE] [key=value ...]"
 
@@ -72,18 +75,31 @@ def _train(run: run_module.Run, config: config_module.Config) -> int:
         log.info("stopped before training: %s", error)
         if run.env.rank == 0:
             attempts.finish(run.dir, run.attempt, "YIELD", step=position.step, reason=str(error))
+    except KeyboardInterrupt:
+        log.info(
+            "interrupted at step %s; run.name=%s goes on from the last checkpoint",
+            position.step,
+            run.dir.name,
+        )
+        if not run.launched:
+            attempts.finish(run.dir, run.attempt, "FAIL", step=position.step, reason="interrupted")
+        _leave(EXIT_INTERRUPTED)
     except Exception as error:
         code = run_module.fail(run, error, step=position.step, phase=position.phase)
         expected = isinstance(error, UserError)
         log.error("%s: %s", type(error).__name__, error, exc_info=not expected)
         if not run.launched and expected:
             print(f"error: {error}", file=sys.stderr)
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # The other ranks may be inside a collective that can never end: destructors would wait for them.
-        os._exit(code)
+        _leave(code)
     return EXIT_DONE
+
+
+def _leave(code: int) -> NoReturn:
+    """End at once: other ranks may be inside a collective that can never end, and destructors would wait."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

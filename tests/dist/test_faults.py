@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import shutil
 
 import pytest
@@ -143,3 +146,21 @@ def test_a_full_disk_leaves_the_last_commit(ranks, toy, tmp_path):
     ranks.run("sft", config, name, world_size=2)
     whole = ranks.run("sft", config, f"{name}-whole", world_size=2)
     t.assert_equal_checkpoints(job.run_dir, whole.run_dir, 6)
+
+
+def test_ctrl_c_ends_a_direct_run_at_once(toy, tmp_path):
+    """KeyboardInterrupt is no crash: exit 130 as from a shell, and a record that names it."""
+    config = t.config(toy, "sft", tmp_path / "c.yaml", train={"max_steps": 100000})
+    words = [f"run.dir={tmp_path}", "run.name=r", "train.max_epochs=100000", "validation.at_start=false"]
+    command = [sys.executable, "-m", "strop.train", "sft", "--config", str(config), *words]
+
+    def hear_ctrl_c() -> None:  # a background job of a shell, such as CI's, ignores it and hands that on
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c) as trainer:
+        assert trainer.stdout is not None
+        for line in trainer.stdout:
+            if " step 3/" in line:
+                trainer.send_signal(signal.SIGINT)
+        assert trainer.wait() == 130
+    assert attempts.read(tmp_path / "r", 1)["reason"] == "interrupted"
