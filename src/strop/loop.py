@@ -12,6 +12,7 @@ import dataclasses
 import json
 import logging
 import math
+import signal
 import time
 from collections.abc import Iterator
 
@@ -59,7 +60,7 @@ class Meter:
 
 def train(run: Run, config: Config, position: Position) -> None:
     """Train to the end or to a stop request; the attempt's record says which. Raises what ends it."""
-    torch._C._set_print_stack_traces_on_fatal_signal(True)  # a native crash leaves its C++ stack too
+    trace_native_crashes()
     report = Report(run, config)
     t = setup.build(run, config, position, report)
     outcome = "YIELD"
@@ -77,6 +78,17 @@ def train(run: Run, config: Config, position: Position) -> None:
     # Nobody leaves before the record is there: a rank that ends early may have the others ended.
     t.dist.barrier()
     t.dist.close()
+
+
+def trace_native_crashes() -> None:
+    """A native crash leaves its C++ stack too. Ctrl-C stays what it was.
+
+    PyTorch counts SIGINT among the fatal signals, even where the job body has it ignored: it would interrupt
+    every thread for its stack, and a rank that was to commit may hang.
+    """
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    torch._C._set_print_stack_traces_on_fatal_signal(True)
+    signal.signal(signal.SIGINT, on_interrupt)
 
 
 def _gpu_name(t: Trainer) -> str | None:

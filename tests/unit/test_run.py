@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import signal
 import stat
 
 import pytest
+import torch
 
+from strop import loop
 from strop import run as run_module
 from strop.config import Config, RunConfig
 from strop.data.store import TokenStore
@@ -86,3 +89,16 @@ def look(folder):
     assert stat.S_IMODE(aside.stat().st_mode) == 0o2775
     assert {stat.S_IMODE(p.stat().st_mode) for p in aside.iterdir()} == {0o664}
     yield from ()
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda *_: print("interrupted", flush=True)])
+def test_ctrl_c_is_no_crash(capfd, handler):
+    """Ranks of a local job ignore it, a direct run is interrupted; neither prints all threads' stacks."""
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        loop.trace_native_crashes()
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        torch._C._set_print_stack_traces_on_fatal_signal(False)
+        signal.signal(signal.SIGINT, before)
+    assert capfd.readouterr() == ("" if handler is signal.SIG_IGN else "interrupted\n", "")
