@@ -88,6 +88,8 @@ def _gpu_name(t: Trainer) -> str | None:
 
 def _run_steps(t: Trainer) -> str:
     """ "DONE", or "YIELD" after committing where it stands."""
+    if t.state.step >= t.max_steps:
+        log.info("nothing left to train: step %d is done, train.max_steps is %d", t.state.step, t.max_steps)
     if t.state.step == 0 and t.config.validation.at_start and not t.state.validated and not _validate(t):
         return "YIELD"
     if t.state.step > 0 and not _after_step(t):

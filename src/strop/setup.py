@@ -24,7 +24,7 @@ from strop import checkpoint, files, optim, parallel, preflight
 from strop import run as run_module
 from strop.algos import reference
 from strop.config import Config
-from strop.data import plan, prepare
+from strop.data import plan, prepare, sources
 from strop.data.store import TokenStore
 from strop.data.tokenise import tokenizer_digest
 from strop.dist import Dist
@@ -68,8 +68,6 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
     per_epoch = plan.steps_per_epoch(
         train_store.num_rows, config.train.global_batch_size, config.train.limit_train_batches
     )
-    if config.checkpoint.best_metric is not None and val_store is None:
-        raise UserError("checkpoint.best_metric needs validation data (data.validation)")
     max_steps = config.train.max_steps or math.ceil(config.train.max_epochs * per_epoch)
     t = Trainer(
         run,
@@ -101,12 +99,19 @@ def _data(
     told = run.logs / "data.json"
     if run.env.rank == 0:
         run_module.agree(run, config)
+        sources.find(config.data, "train")  # a missing file is named before what it leads to
+        validates = prepare.has_validation(config.data)
+        if config.checkpoint.best_metric is not None and not validates:
+            raise UserError(
+                f"checkpoint.best_metric is {config.checkpoint.best_metric}, but there is no validation set: "
+                "give data.validation or data.split, or checkpoint.best_metric=null"
+            )
         cache = cache_dir(run, config)
         tokenizer = hf.load_tokenizer(config.model)
         digest = tokenizer_digest(tokenizer)
         paths: dict[str, Optional[str]] = {"train": None, "validation": None}
         ledgers = {}
-        splits = ["train"] + (["validation"] if prepare.has_validation(config.data) else [])
+        splits = ["train"] + (["validation"] if validates else [])
         for split in splits:
             with report.phase(f"{split} data"):
                 store, ledger = prepare.prepare(

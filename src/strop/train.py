@@ -86,10 +86,10 @@ def _train(run: run_module.Run, config: config_module.Config) -> int:
         _leave(EXIT_INTERRUPTED)
     except Exception as error:
         code = run_module.fail(run, error, step=position.step, phase=position.phase)
-        expected = isinstance(error, UserError)
-        log.error("%s: %s", type(error).__name__, error, exc_info=not expected)
-        if not run.launched and expected:
+        if isinstance(error, UserError) and not run.launched:
             print(f"error: {error}", file=sys.stderr)
+        else:
+            log.error("%s: %s", type(error).__name__, error, exc_info=not isinstance(error, UserError))
         _leave(code)
     return EXIT_DONE
 

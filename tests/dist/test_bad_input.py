@@ -216,7 +216,10 @@ def test_best_metric_that_is_not_there(refused, tmp_path, toy):
     )
     data = rows(tmp_path, *[{"prompt": "a", "completion": "b"}] * 3)
     message = refused("sft", "checkpoint.best_metric=eval_loss", data=data, name=f"{tmp_path.name}-2")
-    assert message == "checkpoint.best_metric needs validation data (data.validation)"
+    assert message == (
+        "checkpoint.best_metric is eval_loss, but there is no validation set: "
+        "give data.validation or data.split, or checkpoint.best_metric=null"
+    )
 
 
 def test_a_shard_size_that_does_not_divide(refused):

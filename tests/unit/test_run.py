@@ -48,6 +48,16 @@ def test_name_is_checked_as_the_job_body_does(config, name):
         run_module.open_run(config(name=name), direct())
 
 
+@pytest.mark.parametrize(
+    ("folder", "reason"), [("/proc/x", "No such file or directory"), ("rows.jsonl/runs", "Not a directory")]
+)
+def test_run_directory_that_cannot_be(config, tmp_path, folder, reason):
+    """/proc, because it is closed to root too, as whom tests in a container run."""
+    (tmp_path / "rows.jsonl").touch()
+    with pytest.raises(UserError, match=rf"run\.dir: .*{folder}/x cannot be made: {reason}"):
+        run_module.open_run(config(name="x", dir=folder), direct())
+
+
 def test_launched_run_must_be_where_the_configuration_says(config, tmp_path):
     launched = dataclasses.replace(direct(), run_dir=tmp_path / "runs/x", attempt=1)
     (tmp_path / "runs/x").mkdir(parents=True)

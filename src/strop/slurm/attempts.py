@@ -11,6 +11,7 @@ A rank that fails leaves a verdict in logs/NNNN/, since srun's exit code does no
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from strop import files
+from strop.errors import UserError
 from strop.slurm import lease, stop
 
 STATES = ("X", "DONE", "YIELD", "FAIL")
@@ -35,6 +37,16 @@ def log_dir(run_dir: Path, attempt: int) -> Path:
     return run_dir / "logs" / f"{attempt:04d}"
 
 
+def _make_directory(path: Path) -> None:
+    """UserError where it cannot be, by its name or the user's rights; a full or broken disk is OSError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR):
+            raise
+        raise UserError(f"run.dir: {path.parent} cannot be made: {error.strerror}") from None
+
+
 def begin(
     run_dir: Path,
     *,
@@ -45,13 +57,13 @@ def begin(
     wait_s: float = 180.0,
     **facts: Any,
 ) -> int:
-    """Create the next attempt's record and return its number, or raise `lease.Held`.
+    """Create the next attempt's record and return its number, or raise `lease.Held` or UserError.
 
     `pid` is the process whose life is the attempt's (default: this one). Any further `facts` (code,
     launcher, arguments) are recorded as they are. An owner that is still dying is given `wait_s`.
     Two that begin at once see each other: one creates the file, the other finds its living owner.
     """
-    (run_dir / "attempts").mkdir(parents=True, exist_ok=True)
+    _make_directory(run_dir / "attempts")
     pid = pid or os.getpid()
     me = lease.Owner(job_id, restart_count, socket.gethostname(), pid, lease.process_start(pid))
     deadline = time.monotonic() + wait_s
