@@ -1,6 +1,6 @@
 """What a rank's stderr file says about a death that left no verdict.
 
-On a fatal signal torch's handler prints the native stacks of all threads, then faulthandler the Python
+Where torch's handler is switched on it prints the native stacks of all threads, then faulthandler the Python
 stacks. Of both only the thread that crashed is the cause; what the others did differs from one time to the
 next, and must not get into the fingerprint by which a repeated crash is known.
 """
