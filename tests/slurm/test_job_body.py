@@ -220,4 +220,5 @@ def test_storage_error_is_held_until_somebody_makes_room(submit, monkeypatch):
 
 def held(job: str) -> dict[str, str] | None:
     record = command.show_job(job)
-    return record if record and "held" in record["Reason"].lower() else None
+    there = record and record["JobState"] == "PENDING"  # COMPLETING first
+    return record if there and "held" in record["Reason"].lower() else None

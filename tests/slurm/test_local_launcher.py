@@ -19,6 +19,11 @@ ROOT = Path(__file__).resolve().parents[2]
 FAKE = Path(__file__).parent / "fake_python"
 
 
+def hear_ctrl_c() -> None:
+    """A background job of a shell, such as CI's, ignores SIGINT and hands that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -36,6 +41,7 @@ def start(tmp_path, monkeypatch):
             env=variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            preexec_fn=hear_ctrl_c,
             text=True,
             start_new_session=True,
             umask=umask,
