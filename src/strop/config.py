@@ -1,4 +1,4 @@
-"""What a run is: one tree of frozen dataclasses, filled from a YAML file and the command line.
+"""The tree of `config_schema.py`, filled from a YAML file and the command line.
 
 A YAML file states only what differs from the defaults here; `key=value` overrides on the command line
 win over it; `+metadata.team=x` adds a free-form key where the schema has a free-form section. Names that
@@ -12,267 +12,59 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import yaml
 
 from strop import config_check, config_load
+from strop.config_schema import (
+    ALGOS,
+    FREE_FORM,
+    MAY_CHANGE,
+    CheckpointConfig,
+    ClusterConfig,
+    Config,
+    DataConfig,
+    DistConfig,
+    DpoConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    SftConfig,
+    TrainConfig,
+    ValidationConfig,
+    WatchdogConfig,
+)
 from strop.errors import UserError
 
-ALGOS = ("sft", "dpo")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    path: Optional[str] = None
-    """Local directory or hub name of a causal language model."""
-    revision: Optional[str] = None
-    """Hub branch, tag or commit."""
-    tokenizer: Optional[str] = None
-    """Local directory or hub name of the tokenizer; the model's own if null."""
-    chat_template: Optional[str] = None
-    """A Jinja chat template, or the path of a file with one; the tokenizer's own if null."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
-    attention: str = "auto"
-    """packed: sequences side by side without padding; padded: one sequence a row; auto: packed where a
-    probe at load shows that nothing leaks between packed sequences, else padded."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    train: Any = None
-    """JSONL, JSON or Parquet file, directory with training.jsonl, hub name, or a list of these."""
-    validation: Any = None
-    """The same for validation. A directory in `train` that holds validation.jsonl is used if null."""
-    split: Optional[str] = None
-    """"98,1,1": shares of train, validation and test taken out of `train` by a hash of the row."""
-    hub_subset: Optional[str] = None
-    """Configuration name of a hub data set."""
-    hub_split: str = "train"
-    """Split of a hub data set for training."""
-    hub_validation_split: Optional[str] = None
-    """Split of a hub data set for validation."""
-    max_length: int = 1024
-    """Longest sequence (prompt and completion) in tokens."""
-    over_length: str = "drop"
-    """What happens to a longer one: drop (counted) or error."""
-    max_dropped_fraction: float = 0.05
-    """The run stops before training if more than this share of the rows is dropped."""
-    on_bad_row: str = "error"
-    """error: stop at a row without the needed fields or with chosen == rejected; skip: count and go on."""
-    cache_dir: Optional[str] = None
-    """Where tokenised data is kept between runs; <run.dir>/.cache if null."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    global_batch_size: int = 16
-    """Rows (SFT: sequences, DPO: pairs) in one optimiser step, over all ranks."""
-    micro_batch_tokens: int = 4096
-    """Most tokens in one forward of one rank (a longer single row makes a batch of its own).
-    Changes memory and speed, never the loss."""
-    micro_batch_size: Optional[int] = None
-    """Most rows in one forward of one rank; null: only the tokens count."""
-    max_steps: Optional[int] = None
-    """Optimiser steps; null: as many as max_epochs gives."""
-    max_epochs: float = 1.0
-    """Passes over the training rows; ignored where max_steps is given."""
-    seed: int = 42
-    """Order of the rows and every other random draw."""
-    precision: str = "auto"
-    """Compute type: bf16, fp16 (GPU, with loss scaling), fp32; auto: bf16 where the hardware has it.
-    Master weights and optimiser state are fp32 always."""
-    activation_checkpointing: str = "none"
-    """none, selective (attention and matmul outputs kept, the rest recomputed) or full."""
-    max_grad_norm: Optional[float] = 1.0
-    """Clip the global gradient norm to this; null: no clipping."""
-    compile: bool = False
-    """torch.compile each transformer block."""
-    limit_train_batches: Optional[int] = None
-    """Debugging: optimiser steps an epoch at most."""
-    limit_val_batches: Optional[int] = None
-    """Debugging: use only the first rows of the validation set, this many global batches of them."""
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    lr: float = 1e-6
-    """Peak learning rate of AdamW."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    """Decay of AdamW's running averages."""
-    eps: float = 1e-8
-    """AdamW's epsilon."""
-    weight_decay: float = 0.0
-    """On matrices only; norms and biases are not decayed."""
-    schedule: str = "linear"
-    """After the warm-up: constant, linear or cosine."""
-    warmup_steps: int = 0
-    """Steps in which the learning rate rises linearly to lr; the first one has lr / warmup_steps."""
-    min_lr_ratio: float = 0.0
-    """The schedule ends at lr times this."""
-
-
-@dataclass(frozen=True)
-class ValidationConfig:
-    every: Optional[int] = None
-    """Validate every so many steps; null: not between start and end."""
-    at_start: bool = True
-    """Validate before the first step."""
-    at_end: bool = True
-    """Validate after the last step."""
-    patience: Optional[int] = None
-    """Early stopping: end after so many validations without a better `checkpoint.best_metric`."""
-    min_delta: float = 0.0
-    """How much `checkpoint.best_metric` must gain to count as better, for `patience` and the best one."""
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    every: Any = 100
-    """Commit a checkpoint every so many steps (100), every so long (90s, 10m, 1.5h), or auto: by Young's
-    formula from the measured save time and the interruptions so far. At the end and when stopped in any
-    case; null: only then."""
-    async_save: Optional[bool] = None
-    """Write in the background while training goes on (checkpoint.async is accepted too); null: if
-    there is memory for a second copy of weights and optimiser state."""
-    keep_last: int = 2
-    """How many committed checkpoints stay; at least 2, so that there is one to fall back to. The best
-    one by `best_metric` stays as well."""
-    best_metric: Optional[str] = None
-    """Validation metric, as in metrics.jsonl (eval_loss, eval_rewards/accuracies, ...)."""
-    best_mode: str = "auto"
-    """min, max, or auto: min for a metric that ends in loss, else max."""
-
-
-@dataclass(frozen=True)
-class DpoConfig:
-    beta: float = 0.1
-    """How strongly the policy is held to the reference (`reference_policy_kl_penalty` in NeMo RL)."""
-    loss: str = "sigmoid"
-    """sigmoid, hinge, ipo or robust."""
-    label_smoothing: float = 0.0
-    """Share of pairs assumed to be labelled the wrong way round: [0, 0.5)."""
-    sft_loss_weight: float = 0.0
-    """Weight of the negative log-likelihood of the chosen completion, per token."""
-    preference_loss_weight: float = 1.0
-    """Weight of the preference loss."""
-    average_log_probs: bool = False
-    """Mean instead of sum of a completion's token log-probs (ipo: always the mean)."""
-    reference: Optional[str] = None
-    """Reference model; null: the model itself before training."""
-
-
-@dataclass(frozen=True)
-class SftConfig:
-    train_on_prompt: bool = False
-    """Train on all tokens instead of the completion (messages: the assistant's turns) only."""
-
-
-@dataclass(frozen=True)
-class DistConfig:
-    backend: str = "auto"
-    """auto: nccl where every rank has a GPU, else gloo."""
-    timeout_s: float = 1800.0
-    """A collective that takes longer is an error."""
-    rendezvous_timeout_s: float = 600.0
-    """How long ranks wait for each other at the start."""
-    shard_size: Optional[int] = None
-    """Ranks that share one copy of the weights (hybrid sharding); null: all of them."""
-
-
-@dataclass(frozen=True)
-class WatchdogConfig:
-    enabled: bool = True
-    """End the attempt, with the stacks of all ranks, when one makes no progress."""
-    start_s: float = 1800.0
-    """Longest time without progress in start-up (data, model, first step of each kind)."""
-    step_s: float = 300.0
-    """Longest time of one micro batch in training, validation or the reference pass, ..."""
-    step_factor: float = 20.0
-    """... or this times the median of the recent ones, whichever is longer."""
-    save_s: float = 1800.0
-    """Longest time of one checkpoint."""
-
-
-@dataclass(frozen=True)
-class LogConfig:
-    level: str = "info"
-    """debug, info, warning or error."""
-    every: int = 1
-    """Write metrics every so many steps."""
-    tensorboard: bool = True
-    """Write runs/<name>/tensorboard."""
-    wandb: bool = False
-    """Log to Weights & Biases (must be installed)."""
-    mlflow: bool = False
-    """Log to MLflow (must be installed)."""
-    project: str = "strop"
-    """Project or experiment name there."""
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    name: Optional[str] = None
-    """Name of the run; an existing one is resumed. null: <algo>-<job id>."""
-    dir: str = "runs"
-    """Directory of all runs."""
-    allow_config_change: bool = False
-    """Resume although the configuration differs from the one that the run was started with."""
-    allow_code_change: bool = False
-    """Resume although the code differs."""
-
-
-@dataclass(frozen=True)
-class ClusterConfig:
-    """What the submission asks Slurm for where its command line does not (tools.submit, recipes)."""
-
-    nodes: Optional[int] = None
-    """Number of nodes."""
-    gpus_per_node: Optional[int] = None
-    """GPUs on each."""
-
-
-@dataclass(frozen=True)
-class Config:
-    algo: str = "dpo"
-    """The algorithm: one of ALGOS; set by the command, not by the file."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    dpo: DpoConfig = field(default_factory=DpoConfig)
-    sft: SftConfig = field(default_factory=SftConfig)
-    dist: DistConfig = field(default_factory=DistConfig)
-    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    metadata: dict[str, Any] = field(default_factory=dict)
-    """Free-form notes, kept in the run's config.yaml and sent to wandb and mlflow."""
-
-
-FREE_FORM = "metadata"
-
-MAY_CHANGE: dict[str, str] = {
-    "run.": "where a run lies and what its owner permits",
-    "watchdog.": "it only ends what hangs",
-    "log.": "what is shown, not what is computed",
-    "checkpoint.": "a checkpoint only copies the state",
-    "validation.": "validation reads the weights; patience ends a run as max_steps does",
-    "cluster.": "what Slurm is asked for; another number of ranks trains on the same batches",
-    "dist.": "how ranks talk; the same reason",
-    "metadata.": "notes",
-    "data.cache_dir": "the cache is found by content",
-    "train.max_steps": "a finished run is extended by a larger one",
-    "train.max_epochs": "the same",
-    "train.limit_val_batches": "as validation",
-}
-"""Keys (sections end in a dot) in which a resumed run may differ from its start, and why."""
+__all__ = [
+    "ALGOS",
+    "FREE_FORM",
+    "CheckpointConfig",
+    "ClusterConfig",
+    "Config",
+    "DataConfig",
+    "DistConfig",
+    "DpoConfig",
+    "LogConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunConfig",
+    "SftConfig",
+    "TrainConfig",
+    "ValidationConfig",
+    "WatchdogConfig",
+    "default_path",
+    "differences",
+    "dump_yaml",
+    "flatten",
+    "help_text",
+    "load",
+    "parse_args",
+    "to_dict",
+]
 
 
 def load(

@@ -4,7 +4,7 @@ YAML nodes are flattened to dotted keys that remember file and line; the words o
 entries of the same kind. Each entry's key is looked up in the schema (or the table of aliases) and its
 value held against the field's type, so that a mistake is reported with the line that it was made in.
 OmegaConf then merges the file and the command line, in this order, into the schema's defaults and resolves
-`${...}`. Nothing here knows a particular key; that is `config.py`.
+`${...}`. Nothing here knows a particular key; that is `config_schema.py`.
 """
 
 from __future__ import annotations

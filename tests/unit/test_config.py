@@ -10,7 +10,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from strop import config, config_check, config_load
+from strop import config, config_check, config_load, config_schema
 from strop.aliases import ALIASES
 from strop.config import Config, differences, dump_yaml, load, parse_args, to_dict
 from strop.errors import UserError
@@ -386,7 +386,7 @@ def test_help_names_every_key_of_the_algorithm_with_its_default(capsys):
         parse_args(["train.seed=1", "-h"], "sft")
     assert e.value.code == 0
     text = capsys.readouterr().out
-    source = ast.parse(Path(config.__file__).read_text())
+    source = ast.parse(Path(config_schema.__file__).read_text())
     classes = {c.name: c for c in source.body if isinstance(c, ast.ClassDef)}
     for field in classes["TrainConfig"].body:
         if isinstance(field, ast.AnnAssign):

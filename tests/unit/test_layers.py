@@ -15,7 +15,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS = (
     ("strop", "strop.errors", "strop.aliases", "strop.files"),
-    ("strop.config", "strop.config_check", "strop.config_load", "strop.slurm", "strop.obs"),
+    (
+        "strop.config",
+        "strop.config_check",
+        "strop.config_load",
+        "strop.config_schema",
+        "strop.slurm",
+        "strop.obs",
+    ),
     ("strop.dist", "strop.ops"),
     (
         "strop.rollout",
