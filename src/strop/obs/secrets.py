@@ -120,14 +120,24 @@ def redactor(
     return redact_text
 
 
+_learnt: set[str] = set()
+
+
+def learn(values: Iterable[str]) -> None:
+    """Let `redact` know these too: the secrets in this process's configuration."""
+    _learnt.update(values)
+    _default.cache_clear()
+
+
 def redact(text: str) -> str:
-    """The text without secrets, as far as this process knows them: its environment, and all known shapes."""
+    """The text without secrets, as far as this process knows them: its environment, what it was told to
+    `learn`, and all known shapes."""
     return _default()(text)
 
 
 @functools.cache
 def _default() -> Callable[[str], str]:
-    return redactor()
+    return redactor(_learnt)
 
 
 def _forms(values: Iterable[str]) -> list[str]:
