@@ -88,12 +88,16 @@ def find(
     ranks: Optional[Ranges] = None,
     nodes: Optional[frozenset[str]] = None,
     raw: bool = True,
+    live: bool = False,
 ) -> Logs:
     """The logs of the run: of "all" attempts, the "last" one, or one by number; of these ranks and nodes.
 
-    Raises UserError if the run has no logs, or none of that attempt or those ranks.
+    Raises UserError if the run has no logs, or none of that attempt or those ranks, unless it is `live`: they
+    may come.
     """
     numbers = attempt_numbers(run_dir)
+    if live and (not numbers or (isinstance(attempts, int) and attempts not in numbers)):
+        return Logs(run_dir, tuple(numbers), [], 0)
     if not numbers:
         state = "has no logs" if run_dir.is_dir() else "no such run"
         raise UserError(f"{run_dir}: {state} (expected {run_dir}/logs/0001/rank00000.jsonl)")
@@ -104,7 +108,7 @@ def find(
     known: set[int] = set()
     for attempt in chosen:
         known |= _add(logs, attempt, ranks, nodes, raw)
-    if ranks is not None and not logs.streams:
+    if ranks is not None and not logs.streams and not live:
         raise UserError(f"{run_dir}: no logs of rank {format_ranges(ranks)}; there are {rank_list(known)}")
     if not logs.streams and not logs.notes:
         logs.notes.append("there are no log files")

@@ -114,6 +114,8 @@ def level_number(level: bytes) -> int:
 
 def passes(line: Line, selection: Selection) -> bool:
     """Whether a line is selected; its end is the caller's concern."""
+    if line.logger == b"raw":  # it only carries a mark
+        return False
     if line.key < selection.since_us or level_number(line.level) < selection.level:
         return False
     if selection.steps is not None and not selection.steps[0] <= line.step <= selection.steps[1]:

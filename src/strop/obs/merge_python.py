@@ -106,7 +106,7 @@ class Rank:
             counts["torn"] += not whole
             return self._plain(text)
         counts["bad_utf8"] += line.bad_utf8
-        counts["dropped"] += line.dropped
+        counts["dropped"] = max(counts["dropped"], line.dropped)  # a running total
         line.rank, line.attempt = self.stream.rank, self.stream.attempt
         line.time = min(max(line.time - self.stream.offset_us, 0), LAST_TIME_US)
         counts["clock_back"] += self._timed and line.time < self.key - CLOCK_BACK_US

@@ -167,7 +167,7 @@ class Stream {
     void place() {
         int64_t* counts = about->counts;
         counts[BAD_UTF8] += waiting_.bad_utf8;
-        counts[DROPPED] += waiting_.dropped;
+        counts[DROPPED] = std::max(counts[DROPPED], waiting_.dropped);  // a running total
         waiting_.time = std::clamp<int64_t>(waiting_.time - about->offset_us, 0, LAST_TIME);
         counts[CLOCK_BACK] += timed_ && waiting_.time < key_ - CLOCK_BACK_US;
         key_ = waiting_.key = std::max(key_, waiting_.time);
@@ -254,6 +254,7 @@ struct strop_log_merge {
 
     bool pass(const Stream& stream) {
         const Line& line = stream.line;
+        if (!line.plain && line.logger == "raw") return false;  // only carries a mark
         if (line.key < options.since_us || level_number(line.level) < options.level) return false;
         if (options.step_low >= 0 && (line.step < options.step_low || line.step > options.step_high)) return false;
         if (options.phase && unescape(line.phase) != options.phase) return false;
