@@ -237,7 +237,7 @@ def follow(options: argparse.Namespace, logs: Logs, selected: Selection, view: V
     watched = log_follow.Watched(ranks, attempt, options.raw)
     follower = log_follow.Follower(logs.run_dir, logs, watched, selected, view)
     write(log_follow.follow(follower, lambda: log_follow.state_of(logs.run_dir)))
-    for note in follower.notes:
+    for note in follower.told():
         print(f"logs: {note}", file=sys.stderr)
 
 
