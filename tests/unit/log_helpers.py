@@ -20,14 +20,8 @@ def at(seconds: float) -> str:
 
 def line(seconds: float, message: str, *, rank: int = 0, level: str = "INFO", **fields: Any) -> bytes:
     """As the writer makes it."""
-    head = {
-        "time": at(seconds),
-        "rank": rank,
-        "node": f"n{rank // 2}",
-        "attempt": 1,
-        "step": None,
-        "phase": None,
-    }
+    head: dict[str, Any] = {"time": at(seconds), "rank": rank, "node": f"n{rank // 2}", "attempt": 1}
+    head |= {"step": None, "phase": None}
     more = {key: fields.pop(key) for key in list(fields) if key in head}
     content = {**head, **more, "level": level, "logger": fields.pop("logger", "strop"), "message": message}
     return log_line.encode({**content, **fields})

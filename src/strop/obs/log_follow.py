@@ -230,7 +230,7 @@ class Follower:
             try:
                 for offset, text in file.lines():
                     if not file.segment.raw:
-                        texts.append(text)
+                        texts += [text] if text else []
                     elif shown := rank.raw_text(text):
                         raws.append((file.segment.index, offset, shown))
             except FileNotFoundError:

@@ -152,6 +152,8 @@ def lines_of(stream: Stream, counted: Counted, redact: Callable[[str], str]) -> 
     raws = _raw_pieces(stream, counted, rank)
     raw = next(raws, None)
     for _, _, text, whole in pieces(stream.structured, counted, 0):
+        if not text:  # behind a torn line
+            continue
         line = rank.structured(text, whole)
         while raw is not None and line.mark is not None and raw[:2] < line.mark:
             yield rank.raw(raw[2])

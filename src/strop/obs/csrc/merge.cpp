@@ -124,7 +124,8 @@ class Stream {
             bool whole;
             int64_t at, offset;
             string_view text;
-            if (!lines_.next(&text, &whole, &at, &offset)) {
+            while (text.empty()) {  // a blank one stands behind a torn one
+                if (lines_.next(&text, &whole, &at, &offset)) continue;
                 if (!peek_raw()) return false;
                 key_ = std::max(key_, about->raw_end_us);
                 return take_raw();
