@@ -5,7 +5,7 @@
 
 Which lines:
     --rank 37   --rank 0-7,12   --node gpu[01-04]   --attempt 2|last|all   --level warning
-    --since 10m --until 5m      the last minutes of the log (of now while it runs: s, m, h, d), or times such
+    --since 10m --until 5m      the last minutes of the log (s, m, h, d), or times such
                                 as 2026-11-22T03:00 or 03:00 (the log's last day), in UTC
     --step 120  --step 120:130  both ends included         --phase save
     --grep 'nan|inf'            a regular expression, in the message or its traceback
@@ -212,7 +212,7 @@ def show(options: argparse.Namespace, run_dir: Path) -> None:
     several = len(logs.attempts) > 1 and options.attempt == "all"
     view = View(options.json, options.collapse, options.ranges, colour, several)
     now_us = int(1e6 * time.time())
-    selected = selection(options, min(logs.newest_us or now_us, now_us))
+    selected = selection(options, logs.newest_us or now_us)
     tail = tail_of(options)
     merge = Merge(logs, selected, view)
     num_bytes = sum(f.size for s in logs.streams for f in (*s.structured, *s.raw))

@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 from strop.obs import log_line
 
-T0 = datetime(2026, 11, 22, 3, 0, 0, tzinfo=timezone.utc)
+T0 = datetime(2026, 11, 20, 3, 0, 0, tzinfo=timezone.utc)
 BEGAN_S = T0.timestamp()
 
 

@@ -103,12 +103,12 @@ awkward = st.one_of(
         st.one_of(st.just({}), st.text(max_size=9).map(lambda t: {"traceback": t})),
     ),
     st.sampled_from([
-        b'{"time":"2026-11-22T03:00:00.000000Z","level":"INFO","message":"\\ud83d\\ude00 \\ud83d \\u00e9"}',
+        b'{"time":"2026-11-20T03:00:00.000000Z","level":"INFO","message":"\\ud83d\\ude00 \\ud83d \\u00e9"}',
         b'{"time":"2026-02-30T03:00:00.000000Z","message":"no such day"}',
-        b'{"time":"2026-11-22T03:00:01.000000Z","message":"x","more":{"a":1}}',
-        b'{"time":"2026-11-22T03:00:01.000000Z","message":"cut\\"}',
-        b'{"time":"2026-11-22T03:00:01.000000Z","message":"\xff\xe2\x82 \xc2\x9b\xed\xa0\x80"}',
-        b'{"time":"2026-11-22T03:00:01.000000Z","step":1.5,"a":[1,-2.5e3],"message":null}',
+        b'{"time":"2026-11-20T03:00:01.000000Z","message":"x","more":{"a":1}}',
+        b'{"time":"2026-11-20T03:00:01.000000Z","message":"cut\\"}',
+        b'{"time":"2026-11-20T03:00:01.000000Z","message":"\xff\xe2\x82 \xc2\x9b\xed\xa0\x80"}',
+        b'{"time":"2026-11-20T03:00:01.000000Z","step":1.5,"a":[1,-2.5e3],"message":null}',
         b"12 of 13\r13 of 13\r",
         b"took 3 ms", b"took 4 ms", b"-1 -2 (-3) a-4 5.6.7 1e999 8e",
     ]),
@@ -159,14 +159,14 @@ def test_equal_lines_of_many_ranks_are_one(tmp_path: Path) -> None:
     text, notes = both(run.directory, View())
     assert notes == []
     assert text.splitlines() == [
-        "2026-11-22 03:00:00.000 [0-7] INFO     loaded shard",
-        "2026-11-22 03:00:00.050 [0] INFO     before the others have it",
-        "2026-11-22 03:00:01.000 [3] INFO     only here",
-        "2026-11-22 03:00:01.100 [3] INFO     loaded shard",
-        "2026-11-22 03:00:03.200 [7] INFO     loaded shard",
-        "2026-11-22 03:00:03.300 [6] INFO     step 2: step",
-        "2026-11-22 03:00:03.300 [6] ERROR    step 3: step",
-        "2026-11-22 03:00:03.300 [7] INFO     step 1: step",
+        "2026-11-20 03:00:00.000 [0-7] INFO     loaded shard",
+        "2026-11-20 03:00:00.050 [0] INFO     before the others have it",
+        "2026-11-20 03:00:01.000 [3] INFO     only here",
+        "2026-11-20 03:00:01.100 [3] INFO     loaded shard",
+        "2026-11-20 03:00:03.200 [7] INFO     loaded shard",
+        "2026-11-20 03:00:03.300 [6] INFO     step 2: step",
+        "2026-11-20 03:00:03.300 [6] ERROR    step 3: step",
+        "2026-11-20 03:00:03.300 [7] INFO     step 1: step",
     ]
 
 
@@ -192,8 +192,8 @@ def test_the_number_of_waiting_lines_is_bounded(tmp_path: Path) -> None:
     assert len(rows) == num + 2
     assert rows[0].endswith("[0] INFO     m0")
     assert rows[-2:] == [
-        f"2026-11-22 03:00:00.016 [0,1] INFO     m{num}",
-        "2026-11-22 03:00:01.000 [1] INFO     m0",
+        f"2026-11-20 03:00:00.016 [0,1] INFO     m{num}",
+        "2026-11-20 03:00:01.000 [1] INFO     m0",
     ]
 
 
@@ -208,7 +208,7 @@ def test_raw_lines_stand_before_the_line_that_marks_them(tmp_path: Path) -> None
     path = run.write(0, first, second, raw=True)
     last = run.write(0, b"new segment\nthe end", raw=True, index=1)
     os.utime(path, (1, 1))
-    os.utime(last, (1_795_316_410.5, 1_795_316_410.5))  # 03:00:10.5
+    os.utime(last, (1_795_143_610.5, 1_795_143_610.5))  # 03:00:10.5
     run.write(
         0,
         line(1.0, "no mark"),
@@ -217,14 +217,14 @@ def test_raw_lines_stand_before_the_line_that_marks_them(tmp_path: Path) -> None
         line(4.0, "last", step=5),
     )
     assert both(run.directory)[0].splitlines() == [
-        "2026-11-22 03:00:01.000 [0] INFO     no mark",
-        "2026-11-22 03:00:02.000 [0] RAW      early",
-        "2026-11-22 03:00:02.000 [0] RAW      half a line",
-        "2026-11-22 03:00:02.000 [0] INFO     train 4: mark",
-        "2026-11-22 03:00:03.000 [0] RAW      train 4: after",
-        "2026-11-22 03:00:03.000 [0] RAW      train 4: new segment",
-        "2026-11-22 03:00:04.000 [0] INFO     step 5: last",
-        "2026-11-22 03:00:10.500 [0] RAW      step 5: the end",
+        "2026-11-20 03:00:01.000 [0] INFO     no mark",
+        "2026-11-20 03:00:02.000 [0] RAW      early",
+        "2026-11-20 03:00:02.000 [0] RAW      half a line",
+        "2026-11-20 03:00:02.000 [0] INFO     train 4: mark",
+        "2026-11-20 03:00:03.000 [0] RAW      train 4: after",
+        "2026-11-20 03:00:03.000 [0] RAW      train 4: new segment",
+        "2026-11-20 03:00:04.000 [0] INFO     step 5: last",
+        "2026-11-20 03:00:10.500 [0] RAW      step 5: the end",
     ]
     assert [fields["level"] for fields in lines(log_files.find(run.directory, raw=False), Selection())] == [
         "INFO", "INFO", "INFO",
@@ -287,11 +287,11 @@ def test_torn_foreign_and_undecodable_lines_are_shown_and_counted(tmp_path: Path
     run.write(1, line(4, "only the newline is missing", rank=1)[:-1])
     text, notes = both(run.directory)
     assert text.splitlines() == [
-        "2026-11-22 03:00:01.000 [0] INFO     whole",
-        "2026-11-22 03:00:01.000 [0] RAW      not JSON",
-        "2026-11-22 03:00:02.000 [0] INFO     b\\xffd",
-        "2026-11-22 03:00:02.000 [0] RAW      " + line(3, "torn")[:50].decode(),
-        "2026-11-22 03:00:04.000 [1] INFO     only the newline is missing",
+        "2026-11-20 03:00:01.000 [0] INFO     whole",
+        "2026-11-20 03:00:01.000 [0] RAW      not JSON",
+        "2026-11-20 03:00:02.000 [0] INFO     b\\xffd",
+        "2026-11-20 03:00:02.000 [0] RAW      " + line(3, "torn")[:50].decode(),
+        "2026-11-20 03:00:04.000 [1] INFO     only the newline is missing",
     ]
     assert notes == [
         "2 line(s) in another form than strop's, shown as RAW (attempt 1: rank 0)",
@@ -307,7 +307,7 @@ def test_a_clock_that_jumps_back_keeps_the_files_order(tmp_path: Path) -> None:
     run.write(1, *(line(s, f"other {s}", rank=1) for s in (1, 4, 5, 6)))
     text, notes = both(run.directory)
     assert messages(text) == ["other 1", "other 4", "a", "b", "c", "other 5", "d", "other 6"]
-    assert "2026-11-22 03:00:01.000 [0] INFO     b" in text.splitlines()
+    assert "2026-11-20 03:00:01.000 [0] INFO     b" in text.splitlines()
     assert notes == ["2 time(s) a clock went back; the order of the file was kept (attempt 1: rank 0)"]
 
 
@@ -354,10 +354,10 @@ def test_two_attempts_of_one_job_stay_apart(tmp_path: Path) -> None:
     run.write(0, line(31, "same", attempt=2), line(33, "end", attempt=2), attempt=2)
     text, _ = both(run.directory, View(show_attempt=True))
     assert text.splitlines() == [
-        "2026-11-22 03:00:01.000 #1 [0] INFO     same",
-        "2026-11-22 03:00:30.000 #2 [0] INFO     same",
-        "2026-11-22 03:00:31.000 #1 [0] INFO     late",
-        "2026-11-22 03:00:32.000 #2 [0] INFO     end",
+        "2026-11-20 03:00:01.000 #1 [0] INFO     same",
+        "2026-11-20 03:00:30.000 #2 [0] INFO     same",
+        "2026-11-20 03:00:31.000 #1 [0] INFO     late",
+        "2026-11-20 03:00:32.000 #2 [0] INFO     end",
     ]
 
 
