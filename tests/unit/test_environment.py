@@ -102,7 +102,7 @@ SHOW = """import os, re, sys
 print("args:", *sys.argv[1:])
 sys.stdout.flush()
 if "STROP_STDOUT_FD" in os.environ:
-    os.write(int(os.environ["STROP_STDOUT_FD"]), b"to the job's output\n")
+    os.write(int(os.environ["STROP_STDOUT_FD"]), b"to the job's output")
 print(re.search("SigBlk.*", open("/proc/self/status").read())[0], file=sys.stderr)
 """
 
@@ -128,7 +128,7 @@ def test_launch_redirects_and_blocks(tmp_path):
         }
         command = [sys.executable, "-m", "strop.slurm.launch", "--", "dpo", "a.b=c d"]
         outputs[rank] = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
-    assert outputs["0"].stdout == "to the job's output\n"
+    assert outputs["0"].stdout == "to the job's output"
     assert outputs["1"].stdout == ""
     assert outputs["0"].stderr == outputs["1"].stderr == ""
     blocked = f"SigBlk:\t{(1 << 9) | (1 << 14):016x}\n"  # USR1 is 10, TERM is 15
