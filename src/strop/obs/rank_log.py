@@ -110,6 +110,7 @@ class RankLog:
             except OSError as error:
                 self._gone += 1
                 self._failed_at = now
+                self._reopen()
                 self._complain(f"cannot be written, lines are lost until it can: {error}")
             else:
                 self._failed_at = None
@@ -155,6 +156,13 @@ class RankLog:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         self._size = os.fstat(descriptor).st_size
         return descriptor
+
+    def _reopen(self) -> None:
+        """Next time: a file server may have forgotten the descriptor."""
+        if self._fd is not None:
+            with contextlib.suppress(OSError):  # what an earlier write could not store
+                os.close(self._fd)
+            self._fd = None
 
     def _next_segment(self, old: int) -> None:
         self._fd = self._open(self._index + 1)

@@ -1,4 +1,4 @@
-"""`python3 -m strop.slurm begin|collect|end|term`, for sbatch/lib.sh: on the host, uninstalled, standard library.
+"""`python3 -m strop.slurm begin|collect|end|term`, for sbatch/lib.sh: on the host, standard library only.
 
 `begin ALGO ARGS` prints shell assignments for the ranks. `end --exit CODE --signals "USR1 TERM"` prints
 "ACTION EXIT_CODE"; the summary for the reader goes to stderr, which is the job's output file. `term` is
