@@ -57,12 +57,12 @@ def test_logs_that_cannot_be_collected_do_not_keep_the_job_from_its_end(submit, 
     assert ended(submit("run.name=r", "steps=1"), 240)["JobState"] == "COMPLETED"
     disk = tmp_path / "disk"
     disk.mkdir()
-    (tmp_path / "runs/r/logs/0002/rank00000.err").mkdir(parents=True)
+    (tmp_path / "runs/r/logs/0002/rank00000.jsonl").mkdir(parents=True)
     monkeypatch.setenv("STROP_LOG_DIR", str(disk))
-    job = submit("--nodes=2", "run.name=r", "steps=2")
+    job = submit("--nodes=2", "run.name=r", "log=1", "steps=2")
     assert ended(job, 240)["JobState"] == "COMPLETED", output(job)
     assert causes(Path("runs/r")) == ["done", "done"]
     assert "Is a directory" in output(job)
     assert f"logs were left on the nodes, in {disk}" in output(job)
-    assert (disk / "r/0002/rank00000.err").is_file()
+    assert (disk / "r/0002/rank00000.jsonl").is_file()
     assert (tmp_path / "runs/r/logs/0002/rank00001.err").is_file()  # the others are copied all the same
