@@ -38,7 +38,7 @@ parse_arguments() {
     else
         model=assets/smollm2-135m-instruct base_name=quickstart most_steps=24 train_seconds=150
         # With the plain DPO loss alone, so few steps change preferences but hardly what is answered first.
-        options=(optim.lr=1.5e-5 dpo.sft_loss_weight=1.0)
+        options=(optim.lr=1e-5 dpo.sft_loss_weight=1.0)
     fi
 }
 
