@@ -162,7 +162,7 @@ main() {
     step 'Demo model and data'
     advice='Making the assets failed: python -m tools.demo_assets shows it alone.'
     # shellcheck disable=SC2086 # --tiny or nothing
-    "$PYTHON" -m tools.demo_assets $tiny 2>&1 | sed 's/^/   /'
+    TQDM_DISABLE=1 "$PYTHON" -m tools.demo_assets $tiny 2>&1 | sed 's/^/   /'
     step 'Training: DPO on two nodes'
     choose_run
     choose_steps
