@@ -29,7 +29,7 @@ COUNTS = (
 WHOLE, TRUNCATED = 1, 2
 
 
-@dataclass
+@dataclass(slots=True)
 class Counted:
     """What became of one stream."""
 
@@ -91,6 +91,8 @@ def _cut(line: bytes, counted: Counted) -> bytes:
 
 class Rank:
     """What a rank's line depends on of those before: the last key, and the step that raw lines belong to."""
+
+    __slots__ = ("_counts", "_last", "_redact", "_timed", "key", "stream")
 
     def __init__(self, stream: Stream, counts: dict[str, int], redact: Callable[[str], str]):
         self.key = stream.floor_us
