@@ -16,7 +16,7 @@ from typing import NoReturn, Optional
 from strop import config as config_module
 from strop import run as run_module
 from strop.errors import EXIT_DONE, EXIT_USER, UserError
-from strop.obs import logs
+from strop.obs import logs, native_stack
 from strop.slurm import attempts, rendezvous, stop
 from strop.slurm.env import Env, read_env
 from strop.watchdog import Watchdog
@@ -37,6 +37,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     env = read_env()
     stop.block_signals()
     faulthandler.enable()
+    has_native_stacks = native_stack.install()
     try:
         if not words or words[0] not in config_module.ALGOS:
             raise UserError(f"{words[0] if words else 'no algorithm'}: {USAGE}")
@@ -50,6 +51,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if env.rank == 0:
         for note in notes:
             log.info("note: %s", note)
+        if not has_native_stacks:
+            log.info("note: a crash will show no native stack: %s is not built", native_stack.LIBRARY)
     return _train(run, config)
 
 
