@@ -74,6 +74,11 @@ def _train(run: run_module.Run, config: config_module.Config) -> int:
             from strop import loop  # torch and transformers: seconds that a wrong key need not wait for
 
             loop.train(run, config, position)
+        if run.stop.reason == stop.CTRL_C:
+            committed = "committed" if position.step else "with nothing to commit yet"
+            text = "interrupted at step %s, %s; run.name=%s goes on"
+            log.info(text, position.step, committed, run.dir.name)
+            return EXIT_INTERRUPTED
     except rendezvous.Stopped as error:
         log.info("stopped before training: %s", error)
         if run.env.rank == 0:
