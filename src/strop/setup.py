@@ -69,6 +69,8 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
         train_store.num_rows, config.train.global_batch_size, config.train.limit_train_batches
     )
     max_steps = config.train.max_steps or math.ceil(config.train.max_epochs * per_epoch)
+    if dist.is_main:
+        attempts.update(run.dir, run.attempt, max_steps=max_steps)  # for tools.status
     t = Trainer(
         run,
         config,

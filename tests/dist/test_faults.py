@@ -179,6 +179,7 @@ def test_ctrl_c_commits_and_ends_a_direct_run(toy, tmp_path):
         assert trainer.wait() == 130
     record = attempts.read(tmp_path / "r", 1)
     assert (record["state"], record["reason"]) == ("YIELD", "Ctrl-C")
+    assert record["max_steps"] == 100000
     step = t.metrics(tmp_path / "r")[-1]["step"]
     assert 3 <= step < 100
     assert record["step"] == attempts.committed_step(tmp_path / "r") == step
