@@ -87,6 +87,16 @@ def test_no_such_model(refused, tmp_path):
     )
 
 
+def test_a_mistyped_directory_that_looks_like_a_hub_name(refused, toy):
+    """Told within `refused`'s ten seconds, by a hub that does not know it or where none can be reached."""
+    assert refused("dpo", model={"path": "modles/llama"}).startswith(
+        f"model.path: 'modles/llama' is no directory (looked in {Path.cwd()}), "
+    )
+    other = {"path": str(toy / "model"), "tokenizer": "modles/llama"}
+    assert refused("dpo", model=other).startswith("model.tokenizer: 'modles/llama' is no directory")
+    assert refused("dpo", dpo={"reference": "modles/llama"}).startswith("dpo.reference: 'modles/llama'")
+
+
 def test_model_directory_without_weights(refused, toy, tmp_path):
     folder = tmp_path / "config-only"
     folder.mkdir()
