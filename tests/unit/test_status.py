@@ -49,6 +49,19 @@ def test_a_dead_run_keeps_only_what_is_committed(run, slurm):
     assert "step 4" in s.next_action
 
 
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["run.name=r"], "run.name=r"),
+        (["seed=1"], "seed=1 run.name=r"),
+        (["run.name=sweep", "seed=1"], "run.name=sweep seed=1 run.name=r"),  # the task of an array
+    ],
+)
+def test_what_to_type_names_the_run(run, slurm, args, said):
+    run.attempt(1, 0, args=args)
+    assert assess(run, now=5000).next_action.endswith(f"sbatch/dpo.sh {said}")
+
+
 def test_death_before_the_first_commit_loses_all_steps(run, slurm):
     run.attempt(1, 0, cause="killed", action="requeue", state="FAIL", closed=T + 24)
     run.attempt(2, 30, heartbeat=31)

@@ -91,7 +91,8 @@ def begin(algo: str, args: Sequence[str], job: env.Job) -> Begun:
     known, behind = None, None
     if job.target is not None:
         known = command.show_job(job.target) or {}
-        named = args if run.given else [*args, f"run.name={run.name}"]
+        # The successor of an array's task is a job of its own: it is told the task's run.
+        named = args if run.given and not job.array_task_id else [*args, f"run.name={run.name}"]
         try:
             behind = successor.prepare(run.directory, attempt, known, job, algo, named)
         except command.SlurmError as error:

@@ -37,9 +37,15 @@ def resolve(algo: str, args: Sequence[str], job: Job, root: Path) -> RunName:
     settings.update(_overrides(args))
     name = settings.get("name")
     given = name is not None
-    name = checked(_default(algo, job) if name is None else name)
+    name = checked(_default(algo, job) if name is None else of_task(name, job.target))
     allow = (settings.get("allow_code_change") or "").lower() == "true"
     return RunName(name, parent_directory(settings.get("dir") or "runs") / name, given, allow)
+
+
+def of_task(name: str, target: Optional[str]) -> str:
+    """The tasks of an array are runs of their own: "x" in task 4 of job 12 ("12_4") is "x-4"."""
+    task = (target or "").partition("_")[2]
+    return f"{name}-{task}" if task else name
 
 
 def checked(name: str) -> str:
