@@ -98,6 +98,8 @@ def _train(run: run_module.Run, config: config_module.Config) -> int:
             print(f"error: {error}", file=sys.stderr)
         else:
             log.error("%s: %s", type(error).__name__, error, exc_info=not isinstance(error, UserError))
+        if isinstance(error, UserError) and not run.launched and config.run.name is None:
+            attempts.discard(run.dir, run.attempt)
         _leave(code)
     return EXIT_DONE
 

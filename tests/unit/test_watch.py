@@ -311,3 +311,15 @@ def test_a_full_disk_is_everybodys_and_an_io_error_the_nodes(tmp_path, monkeypat
     monkeypatch.setattr(preflight.os, "fsync", fsync)
     with pytest.raises(kind):
         preflight.check_storage(run)  # type: ignore[arg-type]
+
+
+def test_a_directory_that_one_node_can_only_read_is_named(tmp_path, monkeypatch):
+    """The batch host has written the attempt's record there: it is the node's mount, or the container's."""
+    run = SimpleNamespace(dir=tmp_path, logs=tmp_path, env=SimpleNamespace(rank=3, node="n1", local_rank=0))
+
+    def replace(source, target):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(preflight.os, "replace", replace)
+    with pytest.raises(preflight.PreflightError, match=f"^n1 can only read {tmp_path}: .*MOUNTS"):
+        preflight.check_storage(run)  # type: ignore[arg-type]

@@ -84,6 +84,7 @@ def begin(algo: str, args: Sequence[str], job: env.Job) -> Begun:
         launcher=job.launcher,
         algo=algo,
         args=list(args),
+        named=run.given,
         code=code_now,
         **deaths.mark(),
     )
@@ -369,6 +370,14 @@ def hold(job: env.Job) -> str:
     except command.SlurmError as error:
         return f"make room, then submit it again (not held: {error})"
     return f"held: make room, then: scontrol release {job.target}"
+
+
+def discard_unnamed(job: env.Job) -> None:
+    """A refused start without run.name, outside of Slurm: its name is the time, which nobody uses again."""
+    assert job.run_dir is not None
+    assert job.attempt is not None
+    if not attempts.read(job.run_dir, job.attempt).get("named"):
+        attempts.discard(job.run_dir, job.attempt)
 
 
 def notify(job: env.Job, decision: decide.Decision, text: str) -> None:
