@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from strop.errors import UserError
+from strop.slurm import naming
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention": ("auto", "packed", "padded"),
@@ -127,5 +128,5 @@ def check(flat: Mapping[str, Any], where: Mapping[str, str], path: Path) -> None
     if flat["validation.patience"] is not None and flat["checkpoint.best_metric"] is None:
         fail("validation.patience", "needs checkpoint.best_metric, such as eval_loss")
     name = flat["run.name"]
-    if name is not None and (not name or "/" in name or name.startswith(".")):
-        fail("run.name", "must be a plain name, without / and not starting with a dot")
+    if name is not None and not naming.is_plain(name):
+        fail("run.name", naming.PLAIN)

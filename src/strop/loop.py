@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from strop import optim, setup, trainer
+from strop.algos import Metrics
 from strop.config import Config
 from strop.data.batch import Batch, Prefetcher, make_batch
 from strop.dist import Dist
@@ -29,8 +30,6 @@ from strop.slurm import attempts
 from strop.trainer import Trainer
 
 log = logging.getLogger("strop")
-
-Metrics = dict[str, tuple[Tensor, Tensor]]
 
 LOSS_SCALE_GROWS_EVERY = 2000
 SMALLEST_LOSS_SCALE = 2.0**-10

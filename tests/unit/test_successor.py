@@ -76,7 +76,7 @@ def test_option(fields, option):
 def test_script_keeps_the_lines_that_slurm_cannot_tell():
     """What is of this one job (the array), or would contradict what the controller says, is left out."""
     text = successor.body_script(SCRIPT, ["dpo", "run.name=x", "a=it's"])
-    lib = body.ROOT / "sbatch/lib.sh"
+    lib = code.REPOSITORY / "sbatch/lib.sh"
     assert text.splitlines() == [
         "#!/usr/bin/env bash",
         "#SBATCH --job-name=dpo",

@@ -35,7 +35,6 @@ from strop.slurm import (
     successor,
 )
 
-ROOT = code.PACKAGE.parents[1]
 WAIT_WITHOUT_END_S = 3600.0
 END_MARGIN_S = 20.0
 """Before the job's end a controller that does not answer is given up."""
@@ -62,7 +61,7 @@ class Exhausted(RuntimeError):
 
 def begin(algo: str, args: Sequence[str], job: env.Job) -> Begun:
     """Create the attempt. Raises UserError, lease.Held, Exhausted or NothingToDo: nothing is written."""
-    run = naming.resolve(algo, args, job, ROOT)
+    run = naming.resolve(algo, args, job, code.REPOSITORY)
     idle = successor.stand_down(job, run.directory, attempts.read_all(run.directory))
     if idle:
         raise NothingToDo(f"{idle}; nothing left to do for job {job.target}, its successor")

@@ -18,6 +18,7 @@ from strop.aliases import ALIASES
 from strop.errors import UserError
 from strop.slurm.env import Job
 
+PLAIN = "must be a plain name, without / and not starting with a dot"
 KEYS = ("name", "dir", "allow_code_change")
 
 
@@ -50,9 +51,13 @@ def of_task(name: str, target: Optional[str]) -> str:
 
 def checked(name: str) -> str:
     """The name of a run, which is that of its directory; UserError if it is not a plain one."""
-    if not name or "/" in name or name.startswith("."):
-        raise UserError(f"run.name={name!r}: a plain directory name is needed, without '/' or a leading '.'")
+    if not is_plain(name):
+        raise UserError(f"run.name={name!r}: {PLAIN}")
     return name
+
+
+def is_plain(name: str) -> bool:
+    return bool(name) and "/" not in name and not name.startswith(".")
 
 
 def parent_directory(text: str) -> Path:
