@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from strop.slurm import attempts, body, command, env, successor
+from strop.slurm import attempts, body, code, command, env, successor
 
 RECORD = """\
 JobId=13 ArrayJobId=12 ArrayTaskId=4 JobName=my job
