@@ -79,6 +79,7 @@ def train(
         f"train.max_steps={steps}",
         "train.global_batch_size=8",
         f"checkpoint.every={every}",
+        "checkpoint.best_metric=null",  # there is no validation set
         f"checkpoint.async={str(background).lower()}",
         "log.tensorboard=false",
     ]
