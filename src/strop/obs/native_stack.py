@@ -13,16 +13,17 @@ import subprocess
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("csrc") / "crash.cpp"
-LIBRARY = SOURCE.with_name("libcrash.so")
+LIBRARY = SOURCE.parents[1] / "lib" / "libstrop_crash.so"
 
 
 def build_command(target: Path) -> list[str]:
-    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-shared", "-fPIC"]
+    flags = ["-std=c++17", "-O3", "-shared", "-fPIC", "-Wall", "-Wextra"]
     return ["g++", *flags, "-o", str(target), str(SOURCE)]
 
 
 def build() -> None:
     """Make the library; whoever has the old one open keeps it. Raises OSError without a compiler."""
+    LIBRARY.parent.mkdir(exist_ok=True)
     aside = LIBRARY.with_suffix(f".{os.getpid()}")
     subprocess.run(build_command(aside), check=True)
     os.replace(aside, LIBRARY)
