@@ -208,6 +208,7 @@ def gather(job: env.Job, launcher_exit: int, signals: Sequence[str]) -> decide.F
     verdicts = [decide.Verdict(**{key: v[key] for key in fields if key in v}) for v in said]
     logs = attempts.log_dir(run_dir, number)
     state = _local_state(signals) if job.launcher == "local" else job_state(job)
+    suspect = hang.suspect(said, *_ranks(logs))
     return decide.Facts(
         state=record["state"],
         launcher_exit=launcher_exit,
@@ -221,12 +222,21 @@ def gather(job: env.Job, launcher_exit: int, signals: Sequence[str]) -> decide.F
         death=deaths.find(run_dir, record, verdicts),
         successor=_successor(record.get("successor"), state),
         space=deaths.describe_space(run_dir) if any(v.kind == "storage" for v in verdicts) else "",
-        suspect=hang.suspect(said, *_ranks(logs)),
+        suspect=suspect,
+        lost_nodes=_lost_nodes(record) if suspect and suspect.silent and job.launcher != "local" else (),
         num_nodes=len(record.get("nodes") or ()),
         job=state,
         history=decide.since_progress(records, committed)[:-1],
         last_words=crash.last_words(logs, {v.rank for v in verdicts}),
     )
+
+
+def _lost_nodes(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """What Slurm cannot tell is not known: the attempt then counts as hung."""
+    try:
+        return tuple(command.lost_nodes(record.get("nodes") or (), record["began"]))
+    except command.SlurmError:
+        return ()
 
 
 def _successor(job_id: Optional[str], state: decide.JobState) -> Optional[str]:
