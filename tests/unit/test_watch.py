@@ -166,9 +166,7 @@ def test_a_silent_rank_on_a_lost_node_did_not_hang():
     assert (decision.cause, decision.action) == ("killed", "requeue")
     assert "(rank 1, n1, phase rendezvous): lost: n1; rank 1 left no stacks" in decision.summary
     stopped = dataclasses.replace(facts, suspect=dataclasses.replace(suspect, silent=False))
-    assert (
-        decide.decide(stopped).cause == "hang"
-    )  # its stacks are there: it hung
+    assert decide.decide(stopped).cause == "hang"  # its stacks are there: it hung
 
 
 @pytest.mark.parametrize(
