@@ -20,23 +20,12 @@ import yaml
 from strop import config as config_module
 from strop import files
 from strop.config import Config
-from strop.errors import STORAGE_ERRNOS, Diverged, StorageError, Superseded, UserError
-from strop.slurm import attempts, code, lease, naming
+from strop.errors import STORAGE_ERRNOS, Diverged, StorageError, UserError
+from strop.slurm import attempts, code, lease, naming, peers
 from strop.slurm.env import Env
-from strop.slurm.rendezvous import PeerFailed
 from strop.slurm.stop import StopRequest
 
 log = logging.getLogger(__name__)
-
-PEER_SIGNS = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "gloo",
-    "NCCL",
-    "TCPStore",
-)
-"""What a collective's error says when the cause is another rank's end."""
 
 
 @dataclass
@@ -154,14 +143,15 @@ def classify(error: BaseException) -> tuple[str, int]:
     """(kind of verdict, exit code) of what ended this rank."""
     if isinstance(error, (UserError, Diverged, StorageError)):
         return error.kind, error.exit_code
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    name, text = type(error).__name__, str(error)
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError":
+        return "oom", 1
+    if isinstance(error, (RuntimeError, OSError)) and peers.is_out_of_memory(text):
         return "oom", 1
     if isinstance(error, OSError) and error.errno in STORAGE_ERRNOS:
         return StorageError.kind, StorageError.exit_code
-    follows = isinstance(error, RuntimeError) and any(sign in str(error) for sign in PEER_SIGNS)
-    if isinstance(error, (PeerFailed, Superseded)) or follows:
-        return "peer", 1
-    return "exception", 1
+    trace = "".join(traceback.format_exception(error))
+    return ("peer" if peers.reason(name, text, trace) else "exception"), 1
 
 
 def fail(run: Run, error: BaseException, *, step: Optional[int], phase: str) -> int:

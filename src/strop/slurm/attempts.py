@@ -198,6 +198,13 @@ def read_verdicts(run_dir: Path, attempt: int) -> list[dict[str, Any]]:
     return [verdict for verdict in map(files.read_json, paths) if isinstance(verdict, dict)]
 
 
+def read_clocks(run_dir: Path, attempt: int) -> dict[int, tuple[str, float]]:
+    """Node and clock offset in seconds from rank 0's, of every rank; {} if the ranks did not come so far."""
+    told = files.read_json(log_dir(run_dir, attempt) / "clock.json")
+    entries = told.get("ranks", []) if isinstance(told, dict) else []
+    return {entry["rank"]: (entry["node"], entry["offset_s"]) for entry in entries}
+
+
 def fingerprint(kind: str, trace: str) -> str:
     """Equal for the same failure at the same place.
 

@@ -169,6 +169,10 @@ def _record(job: env.Job, facts: decide.Facts, decision: decide.Decision) -> dec
             fingerprint=decision.fingerprint,
             exclude=list(decision.exclude),
             summary=decision.summary,
+            rank=decision.rank,
+            node=decision.node,
+            launcher_exit=facts.launcher_exit,
+            signals=list(facts.signals),
             closed=time.time(),
         )
     except OSError as error:
@@ -204,8 +208,11 @@ def gather(job: env.Job, launcher_exit: int, signals: Sequence[str]) -> decide.F
     committed = attempts.committed_step(run_dir)
     fields = decide.Verdict.__dataclass_fields__
     said = attempts.read_verdicts(run_dir, number)
-    verdicts = [decide.Verdict(**{key: v[key] for key in fields if key in v}) for v in said]
     logs = attempts.log_dir(run_dir, number)
+    clocks = attempts.read_clocks(run_dir, number)
+    nodes = {rank: node for rank, (node, _) in clocks.items()}
+    verdicts = [decide.Verdict(**{key: v[key] for key in fields if key in v}) for v in said]
+    verdicts = [dataclasses.replace(v, time=v.time - clocks.get(v.rank, ("", 0.0))[1]) for v in verdicts]
     state = _local_state(signals) if job.launcher == "local" else job_state(job)
     return decide.Facts(
         state=record["state"],
@@ -218,9 +225,10 @@ def gather(job: env.Job, launcher_exit: int, signals: Sequence[str]) -> decide.F
         verdicts=tuple(verdicts),
         crash=crash.find(logs),
         death=deaths.find(run_dir, record, verdicts),
+        ended_first=deaths.ended_first(record),
         successor=_successor(record.get("successor"), state),
         space=deaths.describe_space(run_dir) if any(v.kind == "storage" for v in verdicts) else "",
-        suspect=hang.suspect(said, *_ranks(logs)),
+        suspect=hang.suspect(said, len(nodes) or len(crash.newest(logs)), nodes),
         num_nodes=len(record.get("nodes") or ()),
         job=state,
         history=decide.since_progress(records, committed)[:-1],
@@ -231,13 +239,6 @@ def gather(job: env.Job, launcher_exit: int, signals: Sequence[str]) -> decide.F
 def _successor(job_id: Optional[str], state: decide.JobState) -> Optional[str]:
     """The job that waits behind this one, unless its owner has taken it out of the queue."""
     return job_id if job_id and (not state.known or successor.waiting(job_id)) else None
-
-
-def _ranks(logs: Path) -> tuple[int, dict[int, str]]:
-    """How many ranks came, and on which nodes they were, as far as the pre-flight check could tell."""
-    clock = files.read_json(logs / "clock.json") or {"ranks": []}
-    nodes = {entry["rank"]: entry["node"] for entry in clock["ranks"]}
-    return len(nodes) or len(list(logs.glob("rank*.err"))), nodes
 
 
 def _local_state(signals: Sequence[str]) -> decide.JobState:

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Optional
 
-from strop.slurm import attempts, decide
+from strop.slurm import attempts, decide, peers
 
 TAIL_BYTES = 1 << 16
 """faulthandler's list of extension modules alone takes some thousand."""
@@ -25,11 +25,25 @@ SHOWN = 3
 
 
 def find(logs: Path) -> Optional[decide.Crash]:
-    """The first rank whose stderr ends in the dump of a native crash."""
-    for path in sorted(logs.glob("rank*.err")):
-        if FATAL.search(_tail(path, TAIL_BYTES)):
+    """The first rank whose stderr ends in the dump of a native crash, and not of an abort that only follows
+    another rank's end (NCCL's watchdog aborts the process after a time-out)."""
+    for path in newest(logs):
+        found = list(FATAL.finditer(text := _tail(path, TAIL_BYTES)))
+        if found and not (found[-1][1] == "Aborted" and peers.reason(None, text[: found[-1].start()])):
             return _read(path)
     return None
+
+
+def newest(logs: Path) -> list[Path]:
+    """Each rank's raw file, by rank; of one that was rotated (rank00037.1.err) the last segment."""
+    by_rank: dict[int, tuple[int, Path]] = {}
+    for path in logs.glob("rank*.err"):
+        number = re.fullmatch(r"rank(\d+)(?:\.(\d+))?\.err", path.name)
+        if number:
+            by_rank[int(number[1])] = max(
+                by_rank.get(int(number[1]), (-1, path)), (int(number[2] or 0), path)
+            )
+    return [by_rank[rank][1] for rank in sorted(by_rank)]
 
 
 def _read(path: Path) -> decide.Crash:
@@ -53,7 +67,7 @@ def _paragraph(text: str, mark: str) -> str:
 
 def last_words(logs: Path, spoken: set[int]) -> str:
     """The end of the stderr of the first rank that wrote something but left no verdict."""
-    for path in sorted(logs.glob("rank*.err")):
+    for path in newest(logs):
         lines = _tail(path, TAIL_BYTES).strip().splitlines()
         if lines and _rank(path) not in spoken:
             return "\n  ".join([f"the end of {path}:", *lines[-12:]])
@@ -61,7 +75,7 @@ def last_words(logs: Path, spoken: set[int]) -> str:
 
 
 def _rank(path: Path) -> int:
-    return int(re.sub(r"\D", "", path.name))
+    return int(path.name[len("rank") :].partition(".")[0])
 
 
 def _tail(path: Path, num_bytes: int) -> str:

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-from strop.slurm import attempts, decide
+from strop.slurm import attempts, decide, hostlist
 
 TAIL_BYTES = 1 << 18
 TASK = re.compile(r"^(?:srun|local_launch): error: (\S+): tasks? ([\d,-]+): (.+?)\s*$", re.MULTILINE)
@@ -58,7 +58,7 @@ def find(
     run_dir: Path, record: Mapping[str, Any], verdicts: Sequence[decide.Verdict]
 ) -> Optional[decide.Death]:
     """The rank that was killed first in the attempt with this record; None if none was."""
-    text = _written_since(record["output"]) if "output" in record else ""
+    text = written(record)
     named = TASK.findall(text)
     starved = [task for task in named if task[2].startswith(OOM_WORDS)]
     event = OOM_EVENT.search(text)
@@ -91,14 +91,26 @@ def _step(run_dir: Path, verdicts: Sequence[decide.Verdict]) -> Optional[int]:
     return int(steps[-1]) if steps else attempts.committed_step(run_dir)
 
 
-def _written_since(output: Sequence[Any]) -> str:
-    path, offset = output
+def written(record: Mapping[str, Any], until: Optional[int] = None) -> str:
+    """What the attempt left in the job's output file, at most the last TAIL_BYTES; until: where the next
+    attempt's part begins."""
+    path, offset = record.get("output") or ("", 0)
     if not os.path.isfile(path):
         return ""
     with open(path, "rb") as file:
         end = os.fstat(file.fileno()).st_size
-        file.seek(max(offset, end - TAIL_BYTES) if offset <= end else 0)
-        return file.read().decode(errors="replace")
+        start = max(offset, end - TAIL_BYTES) if offset <= end else 0
+        if until is not None and offset <= until <= end:
+            start, end = max(offset, until - TAIL_BYTES), until
+        file.seek(start)
+        return file.read(end - start).decode(errors="replace")
+
+
+def ended_first(record: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ranks of the first line in which srun names any: it learns of the culprit's end before it ends the
+    others. One clock, whatever those of the nodes say."""
+    first = TASK.search(written(record))
+    return tuple(map(int, hostlist.expand(f"[{first[2]}]"))) if first else ()
 
 
 def describe_space(run_dir: Path) -> str:
