@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Union
 
 from strop.slurm import attempts, decide, peers
 
@@ -25,13 +25,22 @@ SHOWN = 3
 
 
 def find(logs: Path) -> Optional[decide.Crash]:
-    """The first rank whose stderr ends in the dump of a native crash, and not of an abort that only follows
-    another rank's end (NCCL's watchdog aborts the process after a time-out)."""
+    """The first rank whose stderr ends in the dump of a native crash that stands for itself."""
     for path in newest(logs):
-        found = list(FATAL.finditer(text := _tail(path, TAIL_BYTES)))
-        if found and not (found[-1][1] == "Aborted" and peers.reason(None, text[: found[-1].start()])):
-            return _read(path)
+        found = of_file(path)
+        if isinstance(found, decide.Crash):
+            return found
     return None
+
+
+def of_file(path: Path) -> Union[decide.Crash, str, None]:
+    """The native crash that a rank's stderr ends in. A string: why that abort only follows another rank's
+    end (NCCL's watchdog aborts the process after a time-out)."""
+    found = list(FATAL.finditer(text := _tail(path, TAIL_BYTES)))
+    if not found:
+        return None
+    follows = peers.reason(None, text[: found[-1].start()]) if found[-1][1] == "Aborted" else None
+    return follows or _read(path)
 
 
 def newest(logs: Path) -> list[Path]:

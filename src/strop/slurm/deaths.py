@@ -55,10 +55,13 @@ def oom_kills(root: Path = Path("/")) -> int:
 
 
 def find(
-    run_dir: Path, record: Mapping[str, Any], verdicts: Sequence[decide.Verdict]
+    run_dir: Path,
+    record: Mapping[str, Any],
+    verdicts: Sequence[decide.Verdict],
+    until: Optional[int] = None,
 ) -> Optional[decide.Death]:
-    """The rank that was killed first in the attempt with this record; None if none was."""
-    text = written(record)
+    """The rank that was killed first in the attempt with this record; None if none was. until: `written`."""
+    text = written(record, until)
     named = TASK.findall(text)
     starved = [task for task in named if task[2].startswith(OOM_WORDS)]
     event = OOM_EVENT.search(text)
@@ -106,10 +109,10 @@ def written(record: Mapping[str, Any], until: Optional[int] = None) -> str:
         return file.read(end - start).decode(errors="replace")
 
 
-def ended_first(record: Mapping[str, Any]) -> tuple[int, ...]:
+def ended_first(record: Mapping[str, Any], until: Optional[int] = None) -> tuple[int, ...]:
     """The ranks of the first line in which srun names any: it learns of the culprit's end before it ends the
     others. One clock, whatever those of the nodes say."""
-    first = TASK.search(written(record))
+    first = TASK.search(written(record, until))
     return tuple(map(int, hostlist.expand(f"[{first[2]}]"))) if first else ()
 
 
