@@ -8,6 +8,7 @@ corrected by clock.json to rank 0's clock. Whatever cannot be read is counted in
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -228,7 +229,7 @@ def _unspoken(
     elif kind != "done" and isinstance(dump, str):
         kind, follows = "peer", dump
     elif kind != "done" and srun and srun.startswith((*CRASH_WORDS, "Killed", deaths.OOM_WORDS)):
-        kind, message = "segfault" if srun.startswith(CRASH_WORDS) else "killed", srun
+        kind, message = "segfault" if srun.startswith(CRASH_WORDS) else "killed", f"srun says: {srun}"
     stamp = unix_time(line.get("time"))
     return Fate(
         rank=rank,
@@ -316,15 +317,22 @@ def _first_silent(ranks: Sequence[Fate], cause: Optional[str]) -> Optional[Fate]
         return None
     if len(silent) == len(ranks) and len(ranks) > 1 and not any(f.kind == "killed" for f in silent):
         return None  # all at once: no rank is to blame
-    return min(silent, key=lambda f: (f.kind == "silent", f.time is None, f.time or 0.0, f.rank))
+    first = min(silent, key=lambda f: (f.kind == "silent", f.time is None, f.time or 0.0, f.rank))
+    if first.kind != "silent" or first.node is None:
+        return first
+    mates = [f for f in ranks if f.node == first.node]
+    gone = [f for f in mates if f.kind == "silent"]  # their last lines' order says nothing
+    if 1 < len(gone) == len(mates):
+        words = f"none of the {len(mates)} ranks of {first.node} left a word: the node is gone"
+        return dataclasses.replace(gone[0], message=words)
+    return gone[0]
 
 
 def _mark_hung(fate: Fate, cause: Optional[str], first: Optional[Fate]) -> Fate:
     """The ranks that waited for the one that hung have verdicts of their own, and only followed."""
     if cause != "hang" or fate.kind != "hang" or first is None or fate.rank == first.rank:
         return fate
-    fields = {**fate.__dict__, "follows": "waited for it, until the watchdog ended them"}
-    return Fate(**fields)
+    return dataclasses.replace(fate, follows="waited for it, until the watchdog ended them")
 
 
 # --------------------------------------------------------------------------------------------- ranges

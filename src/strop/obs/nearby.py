@@ -1,13 +1,15 @@
 """The log around a failure: the culprit's own last lines, and what other ranks warned of at that moment.
 
 Structured lines are read backwards from each file's end, a bounded number of bytes; a rank that has none is
-heard through its raw file. Equal lines of many ranks become one with their ranks.
+heard through its raw file. Lines of many ranks
+that are equal but for their numbers become one with their ranks.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,16 +52,17 @@ def around(run_dir: Path, attempt: int, found: Fates) -> list[Line]:
     own = [line for line in own if line.time is None or line.time <= at + AFTER_S][-OWN_LINES:]
     if not own:
         own = _raw(logs, first.rank)
-    others: dict[tuple[str, str], list[tuple[float, int]]] = {}
+    others: dict[tuple[str, str], list[tuple[float, int, str]]] = {}
     for fate in [f for f in found.ranks if f.rank != first.rank][:OTHER_RANKS]:
         for line in _structured(logs, fate.rank, offsets):
             if line.level in LOUD and line.time is not None and at - BEFORE_S <= line.time <= at + AFTER_S:
-                others.setdefault((line.level, line.message), []).append((line.time, fate.rank))
+                key = line.level, re.sub(r"\d+", "#", line.message)
+                others.setdefault(key, []).append((line.time, fate.rank, line.message))
     shared = [
-        Line(min(t for t, _ in seen), ranges([rank for _, rank in seen]), level, message)
-        for (level, message), seen in others.items()
+        Line(min(seen)[0], ranges([rank for _, rank, _ in seen], 4), level, min(seen)[2])
+        for (level, _), seen in others.items()
     ]
-    shared.sort(key=lambda line: (-line.ranks.count(","), line.time or 0.0))
+    shared.sort(key=lambda line: line.time or 0.0)
     lines = [*own, *shared[:OTHER_LINES]]
     return sorted(lines, key=lambda line: (line.time is None, line.time or 0.0))
 

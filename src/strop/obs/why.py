@@ -8,6 +8,7 @@ written, and Slurm is asked only about a job that may still come to something. `
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -98,11 +99,11 @@ def explain(run_dir: Path, attempt: Optional[int] = None) -> Why:
         num_ranks=len(found.ranks),
         began=row.began,
         ended=row.ended,
-        cause=None if alive else found.cause,
+        cause=found.cause if found.first or not alive else None,
         first=found.first and _clean(found.first),
         lines=tuple(nearby.around(run_dir, record["attempt"], found)),
         slurm=_slurm(found, record, run.job if following is None else None),
-        decision=_decision(run, index, alive),
+        decision=_decision(run, index, alive, found.first is not None),
         next=_next(now, record, following, found.cause),
         notes=found.notes,
         **_groups(found, alive),
@@ -119,7 +120,13 @@ def _which(
             raise UserError(f"--attempt {attempt}: {run_dir} has {ranges(numbers) if numbers else 'none'}")
         return numbers.index(attempt)
     failed = [i for i, row in enumerate(now.attempts) if row.cause is not None and row.cause not in WELL]
+    if now.attempts and now.attempts[-1].cause is None and _any_verdict(run_dir, numbers[-1]):
+        failed.append(len(numbers) - 1)  # it has failed, and is not yet ended
     return failed[-1] if failed else None
+
+
+def _any_verdict(run_dir: Path, number: int) -> bool:
+    return next(attempts.log_dir(run_dir, number).glob("verdict-*.json"), None) is not None
 
 
 def _nothing(head: dict[str, Any], now: status.Status) -> Why:
@@ -159,12 +166,14 @@ def _groups(found: fates.Fates, alive: bool) -> dict[str, Any]:
     first = found.first
     rest = [f for f in found.ranks if first is None or f.rank != first.rank]
     own = [f for f in rest if f.follows is None and f.kind in (*attempts.KINDS, "segfault", "killed", "torn")]
-    if found.cause in WELL or alive:
+    if found.cause in WELL or (alive and first is None):
         own, rest = [], [f for f in rest if f.follows]
     alike = [f for f in own if first and _same(f, first)]
+    if first and first.kind == "silent":
+        alike = [f for f in rest if f.kind == "silent" and f.node == first.node and f.node]
     others = [f for f in own if not (first and _same(f, first))]
     spoke = first is not None and first.kind != "silent"
-    silent = [f for f in rest if f.kind == "silent"]
+    silent = [f for f in rest if f.kind == "silent" and f not in alike]
     together = [f for f in others if f.kind == "killed" and spoke]  # srun's own kill
     return {
         "alike": _group(alike, "")[0] if alike else None,
@@ -219,12 +228,12 @@ def _slurm(
     return (*lines, *(["; ".join(told)] if told else []))
 
 
-def _decision(run: run_files.RunFiles, index: int, alive: bool) -> str:
+def _decision(run: run_files.RunFiles, index: int, alive: bool, failed: bool) -> str:
     """What the job body decided, and what of the budgets was spent then."""
     records = list(run.records)
     record = records[index]
     if alive:
-        return "it still runs"
+        return "none yet: the job body waits for the other ranks to end" if failed else "it still runs"
     action = record.get("action")
     if action is None:
         if record.get("launcher") == "direct" and record.get("state") != "X":
@@ -243,7 +252,7 @@ def _decision(run: run_files.RunFiles, index: int, alive: bool) -> str:
     same = sum(p.fingerprint == mark for p in history) if mark else 0
     if same > 1:
         words += f"; the same failure as in {same - 1} attempt{'s' if same > 2 else ''} before"
-    return redact(f"{action}: {words}" if action == "stop" else words)
+    return redact(words)
 
 
 def _next(
@@ -256,7 +265,7 @@ def _next(
         return f"nothing: attempt {following['attempt']} went on, and the run is {now.state}"
     text = now.next_action
     if cause == "oom":
-        text += f"\n{decide.LESS_MEMORY}"
+        text += "\n" + textwrap.fill(decide.LESS_MEMORY, WIDTH)
     if cause == "storage":
         text += "\nmake room in the file system of the run (or move run.dir) first"
     if cause == "hang":
@@ -325,8 +334,9 @@ def _cause(why: Why, paint: Any) -> list[str]:
     named = f.exception if f.exception and not f.message.startswith(f.exception) else ""
     lines.append(clip(": ".join(filter(None, [named, first_line(f.message)])), WIDTH))
     lines += [clip(line, WIDTH) for line in message[1:3]]
-    if f.kind == "silent":
-        lines.append("it left no word: killed at once, or its node is gone")
+    if f.kind == "silent" and not f.message:
+        lost = "no stacks: it was stopped" if why.cause == "hang" else "no word: killed at once"
+        lines.append(f"it left {lost}, or its node is gone")
     lines += [paint(clip(line, WIDTH), DIM) for line in trace_end(f.traceback, FRAMES)]
     if why.alike:
         lines.append(f"the same on {named_ranks(why.alike)}")

@@ -1,0 +1,182 @@
+"""`--why` on runs of 512 ranks that were written by hand: it must name the rank and the cause that the test
+has struck, whatever the 511 others say and the clocks of the nodes show. The text is pinned by golden files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from strop.errors import UserError
+from strop.obs import why
+from strop.slurm import attempts
+from tests.unit.rank_files import GLOO, NCCL_TIMEOUT, TRACE, Made, T
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+STEPS = list(range(101, 121))
+OTHER_TRACE = TRACE.format(place='losses.py", line 71, in preference\n    margin = chosen[index]',
+                           error="IndexError: index 5 is out of bounds for dimension 0 with size 4")  # fmt: skip
+DUMP = """\
+Fatal Python error: {words}
+
+Current thread 0x00007f1c (most recent call first):
+  File "/repo/src/strop/ops/native.py", line 61 in linear_logprobs
+  File "/repo/src/strop/loop.py", line 165 in _step
+
+Extension modules: numpy._core._multiarray_umath (total: 1)
+"""
+
+
+def all_but(made: Made, *ranks: int) -> list[int]:
+    return [r for r in range(made.num_ranks) if r not in ranks]
+
+
+def raises(made: Made) -> None:
+    """Rank 29's clock is 3.1 s ahead: by the times as written most followers failed before it. Some ranks
+    were ended before they spoke, and one fails of something else a moment later."""
+    made.live(125.0, STEPS)
+    made.verdict(
+        29,
+        125.0,
+        "exception",
+        "index 5 is out of bounds for dimension 0 with size 4",
+        "IndexError",
+        OTHER_TRACE,
+    )
+    made.follow([r for r in all_but(made, 29) if r % 50], 125.05)
+    made.verdict(300, 125.1, "exception", "unexpected end of stream", "OSError",
+                 TRACE.format(place='data/store.py", line 40, in open\n    header = file.read(8)', error="OSError: x"))  # fmt: skip
+    made.srun("srun: error: gpu003: task 29: Exited with exit code 1", "srun: Terminating StepId=812.0",
+              "srun: error: gpu010: tasks 80-87: Exited with exit code 1")  # fmt: skip
+    made.close(1, 130.0)
+
+
+def is_killed(made: Made) -> None:
+    """SIGKILL leaves nothing; three ranks notice with words that nobody knows, before the others."""
+    made.live(125.0, STEPS, silent={200: 121.0})
+    made.follow([r for r in all_but(made, 200) if r > 3], 125.1)
+    for rank in (1, 2, 3):
+        made.verdict(rank, 125.0, "exception", "unpack requires a buffer of 8 bytes", "error", OTHER_TRACE)
+    made.srun("srun: error: gpu025: task 200: Killed", "srun: Terminating StepId=812.0",
+              "srun: error: gpu000: tasks 1-3: Exited with exit code 1")  # fmt: skip
+    made.close(137, 130.0)
+
+
+def crashes(made: Made) -> None:
+    """The others' NCCL watchdogs abort their processes ten minutes later, which looks like a crash too."""
+    made.live(125.0, STEPS)
+    made.stderr(477, DUMP.format(words="Segmentation fault"))
+    for rank in all_but(made, 477):
+        made.stderr(rank, NCCL_TIMEOUT.format(rank) + "\nterminate called\n" + DUMP.format(words="Aborted"))
+    made.srun("srun: error: gpu059: task 477: Segmentation fault (core dumped)",
+              "srun: error: gpu000: tasks 0-7: Aborted (core dumped)")  # fmt: skip
+    made.close(139, 730.0)
+
+
+def hangs(made: Made) -> None:
+    made.live(125.0, STEPS, silent={511: 118.0})
+    for rank in all_but(made, 511):
+        made.verdict(
+            rank, 725.0, "hang", "no progress within 600 s: dist.py:52 in sum < loop.py:150 in _step"
+        )
+    made.srun("srun: error: gpu000: tasks 0-7: Exited with exit code 70")
+    made.close(70, 740.0)
+
+
+def starves(made: Made) -> None:
+    made.live(125.0, STEPS, silent={66: 124.0})
+    made.follow(all_but(made, 66), 125.0)
+    made.srun("slurmstepd: error: Detected 1 oom_kill event in StepId=812.0. Some of the step tasks have been OOM Killed.",
+              "srun: error: gpu008: task 66: Out Of Memory", "srun: Terminating StepId=812.0")  # fmt: skip
+    made.close(1, 130.0)
+
+
+def starves_in_torch(made: Made) -> None:
+    """An allocation that fails is a RuntimeError on the CPU; an older trainer called it an exception."""
+    made.live(125.0, STEPS)
+    text = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8796093022208 bytes. Error code 12 (Cannot allocate memory)"
+    made.verdict(0, 125.0, "oom", text, "RuntimeError", OTHER_TRACE)
+    made.follow(all_but(made, 0), 125.0)
+    made.close(1, 130.0)
+
+
+def loses_a_node(made: Made) -> None:
+    """Eight ranks are silent, the others' NCCL reports a remote end; nobody says that it was them."""
+    made.live(125.0, STEPS, silent=dict.fromkeys(range(96, 104), 119.0))
+    text = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268, unhandled system error, NCCL version 2.27.5\nncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error."
+    made.follow(all_but(made, *range(96, 104)), 126.0, text)
+    made.srun("srun: error: Node failure on gpu012",
+              "slurmstepd-gpu000: error: *** STEP 812.0 ON gpu000 CANCELLED AT 2026-11-18T12:28:47 DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS ***")  # fmt: skip
+    made.close(1, 130.0)
+
+
+def is_the_users(made: Made) -> None:
+    for rank in all_but(made):
+        made.verdict(
+            rank, 12.0, "user", "optim.lrr: unknown key; did you mean optim.lr?", None, None, None, "start"
+        )
+    made.close(78, 13.0)
+
+
+CASES: dict[str, tuple[Callable[[Made], None], str, int]] = {
+    "raises": (raises, "exception", 29),
+    "is_killed": (is_killed, "killed", 200),
+    "crashes": (crashes, "segfault", 477),
+    "hangs": (hangs, "hang", 511),
+    "starves": (starves, "oom", 66),
+    "starves_in_torch": (starves_in_torch, "oom", 0),
+    "loses_a_node": (loses_a_node, "killed", 96),
+    "is_the_users": (is_the_users, "user", 0),
+}
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = Made(tmp_path)
+    made.commit(100)
+    made.begin()
+    return made
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_512_ranks(made, name):
+    strike, cause, rank = CASES[name]
+    strike(made)
+    began = time.perf_counter()
+    found = why.explain(Path("runs/big"))
+    assert time.perf_counter() - began < 2.0
+    assert (found.cause, found.first and found.first.rank) == (cause, rank)
+    assert attempts.read(made.dir, 1)["cause"] == cause  # the job body decided so too
+    told = [rank, *(found.alike.ranks if found.alike else ())]
+    told += [r for group in (*found.others, *found.followed, *found.silent) for r in group.ranks]
+    assert sorted(told) == list(range(512))  # everybody once
+    text = why.text(found)
+    assert len(text.splitlines()) <= 40
+    assert max(map(len, text.splitlines())) <= 160
+    golden(f"why_{name}.txt", text)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_without_a_decision(made, name, monkeypatch):
+    """The batch shell died too: the same witnesses, read by whoever looks."""
+    monkeypatch.setattr(made, "close", lambda *args: None)
+    strike, cause, rank = CASES[name]
+    strike(made)
+    os.utime(attempts.record_file(made.dir, 1), (T, T))
+    found = why.explain(Path("runs/big"))
+    assert (found.cause, found.first and found.first.rank) == (cause, rank)
+    assert found.decision == "none was recorded: its batch shell died too"
+
+
+def golden(name: str, text: str) -> None:
+    path = GOLDEN / name
+    if os.environ.get("STROP_WRITE_GOLDEN"):
+        path.write_text(text)
+    assert text == path.read_text()
