@@ -96,8 +96,8 @@ def read(directory: Path, *, quick: bool = False, now: Optional[float] = None) -
         records=tuple(records),
         config=_config(directory / "config.yaml"),
         rows=_rows(ledger),
-        timing=tuple(_lines(directory / "timing.jsonl", TAIL_BYTES if quick else None)),
-        metrics=tuple(_lines(directory / "metrics.jsonl", TAIL_BYTES)),
+        timing=tuple(json_lines(directory / "timing.jsonl", TAIL_BYTES if quick else None)),
+        metrics=tuple(json_lines(directory / "metrics.jsonl", TAIL_BYTES)),
         loop_began=(directory / "timing.jsonl").exists(),
         checkpoints=_checkpoints(directory / "checkpoints"),
         job=_ask_slurm(records[-1]) if records else None,
@@ -167,7 +167,7 @@ def _rows(ledger: Any) -> Optional[int]:
         return None
 
 
-def _lines(path: Path, tail: Optional[int]) -> list[dict[str, Any]]:
+def json_lines(path: Path, tail: Optional[int] = None) -> list[dict[str, Any]]:
     """The records of a JSONL file (of its last `tail` bytes); torn and foreign lines are left out."""
     try:
         with open(path, "rb") as file:

@@ -20,6 +20,8 @@ from strop.obs import fates, log_line
 from strop.obs.fates import Fate, Fates, unix_time
 from strop.slurm import attempts
 
+NO_SIGN = "no sign"
+"""From a silent rank's last line to the end of the attempt."""
 HEAD_BYTES = TAIL_BYTES = 2 << 20
 """Of a longer file the middle is left out: what it holds is more of the same phases."""
 LINE = re.compile(
@@ -141,6 +143,8 @@ def _lives(
         if ended is None:
             end = now
         spans = _spans(marks, began, max(end, marks[-1][0] if marks else began), fate.phase)
+        if fate.kind in ("silent", "killed") and end < last:
+            spans = (*spans, Span(NO_SIGN, end, last))
         lives.append(Life(number, fate.rank, fate.node, spans, _end(fate, found, ended)))
     return lives
 
