@@ -76,7 +76,7 @@ def read(run_dir: Path, record: Mapping[str, Any], following: Optional[Mapping[s
     world_size = _world_size(record, clocks, names, said)
     output = deaths.written(record, until)
     tasks = _tasks(output)
-    raw = {int(path.name[4:].partition(".")[0]): path for path in crash.newest(logs)}
+    raw = crash.raw_files(logs)
     ended_well = record.get("state") in ("DONE", "YIELD") and record.get("cause") not in decide.FAILURES
     ranks = []
     for rank in range(world_size):
@@ -218,12 +218,12 @@ def _unspoken(
     node: Optional[str],
     offset_s: float,
     srun: Optional[str],
-    raw: Optional[Path],
+    raw: Optional[Sequence[Path]],
     line: Mapping[str, Any],
 ) -> Fate:
     """Of a rank without a verdict: its dump, else srun's word, else its silence."""
     message, follows, fingerprint = "", None, None
-    dump = crash.of_file(raw) if raw is not None and kind != "done" else None
+    dump = crash.of_rank(rank, raw) if raw is not None and kind != "done" else None
     if kind != "done" and isinstance(dump, decide.Crash):
         kind, message, fingerprint = "segfault", dump.message, dump.fingerprint
     elif kind != "done" and isinstance(dump, str):

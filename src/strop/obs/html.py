@@ -284,7 +284,7 @@ def _timeline(line: Mapping[str, Any]) -> str:
         f'<div class="card"><div class="legend">{legend}<span class="buttons">{buttons}'
         f'<button data-attempt="">all</button></span></div><div id="timeline"></div>'
         f'<div class="legend" style="margin:6px 0 0">Ranks that lived alike are one band. '
-        f"Wheel: zoom, drag: move, double click: all.</div><div class=scroll>{table}</div></div>",
+        f"Ctrl + wheel: zoom, drag: move, double click: all.</div><div class=scroll>{table}</div></div>",
     )
 
 

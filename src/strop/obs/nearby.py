@@ -21,7 +21,7 @@ from strop.obs.secrets import redact
 from strop.slurm import attempts, crash
 
 TAIL_BYTES = 1 << 15
-OWN_LINES, OTHER_LINES, RAW_LINES = 6, 4, 6
+OWN_LINES, OTHER_LINES, RAW_LINES = 6, 4, 4
 BEFORE_S, AFTER_S = 30.0, 2.0
 LOUD = ("WARNING", "ERROR", "CRITICAL")
 OTHER_RANKS = 64
@@ -50,8 +50,8 @@ def around(run_dir: Path, attempt: int, found: Fates) -> list[Line]:
     own = _structured(logs, first.rank, offsets)
     at = first.time if first.time is not None else max((line.time or 0 for line in own), default=0.0)
     own = [line for line in own if line.time is None or line.time <= at + AFTER_S][-OWN_LINES:]
-    if not own:
-        own = _raw(logs, first.rank)
+    if not own or first.kind in ("silent", "killed", "torn"):
+        own += _raw(logs, first.rank)  # without a verdict these are its last words
     others: dict[tuple[str, str], list[tuple[float, int, str]]] = {}
     for fate in [f for f in found.ranks if f.rank != first.rank][:OTHER_RANKS]:
         for line in _structured(logs, fate.rank, offsets):
@@ -93,12 +93,9 @@ def _line(fields: dict[str, Any], rank: int, offsets: dict[int, float]) -> Line:
 
 
 def _raw(logs: Path, rank: int) -> list[Line]:
-    """The end of the rank's raw file, without empty lines."""
-    path = next((p for p in crash.newest(logs) if p.name.startswith(f"rank{rank:05d}.")), None)
-    if path is None:
-        return []
-    words = [raw.decode(errors="replace").rstrip() for raw in _tail(path)]
-    return [Line(None, str(rank), "", redact(line)) for line in words if line.strip()][-RAW_LINES:]
+    """The end of the rank's raw files, without empty lines."""
+    words = crash.tail(crash.raw_files(logs).get(rank, []), TAIL_BYTES).splitlines()
+    return [Line(None, str(rank), "", redact(line.rstrip())) for line in words if line.strip()][-RAW_LINES:]
 
 
 def _tail(path: Path) -> list[bytes]:

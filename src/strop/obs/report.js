@@ -135,9 +135,9 @@ function timeline(root, d) {
   function interact(svg, width) {
     const where = event => low + (event.clientX - svg.getBoundingClientRect().left - LEFT) / (width - LEFT - RIGHT) * (high - low);
     svg.addEventListener("wheel", event => {
-      if (!event.ctrlKey && !event.shiftKey && !event.altKey && Math.abs(event.deltaY) < Math.abs(event.deltaX)) return;
+      if (!event.ctrlKey && !event.shiftKey) return;  // the page scrolls
       event.preventDefault();
-      const x = where(event), factor = event.deltaY > 0 ? 1.25 : 0.8;
+      const x = where(event), factor = (event.deltaY || event.deltaX) > 0 ? 1.25 : 0.8;
       hideTip();
       zoom(x - (x - low) * factor, x + (high - x) * factor);
     }, { passive: false });

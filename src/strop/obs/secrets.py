@@ -30,13 +30,13 @@ _NO_SECRET = re.compile(r"\d{1,12}|true|false|none|null", re.IGNORECASE)
 
 _SHAPES = (
     (r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", "-----begin "),
-    (r"\bhf_[A-Za-z0-9]{16,}", "hf_"),
-    (r"\b(?:sk|rk|pk)[-_][A-Za-z0-9_-]{16,}", "k-", "k_"),
-    (r"\bgh[a-z]_[A-Za-z0-9]{20,}", "gh"),
-    (r"\bgithub_pat_\w{20,}", "github_pat_"),
+    (r"hf_[A-Za-z0-9]{16,}", "hf_"),
+    (r"\bsk-[A-Za-z0-9_-]{16,}|\b[rsp]k_(?:live|test)_\w{10,}", "k-", "k_"),
+    (r"gh[a-z]_[A-Za-z0-9]{20,}", "gh"),
+    (r"github_pat_\w{20,}", "github_pat_"),
     (r"\bglpat-[\w-]{16,}", "glpat-"),
     (r"\bxox[a-z]-[A-Za-z0-9-]{10,}", "xox"),
-    (r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b", "akia", "asia"),
+    (r"(?:AKIA|ASIA)[0-9A-Z]{16}", "akia", "asia"),
     (r"\bAIza[\w-]{35}", "aiza"),
     (r"\beyJ[\w-]{10,}\.[\w-]{10,}(?:\.[\w-]+)?", "eyj"),
 )
@@ -120,14 +120,24 @@ def redactor(
     return redact_text
 
 
+_learnt: set[str] = set()
+
+
+def learn(values: Iterable[str]) -> None:
+    """Let `redact` know these too: the secrets in this process's configuration."""
+    _learnt.update(values)
+    _default.cache_clear()
+
+
 def redact(text: str) -> str:
-    """The text without secrets, as far as this process knows them: its environment, and all known shapes."""
+    """The text without secrets, as far as this process knows them: its environment, what it was told to
+    `learn`, and all known shapes."""
     return _default()(text)
 
 
 @functools.cache
 def _default() -> Callable[[str], str]:
-    return redactor()
+    return redactor(_learnt)
 
 
 def _forms(values: Iterable[str]) -> list[str]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from strop.errors import EXIT_STORAGE, EXIT_YIELD, STORAGE_ERRNOS, UserError
+from strop.obs import log_line, secrets
 from strop.slurm import (
     attempts,
     code,
@@ -82,7 +83,7 @@ def begin(algo: str, args: Sequence[str], job: env.Job) -> Begun:
         target=job.target,
         launcher=job.launcher,
         algo=algo,
-        args=list(args),
+        args=secrets.mask_args(args),
         code=code_now,
         **deaths.mark(),
     )
@@ -227,7 +228,7 @@ def gather(job: env.Job, launcher_exit: int, signals: Sequence[str]) -> decide.F
         ended_first=deaths.ended_first(record),
         successor=_successor(record.get("successor"), state),
         space=deaths.describe_space(run_dir) if any(v.kind == "storage" for v in verdicts) else "",
-        suspect=hang.suspect(said, len(nodes) or len(crash.newest(logs)), nodes),
+        suspect=hang.suspect(said, len(nodes) or _num_came(logs), nodes),
         num_nodes=len(record.get("nodes") or ()),
         job=state,
         history=decide.since_progress(records, committed)[:-1],
@@ -238,6 +239,10 @@ def gather(job: env.Job, launcher_exit: int, signals: Sequence[str]) -> decide.F
 def _successor(job_id: Optional[str], state: decide.JobState) -> Optional[str]:
     """The job that waits behind this one, unless its owner has taken it out of the queue."""
     return job_id if job_id and (not state.known or successor.waiting(job_id)) else None
+
+
+def _num_came(logs: Path) -> int:
+    return len({segment.rank for segment in map(log_line.segment, logs.glob("rank*")) if segment})
 
 
 def _local_state(signals: Sequence[str]) -> decide.JobState:
