@@ -9,6 +9,7 @@ files from time to time and at its end. Ranks that were killed could not, so the
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 from pathlib import Path
 from typing import Optional
@@ -34,17 +35,26 @@ def sync(local: Path, shared: Path, rank: Optional[int] = None) -> list[Path]:
 
 
 def collect(local: Path, shared: Path) -> int:
-    """Copy everything that this node still has, and remove it here. How many files."""
-    if not local.is_dir():  # none of the ranks was here, or none could write here
+    """Copy everything that this node still has, and remove it here. How many files.
+
+    One at a time: where several nodes share what STROP_LOG_DIR names, the second finds it done.
+    """
+    try:
+        folder = os.open(local, os.O_RDONLY)
+    except FileNotFoundError:  # none of the ranks was here, or none could write here
         return 0
-    paths = sync(local, shared)
-    for path in paths:
-        if (shared / path.name).stat().st_size < path.stat().st_size:
-            raise OSError(f"{shared / path.name} is shorter than {path}")
-        path.unlink()
-    for folder in (local, local.parent):
-        with contextlib.suppress(OSError):  # another attempt's files are still there
-            folder.rmdir()
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        paths = sync(local, shared) if local.is_dir() else []
+        for path in paths:
+            if (shared / path.name).stat().st_size < path.stat().st_size:
+                raise OSError(f"{shared / path.name} is shorter than {path}")
+            path.unlink()
+        for empty in (local, local.parent):
+            with contextlib.suppress(OSError):  # another attempt's files are still there
+                empty.rmdir()
+    finally:
+        os.close(folder)
     return len(paths)
 
 
