@@ -11,6 +11,7 @@ import logging
 import platform
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -39,6 +40,14 @@ class Position:
     """Counts micro batches, rows and the like: progress inside a phase."""
     warm: set[str] = field(default_factory=set)
     """The phases that have had a beat: what takes long only once is behind them."""
+    on_phase: Optional[Callable[[str], None]] = None
+    """Told of every phase that begins: each rank's log has a line of it, by which its life can be drawn."""
+
+    def enter(self, phase: str) -> None:
+        if phase != self.phase:
+            self.phase = phase
+            if self.on_phase is not None:
+                self.on_phase(phase)
 
     def beat(self) -> None:
         self.beats += 1

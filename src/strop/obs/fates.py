@@ -89,6 +89,8 @@ def read(run_dir: Path, record: Mapping[str, Any], following: Optional[Mapping[s
             fate = _unspoken(rank, kind, node, offset_s, tasks.get(rank), raw.get(rank), line)
         ranks.append(fate)
     cause, first = _first(run_dir, record, until, ranks, said, clocks)
+    if first is not None and first.kind in ("silent", "killed", "segfault"):
+        first = ranks[first.rank] = _as_noticed(first, ranks)
     ranks = [_mark_hung(fate, cause, first) for fate in ranks]
     lines = tuple(dict.fromkeys(line.strip() for line in SLURM_LINE.findall(output)))
     return Fates(tuple(ranks), cause, first, lines, tuple(notes))
@@ -303,7 +305,7 @@ def _facts(
         verdicts=tuple(spoken),
         crash=None if dumped is None else decide.Crash(dumped.rank, dumped.message, dumped.fingerprint or ""),
         death=deaths.find(run_dir, record, spoken, until),
-        ended_first=deaths.ended_first(record, until),
+        ended_first=deaths.ended_first(record, spoken, until),
         suspect=hang.suspect(list(said.values()), len(ranks), nodes),
         signals=tuple(record.get("signals") or ()),
     )
@@ -326,6 +328,16 @@ def _first_silent(ranks: Sequence[Fate], cause: Optional[str]) -> Optional[Fate]
         words = f"none of the {len(mates)} ranks of {first.node} left a word: the node is gone"
         return dataclasses.replace(gone[0], message=words)
     return gone[0]
+
+
+def _as_noticed(first: Fate, ranks: Sequence[Fate]) -> Fate:
+    """When, and at which step, the others noticed that it had gone: its own last line may be much older."""
+    noticed = [f for f in ranks if f.kind == "peer" and f.time is not None and f.phase]
+    if not noticed:
+        return first
+    other = min(noticed, key=lambda f: f.time or 0.0)
+    step = max((f.step for f in noticed if f.step is not None), default=first.step)
+    return dataclasses.replace(first, time=other.time, step=step, phase=first.phase or other.phase)
 
 
 def _mark_hung(fate: Fate, cause: Optional[str], first: Optional[Fate]) -> Fate:

@@ -348,7 +348,7 @@ def where(f: Fate) -> str:
     parts += [f"phase {f.phase}"] if f.phase else []
     parts += [f"step {f.step}"] if f.step is not None else []
     if f.time is not None:
-        parts.append(f"{'last seen ' if f.kind in ('silent', 'killed') else ''}{clock(f.time)}")
+        parts.append(f"{'about ' if f.kind in ('silent', 'killed', 'segfault') else ''}{clock(f.time)}")
     return ", ".join(parts)
 
 

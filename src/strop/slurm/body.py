@@ -225,7 +225,7 @@ def gather(job: env.Job, launcher_exit: int, signals: Sequence[str]) -> decide.F
         verdicts=tuple(verdicts),
         crash=crash.find(logs),
         death=deaths.find(run_dir, record, verdicts),
-        ended_first=deaths.ended_first(record),
+        ended_first=deaths.ended_first(record, verdicts),
         successor=_successor(record.get("successor"), state),
         space=deaths.describe_space(run_dir) if any(v.kind == "storage" for v in verdicts) else "",
         suspect=hang.suspect(said, len(nodes) or _num_came(logs), nodes),

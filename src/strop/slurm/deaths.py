@@ -13,6 +13,7 @@ kills on the batch host is the second witness.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -62,14 +63,14 @@ def find(
 ) -> Optional[decide.Death]:
     """The rank that was killed first in the attempt with this record; None if none was. until: `written`."""
     text = written(record, until)
-    named = TASK.findall(text)
+    named = _after_followers(TASK.findall(text), verdicts)
     starved = [task for task in named if task[2].startswith(OOM_WORDS)]
     event = OOM_EVENT.search(text)
     killed = named[:1] if named and named[0][2].startswith("Killed") else []
     counted = bool(killed) and oom_kills() > record.get("oom_kills", 0)
     if not (starved or event or killed):
         return None
-    node, ranks, words = (starved or killed or [("", "", event and event[0].strip())])[0]
+    node, ranks, words = (starved or killed or [("", "", event[0].strip() if event else "")])[0]
     lines = [words] if not event or event[0].strip() == words else [words, event[0].strip()]
     first = re.match(r"\d+", ranks)
     return decide.Death(
@@ -109,11 +110,26 @@ def written(record: Mapping[str, Any], until: Optional[int] = None) -> str:
         return file.read(end - start).decode(errors="replace")
 
 
-def ended_first(record: Mapping[str, Any], until: Optional[int] = None) -> tuple[int, ...]:
-    """The ranks of the first line in which srun names any: it learns of the culprit's end before it ends the
-    others. One clock, whatever those of the nodes say."""
-    first = TASK.search(written(record, until))
-    return tuple(map(int, hostlist.expand(f"[{first[2]}]"))) if first else ()
+def ended_first(
+    record: Mapping[str, Any], verdicts: Sequence[decide.Verdict], until: Optional[int] = None
+) -> tuple[int, ...]:
+    """The ranks of the first line in which srun names any that did not merely follow: it learns of the
+    culprit's end before it ends the others. One clock, whatever those of the nodes say."""
+    named = _after_followers(TASK.findall(written(record, until)), verdicts)
+    return tuple(_ranks(named[0][1])) if named else ()
+
+
+def _after_followers(
+    named: Sequence[tuple[str, str, str]], verdicts: Sequence[decide.Verdict]
+) -> list[tuple[str, str, str]]:
+    """srun's lines from the first one that names a rank of which no verdict says that it only followed:
+    sixteen ranks end within milliseconds, and the nodes report that in any order."""
+    followers = {v.rank for v in verdicts if v.kind == "peer"}
+    return list(itertools.dropwhile(lambda line: followers.issuperset(_ranks(line[1])), named))
+
+
+def _ranks(text: str) -> list[int]:
+    return [int(rank) for rank in hostlist.expand(f"[{text}]")]
 
 
 def describe_space(run_dir: Path) -> str:
