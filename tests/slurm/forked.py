@@ -9,6 +9,7 @@ Slurm sees what it would see of a rank. `+metadata.fault=KIND:RANK:STEP` makes a
 from __future__ import annotations
 
 import array
+import faulthandler
 import json
 import os
 import signal
@@ -33,6 +34,7 @@ def ask(argv: list[str]) -> None:
         answer = server.makefile().readline()
     code = int(answer or 1)  # no answer: the server is gone
     if code < 0:
+        faulthandler.disable()  # the child's stacks are the rank's
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [-code])
         os.kill(os.getpid(), -code)
     sys.exit(code)

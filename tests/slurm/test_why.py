@@ -30,7 +30,7 @@ NUM_NODES, RANKS_PER_NODE = 4, 4
 FAULTS = {
     "raise": (6, "exception", "KeyError: 'this row has no chosen side'"),
     "kill": (9, "killed", "srun says: Killed"),
-    "segv": (3, "segfault", "Segmentation fault, at forked.py"),
+    "segv": (3, "segfault", " in strike < forked.py"),
     "hang": (14, "hang", "strike"),
     "memory": (0, "oom", "can't allocate memory"),
 }

@@ -22,6 +22,8 @@ from strop.slurm import attempts, crash
 
 TAIL_BYTES = 1 << 15
 OWN_LINES, OTHER_LINES, RAW_LINES = 6, 4, 4
+SOURCE = re.compile(r"\[/\S*/([\w.-]+:\d+)\]")
+"""The long path of a C++ source file, as gloo and NCCL begin their messages."""
 BEFORE_S, AFTER_S = 30.0, 2.0
 LOUD = ("WARNING", "ERROR", "CRITICAL")
 OTHER_RANKS = 64
@@ -89,7 +91,8 @@ def _line(fields: dict[str, Any], rank: int, offsets: dict[int, float]) -> Line:
     stamp = unix_time(fields.get("time"))
     message = next(iter(str(fields.get("message", "")).strip().splitlines()), "")
     at = None if stamp is None else stamp - offsets.get(rank, 0.0)
-    return Line(at, str(rank), str(fields.get("level") or "INFO"), redact(message))
+    message = SOURCE.sub(r"[\1]", redact(message))
+    return Line(at, str(rank), str(fields.get("level") or "INFO"), message)
 
 
 def _raw(logs: Path, rank: int) -> list[Line]:
