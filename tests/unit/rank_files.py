@@ -94,10 +94,12 @@ class Made:
         }
         return log_line.encode(line)
 
-    def live(self, until_s: float, steps: Sequence[int], silent: Mapping[int, float] = {}) -> None:  # noqa: B006
+    def live(
+        self, until_s: float, steps: Sequence[int], silent: Optional[Mapping[int, float]] = None
+    ) -> None:
         """Every rank writes its phases and steps up to `until_s`; those in `silent` stop earlier."""
         for rank in range(self.num_ranks):
-            stop_s = silent.get(rank, until_s)
+            stop_s = (silent or {}).get(rank, until_s)
             jitter = self.draw.random() * 0.02
             lines = [
                 self.log(
@@ -126,13 +128,14 @@ class Made:
         self, rank: int, after_s: float, kind: str, message: str, exception: Optional[str] = None,
         traceback: Optional[str] = None, step: Optional[int] = 120, phase: str = "train",
     ) -> None:  # fmt: skip
-        trace = traceback or (TRACE.format(place="dist.py\", line 52, in sum\n    td.all_reduce(total)",
-                                           error=f"{exception}: {message}") if exception else None)  # fmt: skip
+        if exception and not traceback:
+            place = 'dist.py", line 52, in sum\n    td.all_reduce(total)'
+            traceback = TRACE.format(place=place, error=f"{exception}: {message}")
         made = {
             **{"rank": rank, "node": self.node(rank), "kind": kind, "exit_code": 1, "message": message},
-            **{"exception": exception, "traceback": trace, "step": step, "phase": phase},
+            **{"exception": exception, "traceback": traceback, "step": step, "phase": phase},
             **{"time": self.began + after_s + self.skew_s(rank)},
-            "fingerprint": attempts.fingerprint(exception or kind, trace or message),
+            "fingerprint": attempts.fingerprint(exception or kind, traceback or message),
         }
         (self.logs / f"verdict-{rank:05d}.json").write_text(json.dumps(made, indent=1) + "\n")
         if exception:
@@ -163,13 +166,13 @@ class Made:
                 file.write(json.dumps(line) + "\n")
                 if step % 100 == 0:
                     value = 0.3 + 0.4 * 0.99**step
-                    file.write(
-                        json.dumps({"step": step, "eval_loss": value, "eval_rewards/margins": 0.01 * step})
-                        + "\n"
-                    )
-                timing.write(json.dumps({
-                    "step": step, "time": self.began + 42.0 + (i + 1) * per_step_s, "step_s": per_step_s,
-                    "tokens_per_s": 1.9e6 + 2e5 * noise, "mem_peak_gib": 61.2, "attempt": self.attempt}) + "\n")  # fmt: skip
+                    line = {"step": step, "eval_loss": value, "eval_rewards/margins": 0.01 * step}
+                    file.write(json.dumps(line) + "\n")
+                took = {
+                    **{"step": step, "time": self.began + 42.0 + (i + 1) * per_step_s, "step_s": per_step_s},
+                    **{"tokens_per_s": 1.9e6 + 2e5 * noise, "mem_peak_gib": 61.2, "attempt": self.attempt},
+                }
+                timing.write(json.dumps(took) + "\n")
 
     def commit(self, step: int) -> None:
         folder = self.dir / "checkpoints" / f"step-{step:06d}"

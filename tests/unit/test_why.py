@@ -4,9 +4,8 @@ has struck, whatever the 511 others say and the clocks of the nodes show. The te
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +13,32 @@ from pathlib import Path
 import pytest
 
 from strop.errors import UserError
-from strop.obs import why
+from strop.obs import run_files, why
 from strop.slurm import attempts
-from tests.unit.rank_files import GLOO, NCCL_TIMEOUT, TRACE, Made, T
+from tests.unit.rank_files import NCCL_TIMEOUT, TRACE, Made, T
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 STEPS = list(range(101, 121))
-OTHER_TRACE = TRACE.format(place='losses.py", line 71, in preference\n    margin = chosen[index]',
-                           error="IndexError: index 5 is out of bounds for dimension 0 with size 4")  # fmt: skip
+INDEX = "index 5 is out of bounds for dimension 0 with size 4"
+OTHER_TRACE = TRACE.format(
+    place='losses.py", line 71, in preference\n    margin = chosen[index]', error=f"IndexError: {INDEX}"
+)
+NO_MEMORY = (
+    "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+    "allocate 8796093022208 bytes. Error code 12 (Cannot allocate memory)"
+)
+NCCL_SYSTEM = (
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268, unhandled system error, "
+    "NCCL version 2.27.5\nncclSystemError: System call (e.g. socket, malloc) or external library call failed."
+)
+OOM_EVENT = (
+    "slurmstepd: error: Detected 1 oom_kill event in StepId=812.0. "
+    "Some of the step tasks have been OOM Killed."
+)
+NODE_FAILURE = (
+    "slurmstepd-gpu000: error: *** STEP 812.0 ON gpu000 CANCELLED AT 2026-11-18T12:28:47 DUE TO NODE "
+    "FAILURE, SEE SLURMCTLD LOG FOR DETAILS ***"
+)
 DUMP = """\
 Fatal Python error: {words}
 
@@ -51,7 +68,7 @@ def raises(made: Made) -> None:
     )
     made.follow([r for r in all_but(made, 29) if r % 50], 125.05)
     made.verdict(300, 125.1, "exception", "unexpected end of stream", "OSError",
-                 TRACE.format(place='data/store.py", line 40, in open\n    header = file.read(8)', error="OSError: x"))  # fmt: skip
+                 OTHER_TRACE.replace("losses.py", "store.py"))  # fmt: skip
     made.srun("srun: error: gpu003: task 29: Exited with exit code 1", "srun: Terminating StepId=812.0",
               "srun: error: gpu010: tasks 80-87: Exited with exit code 1")  # fmt: skip
     made.close(1, 130.0)
@@ -92,16 +109,14 @@ def hangs(made: Made) -> None:
 def starves(made: Made) -> None:
     made.live(125.0, STEPS, silent={66: 124.0})
     made.follow(all_but(made, 66), 125.0)
-    made.srun("slurmstepd: error: Detected 1 oom_kill event in StepId=812.0. Some of the step tasks have been OOM Killed.",
-              "srun: error: gpu008: task 66: Out Of Memory", "srun: Terminating StepId=812.0")  # fmt: skip
+    made.srun(OOM_EVENT, "srun: error: gpu008: task 66: Out Of Memory", "srun: Terminating StepId=812.0")
     made.close(1, 130.0)
 
 
 def starves_in_torch(made: Made) -> None:
     """An allocation that fails is a RuntimeError on the CPU; an older trainer called it an exception."""
     made.live(125.0, STEPS)
-    text = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8796093022208 bytes. Error code 12 (Cannot allocate memory)"
-    made.verdict(0, 125.0, "oom", text, "RuntimeError", OTHER_TRACE)
+    made.verdict(0, 125.0, "oom", NO_MEMORY, "RuntimeError", OTHER_TRACE)
     made.follow(all_but(made, 0), 125.0)
     made.close(1, 130.0)
 
@@ -109,10 +124,8 @@ def starves_in_torch(made: Made) -> None:
 def loses_a_node(made: Made) -> None:
     """Eight ranks are silent, the others' NCCL reports a remote end; nobody says that it was them."""
     made.live(125.0, STEPS, silent=dict.fromkeys(range(96, 104), 119.0))
-    text = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268, unhandled system error, NCCL version 2.27.5\nncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error."
-    made.follow(all_but(made, *range(96, 104)), 126.0, text)
-    made.srun("srun: error: Node failure on gpu012",
-              "slurmstepd-gpu000: error: *** STEP 812.0 ON gpu000 CANCELLED AT 2026-11-18T12:28:47 DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS ***")  # fmt: skip
+    made.follow(all_but(made, *range(96, 104)), 126.0, NCCL_SYSTEM)
+    made.srun("srun: error: Node failure on gpu012", NODE_FAILURE)
     made.close(1, 130.0)
 
 
@@ -139,6 +152,7 @@ CASES: dict[str, tuple[Callable[[Made], None], str, int]] = {
 @pytest.fixture
 def made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_files.shutil, "which", lambda name: None)  # job 812 may be somebody's
     made = Made(tmp_path)
     made.commit(100)
     made.begin()
@@ -149,9 +163,9 @@ def made(tmp_path, monkeypatch):
 def test_512_ranks(made, name):
     strike, cause, rank = CASES[name]
     strike(made)
-    began = time.perf_counter()
+    began = time.process_time()
     found = why.explain(Path("runs/big"))
-    assert time.perf_counter() - began < 2.0
+    assert time.process_time() - began < 2.0  # the machine may be busy
     assert (found.cause, found.first and found.first.rank) == (cause, rank)
     assert attempts.read(made.dir, 1)["cause"] == cause  # the job body decided so too
     told = [rank, *(found.alike.ranks if found.alike else ())]
@@ -180,3 +194,130 @@ def golden(name: str, text: str) -> None:
     if os.environ.get("STROP_WRITE_GOLDEN"):
         path.write_text(text)
     assert text == path.read_text()
+
+
+# ------------------------------------------------------------------------------------- other states of a run
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Two nodes of four ranks, an attempt that has begun."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_files.shutil, "which", lambda name: None)
+    small = Made(tmp_path, ranks=8, per_node=4)
+    small.begin()
+    return small
+
+
+def test_a_failure_is_still_told_when_the_run_has_gone_on(small):
+    small.live(125.0, STEPS)
+    small.verdict(5, 125.0, "exception", INDEX, "IndexError", OTHER_TRACE)
+    small.close(1, 130.0)
+    small.begin(200.0)
+    small.live(325.0, STEPS)
+    attempts.finish(small.dir, 2, "DONE", step=120)
+    small.close(0, 330.0)
+    found = why.explain(small.dir)
+    assert (found.state, found.attempt, found.first and found.first.rank) == ("finished", 1, 5)
+    assert found.next == "nothing: attempt 2 went on, and the run is finished"
+    second = why.explain(small.dir, 2)
+    assert (second.cause, second.first, second.followed, second.silent) == ("done", None, (), ())
+    with pytest.raises(UserError, match=r"--attempt 3: .* has 1-2"):
+        why.explain(small.dir, 3)
+
+
+def test_a_run_that_is_well(small):
+    small.live(125.0, STEPS)
+    text = why.text(why.explain(small.dir))
+    assert text.startswith("big: starting\nno attempt has failed\nnext      nothing: it runs")
+
+
+def test_a_failure_under_way(small):
+    """The rank has failed, and Slurm has not yet ended the others."""
+    small.live(125.0, STEPS)
+    small.verdict(5, 125.0, "exception", INDEX, "IndexError", OTHER_TRACE)
+    found = why.explain(small.dir)
+    assert (found.cause, found.first and found.first.rank) == ("exception", 5)
+    assert found.decision == "none yet: the job body waits for the other ranks to end"
+
+
+def test_the_third_failure_in_a_row_says_what_is_spent(small):
+    for n in range(3):
+        small.begin(200.0 * (n + 1)) if n else None
+        small.live(125.0, STEPS)
+        small.verdict(5, 125.0, "exception", INDEX, "IndexError", OTHER_TRACE)
+        small.close(1, 130.0)
+    found = why.explain(small.dir)
+    assert (found.attempt, found.state) == (3, "failed")
+    assert found.decision == (
+        "the same failure 3 times without a new checkpoint (failure 3 of 5 without a new checkpoint)"
+    )
+    second = why.explain(small.dir, 2).decision
+    assert second == (
+        "requeued (failure 2 of 5 without a new checkpoint); the same failure as in 1 attempt before"
+    )
+
+
+@pytest.mark.parametrize("text", ["", '{"rank": 3, "ki', "null", "[1]", '{"kind": 7}', "\x00\udcff"])
+def test_a_torn_verdict_is_counted(small, text):
+    small.live(125.0, STEPS)
+    (small.logs / "verdict-00003.json").write_bytes(text.encode(errors="surrogateescape"))
+    small.verdict(5, 125.0, "exception", INDEX, "IndexError", OTHER_TRACE)
+    (small.logs / "clock.json").write_text('{"ranks": [{"rank": 0}')
+    (small.logs / "rank00005.jsonl").write_bytes(b'\xff\xfe{"time":"20')
+    small.close(1, 130.0)
+    found = why.explain(small.dir)
+    assert (found.cause, found.first and found.first.rank) == ("exception", 5)
+    assert found.notes == ("cut off and unreadable: verdict of rank 3",)
+    assert [g.ranks for g in found.others] == [(3,)]
+
+
+def test_no_logs(small):
+    for path in small.logs.iterdir():
+        path.unlink()
+    small.logs.rmdir()
+    os.utime(attempts.record_file(small.dir, 1), (T, T))
+    found = why.explain(small.dir)
+    assert (found.cause, found.first) == ("lost", None)
+    assert "holds no logs" in found.notes[0]
+    assert "died without a word" in why.text(found)
+
+
+def test_all_silent_blames_nobody(small):
+    small.live(125.0, STEPS)
+    os.utime(attempts.record_file(small.dir, 1), (T, T))
+    found = why.explain(small.dir)
+    assert (found.cause, found.first) == ("lost", None)
+    assert [g.ranks for g in found.silent] == [tuple(range(8))]
+
+
+def test_nothing_has_begun_and_no_run(tmp_path):
+    (tmp_path / "r/attempts").mkdir(parents=True)
+    assert "no attempt has begun" in why.text(why.explain(tmp_path / "r"))
+    with pytest.raises(UserError, match="not a run of strop"):
+        why.explain(tmp_path)
+
+
+def test_a_run_is_only_read(small):
+    small.live(125.0, STEPS)
+    small.verdict(5, 125.0, "exception", INDEX, "IndexError", OTHER_TRACE)
+    small.close(1, 130.0)
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in small.dir.rglob("*")}
+    why.explain(small.dir)
+    assert before == {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in small.dir.rglob("*")}
+
+
+def test_secrets_are_masked(small):
+    small.live(125.0, STEPS)
+    small.verdict(5, 125.0, "exception", "password=hunter2222 was refused", "ValueError")
+    small.close(1, 130.0)
+    assert "hunter2222" not in why.text(why.explain(small.dir))
+
+
+def test_colour_is_only_colour(small):
+    small.live(125.0, STEPS)
+    small.verdict(5, 125.0, "exception", INDEX, "IndexError", OTHER_TRACE)
+    small.close(1, 130.0)
+    found = why.explain(small.dir)
+    assert "\x1b[31m" in why.text(found, color=True)
+    assert re.sub(r"\x1b\[\d+m", "", why.text(found, color=True)) == why.text(found)

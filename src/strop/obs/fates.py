@@ -24,7 +24,7 @@ from strop.slurm import attempts, crash, deaths, decide, hang, hostlist, peers
 TAIL_BYTES = 1 << 14
 SLURM_LINE = re.compile(r"^(?:srun|slurmstepd[\w-]*|slurmd[\w-]*|local_launch): .+$", re.MULTILINE)
 CRASH_WORDS = ("Segmentation fault", "Bus error", "Illegal instruction", "Aborted", "Floating point")
-WITHOUT_CULPRIT = ("done", "preempted", "time_limit", "stopped", "requeued", "cancelled")
+WELL = ("done", "preempted", "time_limit", "stopped", "requeued", "cancelled")
 
 
 @dataclass(frozen=True)
@@ -118,18 +118,14 @@ def _verdicts(logs: Path) -> tuple[dict[int, dict[str, Any]], list[int]]:
         if not number:
             continue
         try:
-            verdict = json.loads(path.read_bytes().decode(errors="replace"))
-            _check_verdict(verdict)
+            verdict = attempts.read_verdict(path)
+        except OSError:
+            verdict = None
+        if verdict is not None:
             said[int(number[1])] = {**verdict, "rank": int(number[1])}
-        except (OSError, ValueError):
+        else:
             torn.append(int(number[1]))
     return said, torn
-
-
-def _check_verdict(value: Any) -> None:
-    """Raises ValueError for JSON that is no verdict."""
-    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
-        raise ValueError("not a verdict")
 
 
 def last_segments(names: Sequence[str]) -> dict[int, str]:
@@ -259,7 +255,7 @@ def _first(
 ) -> tuple[Optional[str], Optional[Fate]]:
     """(cause, the rank that failed first by itself), as the job body decided it where it did."""
     cause, rank = record.get("cause"), record.get("rank")
-    if cause in WITHOUT_CULPRIT or record.get("state") == "DONE":
+    if cause in WELL or record.get("state") == "DONE":
         return cause or "done", None
     if cause is None or rank is None:
         found = decide.classify(_facts(run_dir, record, until, ranks, said, clocks))

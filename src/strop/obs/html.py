@@ -19,7 +19,8 @@ from strop.obs import why as why_module
 from strop.obs.fates import ranges
 from strop.obs.progress import seconds
 from strop.obs.secrets import mask, mask_args, redact
-from strop.obs.why import Group, Why, clock, first_line, trace_end, where
+from strop.obs.why import Group, Why
+from strop.obs.why_text import clock, first_line, trace_end, where
 from strop.slurm import decide
 
 HERE = Path(__file__).parent
@@ -33,9 +34,9 @@ TRACE_FRAMES = 8
 
 def report(run_dir: Path) -> str:
     """The page's text. Raises UserError if that is no run."""
-    why = why_module.explain(run_dir)
-    run = run_files.read(run_dir)
+    run = why_module.read(run_dir)
     now = status.assess(run)
+    why = why_module.explain_read(run, now)
     found = _fates(run)
     charts = curves.curves(_all_metrics(run_dir), run.timing)
     drawn = [curves.svg(curve, str(i)) for i, curve in enumerate(charts)]
@@ -121,7 +122,7 @@ def _header(run: run_files.RunFiles, now: status.Status, why: Why) -> str:
 
 
 def _tiles(now: status.Status) -> str:
-    failed = sum(a.cause is not None and a.cause not in why_module.WELL for a in now.attempts)
+    failed = sum(a.cause is not None and a.cause not in fates.WELL for a in now.attempts)
     share = 0.0 if not now.total_steps else min(1.0, now.step / now.total_steps)
     of = f" <small>of {now.total_steps}</small>" if now.total_steps else ""
     lost = sum(a.lost_s or 0 for a in now.attempts) + sum(a.resume_s or 0 for a in now.attempts)
@@ -211,7 +212,7 @@ def _timeline_data(
             "ended": run.now if a.ended is None else a.ended,
             "cause": decide.WORDS.get(a.cause or "", a.cause or ""),
             "ok": a.cause in ("done", None),
-            "bad": a.cause is not None and a.cause not in why_module.WELL,
+            "bad": a.cause is not None and a.cause not in fates.WELL,
         }
         for a in now.attempts
     ]
@@ -303,7 +304,7 @@ def _attempts(now: status.Status, found: Mapping[int, fates.Fates]) -> str:
     rows = []
     for a in now.attempts:
         first = found[a.attempt].first
-        kind = "well" if a.cause in ("done", None) else "stopped" if a.cause in why_module.WELL else "failed"
+        kind = "well" if a.cause in ("done", None) else "stopped" if a.cause in fates.WELL else "failed"
         cells = [
             str(a.attempt),
             a.job_id or "",

@@ -35,6 +35,7 @@ function seconds(s) {
 
 function timeline(root, d) {
   const LEFT = 176, RIGHT = 14, TOP = 46, BOTTOM = 26, GAP = 5;
+  const SOFT = ["start", "preflight", "data", "rendezvous", "unknown"];
   const END = { first: "failed first", failed: "failed too", followed: "only followed", silent: "left no word", done: "ended in order", "": "still runs" };
   const total = d.pieces.length ? d.pieces[d.pieces.length - 1][3] : 1;
   let low = 0, high = total;
@@ -92,7 +93,7 @@ function timeline(root, d) {
         const step = first === null && last === null ? "" : first === last ? `, step ${first ?? last}` : `, steps ${first ?? 0} to ${last}`;
         hover(make(plot, "rect", { x, y, width: Math.max(w, 0.7), height: h, fill: phase === "no sign" ? "url(#hatch)" : `var(--${d.phases.includes(phase) ? phase : "unknown"})` }),
           `${phase}${step}: ${seconds(b - a)}\n${clock(a, true)} to ${clock(b)} UTC\nattempt ${life.attempt}, ${count}: ${band.ranks}\n${END[life.end]}`);
-        if (w > 64 && h >= 16 && phase !== "no sign") make(plot, "text", { x: Math.max(x, LEFT) + 6, y: y + h / 2 + 4, style: "fill:#fff;pointer-events:none" }, phase);
+        if (w > 64 && h >= 16 && phase !== "no sign") make(plot, "text", { x: Math.max(x, LEFT) + 6, y: y + h / 2 + 4, style: `fill:var(${SOFT.includes(phase) ? "--on-soft" : "--on-phase"});pointer-events:none` }, phase);
       }
       const known = life.spans.filter(s => s[0] !== "no sign");
       const end = known.length ? known[known.length - 1][2] : null;

@@ -199,9 +199,17 @@ def write_verdict(
 
 
 def read_verdicts(run_dir: Path, attempt: int) -> list[dict[str, Any]]:
-    """All verdicts of an attempt, by rank."""
+    """All verdicts of an attempt, by rank, without those that were cut off."""
     paths = sorted(log_dir(run_dir, attempt).glob("verdict-*.json"))
-    return [verdict for verdict in map(files.read_json, paths) if isinstance(verdict, dict)]
+    return [verdict for verdict in map(read_verdict, paths) if verdict is not None]
+
+
+def read_verdict(path: Path) -> Optional[dict[str, Any]]:
+    """None for a file that was cut off, or is no verdict."""
+    value = files.read_json(path)
+    needed = {"rank", "node", "exit_code", "message", "time"}
+    whole = isinstance(value, dict) and needed <= value.keys() and value.get("kind") in KINDS
+    return value if whole else None
 
 
 def read_clocks(run_dir: Path, attempt: int) -> dict[int, tuple[str, float]]:
