@@ -190,10 +190,7 @@ def test_without_a_decision(made, name, monkeypatch):
 
 
 def golden(name: str, text: str) -> None:
-    path = GOLDEN / name
-    if os.environ.get("STROP_WRITE_GOLDEN"):
-        path.write_text(text)
-    assert text == path.read_text()
+    assert text == (GOLDEN / name).read_text()
 
 
 # ------------------------------------------------------------------------------------- other states of a run

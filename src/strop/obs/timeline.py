@@ -31,8 +31,8 @@ LINE = re.compile(
 MOST_BANDS = 24
 MOST_SPANS = 60
 """Of a band within one attempt; shorter ones are taken into what surrounds them."""
-LATE_SHARE, LATE_S = 0.04, 1.0
-"""Ranks that begin a phase later than the others by this share of the attempt, and this long, live apart."""
+LATE_SHARE, LATE_S = 0.2, 2.0
+"""Ranks that come to a phase later than the others by this share of the way to it live apart."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,9 @@ def bands(
     for number, began, ended in rows:
         own = _lives(run_dir, number, began, ended, found[number], now)
         middle = _usual_begins(own)
-        late_s = max(LATE_S, LATE_SHARE * ((now if ended is None else ended) - began))
         for life in own:
             lives.setdefault(life.rank, []).append(life)
-            keys.setdefault(life.rank, []).append(_key(life, middle, late_s))
+            keys.setdefault(life.rank, []).append(_key(life, middle, began))
     groups: dict[Any, list[int]] = {}
     for rank in sorted(lives):
         groups.setdefault(tuple(keys[rank]), []).append(rank)
@@ -118,13 +117,13 @@ def _first_begins(life: Life) -> dict[str, float]:
     return found
 
 
-def _key(life: Life, middle: Mapping[str, float], late_s: float) -> Any:
-    begins = _first_begins(life)
-    return (
-        life.attempt,
-        life.end,
-        tuple((phase, round((begin - middle[phase]) / (2 * late_s))) for phase, begin in begins.items()),
-    )
+def _key(life: Life, middle: Mapping[str, float], began: float) -> Any:
+    """Equal for ranks that lived alike."""
+    when = []
+    for phase, begin in _first_begins(life).items():
+        late_s = max(LATE_S, LATE_SHARE * (middle[phase] - began))
+        when.append((phase, round((begin - middle[phase]) / (2 * late_s))))
+    return life.attempt, life.end, tuple(when)
 
 
 def _lives(
