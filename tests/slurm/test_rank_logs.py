@@ -3,74 +3,66 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from strop.slurm import attempts
-from strop.slurm.local_cluster import LocalCluster
-from tests import jobs, toy
 from tests.log_lines import read
-from tests.processes import pid_of_rank, steps
+from tests.slurm.body_jobs import causes, ended, output, submitting
 
-ROOT = Path(__file__).resolve().parents[2]
 PASSWORD = "correct-horse-battery"
 
 pytestmark = pytest.mark.slurm
 
 
-def test_a_killed_ranks_log_is_collected(slurm_cluster: LocalCluster, tmp_path, monkeypatch):
-    """What rank 1 had written when it was killed is all in the run directory afterwards, and a second attempt
-    goes on. The two nodes of the test cluster are one machine, and so share the disk."""
+@pytest.fixture
+def submit(slurm_cluster, tmp_path, monkeypatch):
+    yield from submitting(slurm_cluster, tmp_path, monkeypatch)
+
+
+def test_what_a_killed_rank_had_written_is_collected(submit, tmp_path, monkeypatch):
+    """Rank 1 is killed long before it copies its files by itself. The two nodes of the test cluster are one
+    machine and so share the disk: each finds what the other has not yet collected."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    monkeypatch.setenv("SLURM_CONF", slurm_cluster.environment()["SLURM_CONF"])
-    monkeypatch.setenv("PYTHON", sys.executable)
     monkeypatch.setenv("STROP_LOG_DIR", str(disk))
     monkeypatch.setenv("DB_PASSWORD", PASSWORD)
-    monkeypatch.chdir(tmp_path)
-    config = toy.config(
-        toy.make(tmp_path / "toy"), "dpo", Path("c.yaml"), train={"max_steps": 30}, checkpoint={"every": 5}
-    )
-    words = ["--nodes=2", str(ROOT / "sbatch/dpo.sh"), "--config", str(config), "run.name=r"]
-    job = jobs.submit(slurm_cluster, *words, f"+metadata.note={PASSWORD}", "log.level=debug")
+    words = ["run.name=r", "log=1", "steps=6", "fail=kill", "rank=1", "at=3", "once=1"]
+    job = submit("--nodes=2", *words, f"+metadata.api_key={PASSWORD}")
+    assert ended(job, 240)["JobState"] == "COMPLETED", output(job)
     run = Path("runs/r").resolve()
-    try:
-        deadline = time.monotonic() + 240
-        while not steps(run) or steps(run)[-1]["step"] < 7:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        os.kill(pid_of_rank(run, 1), signal.SIGKILL)
-        written = {path.name: path.read_bytes() for path in (disk / "r/0001").glob("rank00001*")}
-        fields = jobs.wait_for_state(slurm_cluster, job, "COMPLETED", "FAILED", timeout_s=300)
-    finally:
-        subprocess.run(["scancel", job], capture_output=True)
-    output = Path(f"dpo-{job}.out").read_text()
-    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), output
-    assert [record["cause"] for record in attempts.read_all(run)] == ["killed", "done"]
-    assert list(disk.iterdir()) == [], output
-    assert sorted(written) == ["rank00001.err", "rank00001.jsonl"]
-    for name, content in written.items():
-        assert (run / "logs/0001" / name).read_bytes() == content
-    for attempt in (1, 2):
+    assert causes(run) == ["killed", "done"], output(job)
+    assert list(disk.iterdir()) == [], output(job)
+    assert "strop: logs:" not in output(job)
+    for attempt, goals in ((1, (3, 3)), (2, (6, 6))):
         for rank in (0, 1):
             lines = read(run / f"logs/{attempt:04d}", rank)
-            assert {(line["attempt"], line["rank"]) for line in lines} == {(attempt, rank)}
-            assert {line["node"] for line in lines} == {f"node{rank + 1}"}
+            assert {(line["attempt"], line["rank"], line["node"]) for line in lines} == {
+                (attempt, rank, f"node{rank + 1}")
+            }
+            said = [line["message"] for line in lines if line["message"].startswith("step")]
+            assert said == [f"step {i} of 6" for i in range(1, goals[rank] + 1)]
             times = [line["time"] for line in lines]
             assert times == sorted(times)
-    last = [line for line in read(run / "logs/0002", 0) if line["logger"] == "strop.progress"]
-    assert re.match(r"step 30/30 +loss", next(m for m in (ln["message"] for ln in last) if "step 30/" in m))
-    assert {line["step"] for line in last} >= set(range(27, 30))
-    # what the job's output has of the trainer's progress is what the log has, without the secret
-    for line in last:
-        assert line["message"] in output
-    everything = output + json.dumps(attempts.read_all(run))
-    everything += "".join(p.read_text() for p in run.glob("logs/*/*") if p.is_file())
-    assert PASSWORD not in everything
+            assert (run / f"logs/{attempt:04d}/rank{rank:05d}.err").is_file()
+    for i in range(1, 7):
+        assert f"step {i} of 6" in output(job)  # rank 0's, which it also says in the job's output
+    assert PASSWORD not in output(job) + json.dumps(attempts.read_all(run))
+    assert attempts.read(run, 1)["args"][-1] == "+metadata.api_key=[secret]"
+
+
+def test_logs_that_cannot_be_collected_do_not_keep_the_job_from_its_end(submit, tmp_path, monkeypatch):
+    """A directory stands where one copy of the second attempt should go."""
+    assert ended(submit("run.name=r", "steps=1"), 240)["JobState"] == "COMPLETED"
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "runs/r/logs/0002/rank00000.jsonl").mkdir(parents=True)
+    monkeypatch.setenv("STROP_LOG_DIR", str(disk))
+    job = submit("--nodes=2", "run.name=r", "log=1", "steps=2")
+    assert ended(job, 240)["JobState"] == "COMPLETED", output(job)
+    assert causes(Path("runs/r")) == ["done", "done"]
+    assert "Is a directory" in output(job)
+    assert f"logs were left on the nodes, in {disk}" in output(job)
+    assert (disk / "r/0002/rank00000.jsonl").is_file()
+    assert (tmp_path / "runs/r/logs/0002/rank00001.err").is_file()  # the others are copied all the same

@@ -42,7 +42,7 @@ class _Library(logging.Logger):
         pass
 
 
-class _ToRankLog(logging.Handler):
+class ToRankLog(logging.Handler):
     def __init__(self, rank_log: RankLog) -> None:
         super().__init__()
         self._rank_log = rank_log
@@ -185,10 +185,10 @@ def setup(
 
 def _send_logging(level: str, rank: int, rank_log: RankLog) -> None:
     root = logging.getLogger()
-    for old in [h for h in root.handlers if isinstance(h, (_Console, _ToRankLog))]:
+    for old in [h for h in root.handlers if isinstance(h, (_Console, ToRankLog))]:
         root.removeHandler(old)
         old.close()
-    root.addHandler(_ToRankLog(rank_log))
+    root.addHandler(ToRankLog(rank_log))
     if rank == 0 or not rank_log.captured:
         console = _Console("stdout" if rank == 0 else "stderr")
         console.setFormatter(_Formatter("" if rank == 0 else f"rank {rank} "))

@@ -20,17 +20,26 @@ BLOCK_BYTES = 4 << 20
 
 
 def sync(local: Path, shared: Path, rank: Optional[int] = None) -> list[Path]:
-    """Bring the copies up to date: of one rank, or of all that have files here. The local files."""
+    """Bring the copies up to date: of one rank, or of all that have files here. The local files.
+
+    Raises OSError for the first that cannot be copied, once all others are.
+    """
     found = {path.name: path for path in local.iterdir() if _is_of(path, rank)}
     shared.mkdir(parents=True, exist_ok=True)
+    failed: Optional[OSError] = None
     for path in found.values():
-        with contextlib.suppress(FileNotFoundError):  # its rank has just deleted a segment
+        try:
             _copy_rest(path, shared / path.name)
+        except OSError as error:
+            if path.exists():  # else its rank has just deleted a segment
+                failed = failed or error
     ranks = {segment.rank for segment in map(log_line.segment, found.values()) if segment}
     for copy in shared.iterdir():  # a segment that its rank has deleted
         segment = log_line.segment(copy)
         if segment is not None and segment.rank in ranks and copy.name not in found:
             copy.unlink(missing_ok=True)
+    if failed is not None:
+        raise failed
     return list(found.values())
 
 
