@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any, Optional
 
 from strop import files
 from strop.errors import UserError
-from strop.obs import secrets
+from strop.obs import log_line, secrets
 from strop.slurm import lease, stop
 
 STATES = ("X", "DONE", "YIELD", "FAIL")
@@ -149,6 +150,12 @@ def read_all(run_dir: Path) -> list[dict[str, Any]]:
     return [read(run_dir, number) for number in numbers]
 
 
+def discard(run_dir: Path, attempt: int) -> None:
+    """Take away a run under a name that nobody chose whose first start was refused: nothing goes on there."""
+    if attempt == 1 and committed_step(run_dir) is None and not (run_dir / "metrics.jsonl").exists():
+        shutil.rmtree(run_dir, ignore_errors=True)
+
+
 def holds_lease(run_dir: Path, attempt: int) -> bool:
     """Ask before every commit: False once a newer attempt has begun, and then nothing may be written."""
     return not record_file(run_dir, attempt + 1).exists()
@@ -217,6 +224,10 @@ def read_clocks(run_dir: Path, attempt: int) -> dict[int, tuple[str, float]]:
     told = files.read_json(log_dir(run_dir, attempt) / "clock.json")
     entries = told.get("ranks", []) if isinstance(told, dict) else []
     return {entry["rank"]: (entry["node"], entry["offset_s"]) for entry in entries}
+
+
+def ranks_with_logs(logs: Path) -> set[int]:
+    return {segment.rank for segment in map(log_line.segment, logs.glob("rank*")) if segment}
 
 
 def fingerprint(kind: str, trace: str) -> str:

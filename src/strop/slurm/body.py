@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from strop.errors import EXIT_STORAGE, EXIT_YIELD, STORAGE_ERRNOS, UserError
-from strop.obs import log_line, secrets
+from strop.obs import secrets
 from strop.slurm import (
     attempts,
     code,
@@ -35,7 +35,6 @@ from strop.slurm import (
     successor,
 )
 
-ROOT = code.PACKAGE.parents[1]
 WAIT_WITHOUT_END_S = 3600.0
 END_MARGIN_S = 20.0
 """Before the job's end a controller that does not answer is given up."""
@@ -62,7 +61,7 @@ class Exhausted(RuntimeError):
 
 def begin(algo: str, args: Sequence[str], job: env.Job) -> Begun:
     """Create the attempt. Raises UserError, lease.Held, Exhausted or NothingToDo: nothing is written."""
-    run = naming.resolve(algo, args, job, ROOT)
+    run = naming.resolve(algo, args, job, code.REPOSITORY)
     idle = successor.stand_down(job, run.directory, attempts.read_all(run.directory))
     if idle:
         raise NothingToDo(f"{idle}; nothing left to do for job {job.target}, its successor")
@@ -84,6 +83,7 @@ def begin(algo: str, args: Sequence[str], job: env.Job) -> Begun:
         launcher=job.launcher,
         algo=algo,
         args=secrets.mask_args(args),
+        named=run.given,
         code=code_now,
         **deaths.mark(),
     )
@@ -91,7 +91,8 @@ def begin(algo: str, args: Sequence[str], job: env.Job) -> Begun:
     known, behind = None, None
     if job.target is not None:
         known = command.show_job(job.target) or {}
-        named = args if run.given else [*args, f"run.name={run.name}"]
+        # The successor of an array's task is a job of its own: it is told the task's run.
+        named = args if run.given and not job.array_task_id else [*args, f"run.name={run.name}"]
         try:
             behind = successor.prepare(run.directory, attempt, known, job, algo, named)
         except command.SlurmError as error:
@@ -228,7 +229,7 @@ def gather(job: env.Job, launcher_exit: int, signals: Sequence[str]) -> decide.F
         ended_first=deaths.ended_first(record, verdicts),
         successor=_successor(record.get("successor"), state),
         space=deaths.describe_space(run_dir) if any(v.kind == "storage" for v in verdicts) else "",
-        suspect=hang.suspect(said, len(nodes) or _num_came(logs), nodes),
+        suspect=hang.suspect(said, len(nodes) or len(attempts.ranks_with_logs(logs)), nodes),
         num_nodes=len(record.get("nodes") or ()),
         job=state,
         history=decide.since_progress(records, committed)[:-1],
@@ -239,10 +240,6 @@ def gather(job: env.Job, launcher_exit: int, signals: Sequence[str]) -> decide.F
 def _successor(job_id: Optional[str], state: decide.JobState) -> Optional[str]:
     """The job that waits behind this one, unless its owner has taken it out of the queue."""
     return job_id if job_id and (not state.known or successor.waiting(job_id)) else None
-
-
-def _num_came(logs: Path) -> int:
-    return len({segment.rank for segment in map(log_line.segment, logs.glob("rank*")) if segment})
 
 
 def _local_state(signals: Sequence[str]) -> decide.JobState:
@@ -373,6 +370,14 @@ def hold(job: env.Job) -> str:
     except command.SlurmError as error:
         return f"make room, then submit it again (not held: {error})"
     return f"held: make room, then: scontrol release {job.target}"
+
+
+def discard_unnamed(job: env.Job) -> None:
+    """A refused start without run.name, outside of Slurm: its name is the time, which nobody uses again."""
+    assert job.run_dir is not None
+    assert job.attempt is not None
+    if not attempts.read(job.run_dir, job.attempt).get("named"):
+        attempts.discard(job.run_dir, job.attempt)
 
 
 def notify(job: env.Job, decision: decide.Decision, text: str) -> None:
