@@ -16,6 +16,7 @@ from strop.errors import UserError
 from strop.obs import run_files, why
 from strop.slurm import attempts
 from tests.unit.rank_files import NCCL_TIMEOUT, TRACE, Made, T
+from tools import logs as tool
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 STEPS = list(range(101, 121))
@@ -318,3 +319,28 @@ def test_colour_is_only_colour(small):
     found = why.explain(small.dir)
     assert "\x1b[31m" in why.text(found, color=True)
     assert re.sub(r"\x1b\[\d+m", "", why.text(found, color=True)) == why.text(found)
+
+
+def test_as_a_user_calls_it(small, monkeypatch, capsys):
+    """Exit code 0 for an explanation, 78 (UserError) for a mistake; nothing but the explanation on stdout."""
+    small.live(125.0, STEPS)
+    small.verdict(5, 125.0, "exception", INDEX, "IndexError", OTHER_TRACE)
+    small.close(1, 130.0)
+
+    def call(*words: str) -> str:
+        monkeypatch.setattr("sys.argv", ["logs", *words])
+        tool.main()
+        return capsys.readouterr().out
+
+    assert call("runs/big", "--why") == why.text(why.explain(small.dir))
+    assert call("runs/big", "--why", "--attempt", "1", "--color", "always").startswith("big: \x1b[1m")
+    assert call("runs/big", "--html", "page.html") == "page.html\n"
+    assert Path("page.html").read_text().startswith("<!DOCTYPE html>")
+    for words, named in {
+        ("--why", "--attempt", "7"): "--attempt 7",
+        ("--why", "--attempt", "x"): "--attempt x",
+        ("--html", "none/page.html"): "--html none/page.html",
+    }.items():
+        with pytest.raises(UserError, match=named) as refused:
+            call("runs/big", *words)
+        assert refused.value.exit_code == 78
