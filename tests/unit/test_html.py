@@ -226,3 +226,28 @@ def test_nothing_in_the_page_needs_the_network():
     for name in ("report.css", "report.js"):
         text = (here / name).read_text()
         assert not re.search(r"url\(\s*['\"]?(?!#)|@import|fetch\(|XMLHttpRequest|import\(", text)
+
+
+@pytest.mark.parametrize("num_lines", [0, 1, 3, 20_000])
+def test_phases_of_a_file_as_a_json_parser_finds_them(tmp_path, num_lines):
+    """20,000 lines are longer than what is read of a file: the middle is left out, and is all `train`."""
+    made = Made(tmp_path, ranks=8, per_node=4)
+    made.begin()
+    phases = ["start", "train", *["train"] * 5, "save", "train"]
+    lines = [
+        made.log(
+            3, i, phases[i] if i < len(phases) else "train", 'a "phase":"save", "x"', step=i, note="y" * 150
+        )
+        for i in range(num_lines)
+    ]
+    path = tmp_path / "rank00003.jsonl"
+    path.write_bytes(
+        b"not a line\n" + b"".join(lines) + b'{"time":"2026-11-18T11:06:40.000000Z","rank":3,"no'
+    )
+    rows = [json.loads(line) for line in lines]
+    expected = [
+        (r["phase"], r["step"]) for a, r in zip([None, *rows], rows) if not a or a["phase"] != r["phase"]
+    ]
+    if rows and expected[-1][1] != rows[-1]["step"]:
+        expected.append((rows[-1]["phase"], rows[-1]["step"]))
+    assert [(phase, step) for _, phase, step in timeline.phase_marks(path)] == expected

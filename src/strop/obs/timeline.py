@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -24,6 +24,8 @@ NO_SIGN = "no sign"
 """From a silent rank's last line to the end of the attempt."""
 HEAD_BYTES = TAIL_BYTES = 2 << 20
 """Of a longer file the middle is left out: what it holds is more of the same phases."""
+LAST_BYTES = 1 << 17
+"""The last line begins within them: a writer shortens longer ones."""
 LINE = re.compile(
     rb'\{"time":"([0-9T:.+-]{19,26}Z)","rank":\d+,"node":(?:"[^"]*"|null),"attempt":\d+,'
     rb'"step":(\d+|null),"phase":"([^"\\]*)"'
@@ -179,20 +181,27 @@ def phase_marks(path: Path) -> list[tuple[float, str, Optional[int]]]:
                 data += b"\n" + file.read()
     except OSError:
         return []
-    marks: list[Any] = []
-    last = before = None
-    for match in LINE.finditer(data):
-        last = match
-        if match[3] != before:
-            before = match[3]
-            marks.append(match)
-    if last is not None and last is not marks[-1]:
+    marks = list(_changes(data))
+    last = next(filter(None, (LINE.match(line) for line in reversed(data[-LAST_BYTES:].split(b"\n")))), None)
+    if last is not None and (not marks or last[0] != marks[-1][0]):
         marks.append(last)
     return [
         (at, m[3].decode(errors="replace"), None if m[2] == b"null" else int(m[2]))
         for m in marks
         if (at := unix_time(m[1].decode())) is not None
     ]
+
+
+def _changes(data: bytes) -> Iterator[re.Match[bytes]]:
+    """The lines with another phase than the line before. Between them only the key is searched for: in a
+    message its quotes would be escaped."""
+    key, at = re.compile(rb'"phase":"'), 0
+    while found := key.search(data, at):
+        at = found.end()
+        line = LINE.match(data, data.rfind(b"\n", 0, found.start()) + 1)
+        if line is not None:
+            yield line
+            key = re.compile(rb'"phase":"(?!' + re.escape(line[3]) + rb'")')
 
 
 def _spans(
