@@ -155,7 +155,7 @@ def _tile(name: str, value: str, more: str) -> str:
 
 def _why(why: Why) -> str:
     if why.attempt is None:
-        return _section("Last failure", f'<p class="none">no attempt has failed; next: {_e(why.next)}</p>')
+        return _section("Last failure", f'<p class="none">No attempt has failed. Next: {_e(why.next)}</p>')
     title = f"Last failure: attempt {why.attempt} of {why.num_attempts}"
     words = decide.WORDS.get(why.cause or "", why.cause or "it runs")
     f = why.first
