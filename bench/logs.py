@@ -42,10 +42,10 @@ from typing import Any
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "src")]  # run uninstalled
 
+from bench.log_writing import write_us  # noqa: E402
 from strop.obs import log_files, log_line, merge_native  # noqa: E402
 from strop.obs.log_text import Selection, View  # noqa: E402
 from strop.obs.merge import Merge  # noqa: E402
-from strop.obs.rank_log import RankLog  # noqa: E402
 from strop.slurm import attempts  # noqa: E402
 
 SUBSET = 64
@@ -60,7 +60,7 @@ VIEWS = {
 FOLLOWED = 512
 IDLE_S = 20.0
 NEW_LINES = 15
-WRITTEN = 20_000
+WRITTEN = 50_000
 
 
 @dataclass(frozen=True)
@@ -250,28 +250,6 @@ def _cpu_s(pid: int) -> float:
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
-# --------------------------------------------------------------------------------------------- write
-
-
-class _Position:
-    step, phase = 120, "train"
-
-
-def write_us(directory: Path) -> float:
-    """Microseconds a line, the best of five rounds."""
-    folder = directory / "written"
-    folder.mkdir()
-    log = RankLog(folder, 0, "gpu000", 1, position=_Position(), max_bytes=1 << 30)
-    rounds = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        for i in range(WRITTEN):
-            log.write("INFO", "strop.train", f"step {i}: loss 0.6931, grad_norm 1.25, 16384 tokens")
-        rounds.append(1e6 * (time.perf_counter() - begin) / WRITTEN)
-    log.close()
-    return min(rounds)
-
-
 # -------------------------------------------------------------------------------------------- report
 
 
@@ -301,7 +279,8 @@ def bench(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
         print(f"--follow on {FOLLOWED} files: {100 * share:.1f} % of a core when idle; a new line is shown")
         print(f"    after {middle:.2f} s (median of {len(late)}), at most {max(late):.2f} s")
     if args.only in (None, "write"):
-        numbers["write_us_per_line"] = write_us(directory)
+        (directory / "written").mkdir()
+        numbers["write_us_per_line"] = write_us(directory / "written", WRITTEN)["write"]
         print(f"writing: {numbers['write_us_per_line']:.1f} us a line")
     return numbers
 

@@ -81,11 +81,11 @@ def test_order_is_that_of_a_sort_of_all_lines(
                 text = line(tenths / 10, name, rank=rank, attempt=attempts[rank])
                 run.write(rank, text, attempt=attempts[rank], index=index)
                 newest = max(newest, tenths - offsets[rank])
-                shown = at(tenths / 10 - clocks[rank])
-                expected.append(((newest, rank, attempts[rank], place), name, shown))
-        text, _ = both(run.directory, VIEWS[0])
-        found = [(fields["message"], fields["time"]) for fields in map(json.loads, text.splitlines())]
-        assert found == [(name, shown) for _, name, shown in sorted(expected)]
+                corrected = at(tenths / 10 - clocks[rank])
+                expected.append(((newest, rank, attempts[rank], place), name, corrected))
+        shown, _ = both(run.directory, VIEWS[0])
+        found = [(fields["message"], fields["time"]) for fields in map(json.loads, shown.splitlines())]
+        assert found == [(name, corrected) for _, name, corrected in sorted(expected)]
 
 
 awkward = st.one_of(
@@ -269,8 +269,8 @@ def test_selection_against_a_filter_by_hand(tmp_path: Path) -> None:
         nodes=frozenset({"n1", "n9"}),
         grep=re.compile(r"^é .*3"),
     )
-    text, _ = both(run.directory, View(json=True), chosen)
-    assert [json.loads(row)["message"] for row in text.splitlines()] == wanted
+    found, _ = both(run.directory, View(json=True), chosen)
+    assert [json.loads(row)["message"] for row in found.splitlines()] == wanted
     assert wanted
     assert [fields["message"] for fields in lines(log_files.find(run.directory), chosen)] == wanted
 

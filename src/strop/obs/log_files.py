@@ -32,14 +32,14 @@ Ranges = Sequence[tuple[int, int]]
 """Inclusive: ((0, 7), (12, 12))."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SegmentFile:
     path: Path
     index: int
     size: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Stream:
     """One rank of one attempt."""
 

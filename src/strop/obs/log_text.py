@@ -78,7 +78,7 @@ class View:
     show_attempt: bool = False
 
 
-@dataclass
+@dataclass(slots=True)
 class Line:
     """One line of a rank. The bytes are those on disk: JSON's escapes unless `plain`."""
 

@@ -6,8 +6,8 @@
     merge.notes()                      # what could not be shown, or not as it was written
 
 `lines` gives objects in place of text. One pass; the memory does not depend on the number of lines. The work
-is done by libstrop_log.so (csrc/) where `python -m tools.build_kernels` has built it, else in Python, at a
-tenth of the speed, with the same output.
+is done by lib/libstrop_log.so (of csrc/) where `python -m tools.build_kernels` has built it, else in Python,
+at a tenth of the speed or less, with the same output.
 
 Raw stderr has no times: a raw line stands before the first structured line that was written after it began,
 with that line's time, and what is behind the last one has the file's. It is shown at level RAW, which counts

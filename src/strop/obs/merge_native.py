@@ -1,10 +1,11 @@
-"""The merge by libstrop_log.so (csrc/merge.cpp, log_text.cpp) through its C interface, csrc/merge.hpp.
+"""The merge by lib/libstrop_log.so (csrc/merge.cpp, log_text.cpp) through its C interface, csrc/merge.hpp.
 
 `build` compiles it; `load` gives None where that was not done, and `strop.obs.merge` goes on in Python.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -14,15 +15,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
 
+from strop import libraries
 from strop.obs import log_text, secrets
 from strop.obs.log_files import Logs, Stream
 from strop.obs.log_text import Selection, View
 from strop.obs.merge_python import COUNTS, Counted
 
 SOURCES = Path(__file__).parent / "csrc"
-LIBRARY = SOURCES / "libstrop_log.so"
+LIBRARY, _IN_PREFIX = libraries.places(Path(__file__).parent, "log")
 ABI = 1
-BUFFERS_BYTES = 96 << 20
+BUFFERS_BYTES = 64 << 20
 """For all streams together."""
 LARGEST_BUFFER, SMALLEST_BUFFER = 128 << 10, 1 << 10
 SPARE_DESCRIPTORS = 64
@@ -63,7 +65,8 @@ class _Options(ctypes.Structure):
 
 
 def build() -> Path:
-    """Compile the library beside its sources. Raises FileNotFoundError without g++, CalledProcessError."""
+    """Compile the library for this checkout. Raises FileNotFoundError without g++, CalledProcessError."""
+    LIBRARY.parent.mkdir(exist_ok=True)
     aside = LIBRARY.with_suffix(f".{os.getpid()}.tmp")
     sources = [str(SOURCES / name) for name in ("merge.cpp", "log_text.cpp")]
     subprocess.run(["g++", "-std=c++17", "-O3", "-shared", "-fPIC", *sources, "-o", str(aside)], check=True)
@@ -72,13 +75,16 @@ def build() -> Path:
 
 
 def load() -> Optional[ctypes.CDLL]:
-    """None if it was not built, or from other sources."""
-    try:
-        library = ctypes.CDLL(str(LIBRARY))
-        if library.strop_log_abi() != ABI:
-            return None
-    except (OSError, AttributeError):
-        return None
+    """None if it was not built, or of another version."""
+    for path in (LIBRARY, _IN_PREFIX):
+        with contextlib.suppress(OSError, AttributeError):
+            library = ctypes.CDLL(str(path))
+            if library.strop_log_abi() == ABI:
+                return _typed(library)
+    return None
+
+
+def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     library.strop_log_open.restype = ctypes.c_void_p
     library.strop_log_open.argtypes = [ctypes.POINTER(_Stream), ctypes.c_int64, ctypes.POINTER(_Options)]
     library.strop_log_next.argtypes = [

@@ -17,7 +17,9 @@ from strop.obs.log_text import LAST_TIME_US, RAW, Line, parse_line, valid_utf8
 
 MAX_LINE = 256 << 10
 """Of a longer line only so much is shown."""
-CHUNK_BYTES = 32 << 10
+LARGEST_CHUNK, SMALLEST_CHUNK = 32 << 10, 2 << 10
+CHUNKS_BYTES = 32 << 20
+"""For all streams together."""
 CLOCK_BACK_US = 100_000
 """Threads may write a little out of order; more than this is a clock that was set back."""
 COUNTS = (
@@ -27,7 +29,7 @@ COUNTS = (
 WHOLE, TRUNCATED = 1, 2
 
 
-@dataclass
+@dataclass(slots=True)
 class Counted:
     """What became of one stream."""
 
@@ -44,11 +46,13 @@ Piece = tuple[int, int, bytes, bool]
 """Segment's index, offset of the first byte, the line, whether it had its newline."""
 
 
-def pieces(segments: Sequence[SegmentFile], counted: Counted, first: int) -> Iterator[Piece]:
+def pieces(
+    segments: Sequence[SegmentFile], counted: Counted, first: int, chunk_bytes: int
+) -> Iterator[Piece]:
     """The lines of consecutive segments. `first`: of which status the first one's is."""
     for number, segment in enumerate(segments, first):
         position, start, rest = 0, 0, b""
-        while chunk := _read(segment, position, counted, number):
+        while chunk := _read(segment, position, counted, number, chunk_bytes):
             before, *lines = chunk.split(b"\n")
             rest = (rest + before)[: MAX_LINE + 1]
             end = position + len(before) + 1
@@ -61,7 +65,7 @@ def pieces(segments: Sequence[SegmentFile], counted: Counted, first: int) -> Ite
             yield segment.index, start, _cut(rest, counted), False
 
 
-def _read(segment: SegmentFile, position: int, counted: Counted, number: int) -> bytes:
+def _read(segment: SegmentFile, position: int, counted: Counted, number: int, chunk_bytes: int) -> bytes:
     """The next bytes; none at the end, or where the file fails, which is noted."""
     if position >= segment.size:
         counted.status[number] = WHOLE
@@ -69,7 +73,7 @@ def _read(segment: SegmentFile, position: int, counted: Counted, number: int) ->
     try:
         with open(segment.path, "rb", buffering=0) as file:
             file.seek(position)
-            chunk = file.read(min(CHUNK_BYTES, segment.size - position))
+            chunk = file.read(min(chunk_bytes, segment.size - position))
     except OSError as error:
         counted.status[number] = -(error.errno or errno.EIO)
         return b""
@@ -87,6 +91,8 @@ def _cut(line: bytes, counted: Counted) -> bytes:
 
 class Rank:
     """What a rank's line depends on of those before: the last key, and the step that raw lines belong to."""
+
+    __slots__ = ("_counts", "_last", "_redact", "_timed", "key", "stream")
 
     def __init__(self, stream: Stream, counts: dict[str, int], redact: Callable[[str], str]):
         self.key = stream.floor_us
@@ -146,12 +152,14 @@ class Rank:
         )  # fmt: skip
 
 
-def lines_of(stream: Stream, counted: Counted, redact: Callable[[str], str]) -> Iterator[Line]:
+def lines_of(
+    stream: Stream, counted: Counted, redact: Callable[[str], str], chunk_bytes: int
+) -> Iterator[Line]:
     """A stream's lines in the order of the files, a raw line before the first mark behind its start."""
     rank = Rank(stream, counted.counts, redact)
-    raws = _raw_pieces(stream, counted, rank)
+    raws = _raw_pieces(stream, counted, rank, chunk_bytes)
     raw = next(raws, None)
-    for _, _, text, whole in pieces(stream.structured, counted, 0):
+    for _, _, text, whole in pieces(stream.structured, counted, 0, chunk_bytes):
         if not text:  # behind a torn line
             continue
         line = rank.structured(text, whole)
@@ -166,8 +174,10 @@ def lines_of(stream: Stream, counted: Counted, redact: Callable[[str], str]) -> 
         raw = next(raws, None)
 
 
-def _raw_pieces(stream: Stream, counted: Counted, rank: Rank) -> Iterator[tuple[int, int, bytes]]:
-    for index, offset, text, _ in pieces(stream.raw, counted, len(stream.structured)):
+def _raw_pieces(
+    stream: Stream, counted: Counted, rank: Rank, chunk_bytes: int
+) -> Iterator[tuple[int, int, bytes]]:
+    for index, offset, text, _ in pieces(stream.raw, counted, len(stream.structured), chunk_bytes):
         if shown := rank.raw_text(text):
             yield index, offset, shown
 
@@ -181,10 +191,11 @@ def merged(
     ]
     heapq.heapify(heap)
     sources: dict[int, Iterator[Line]] = {}
+    chunk_bytes = min(LARGEST_CHUNK, max(SMALLEST_CHUNK, CHUNKS_BYTES // max(1, len(streams))))
     while heap and heap[0][0] <= until_us:
         _, rank, attempt, i, line = heap[0]
         if line is None:
-            sources[i] = lines_of(streams[i], counted[i], redact)
+            sources[i] = lines_of(streams[i], counted[i], redact, chunk_bytes)
         else:
             yield line
         following = next(sources[i], None)
