@@ -158,6 +158,17 @@ def test_decision_names_the_suspect_and_its_node():
     assert second == "  noticed by rank 0 on n0: no progress"
 
 
+def test_a_silent_rank_on_a_lost_node_did_not_hang():
+    verdict = Verdict(0, "n0", "hang", 70, "no progress", phase="rendezvous", fingerprint="f")
+    suspect = Suspect(1, None, "rank 1 left no stacks", silent=True)
+    facts = Facts("X", 70, verdicts=(verdict,), suspect=suspect, lost_nodes=("n1",))
+    decision = decide.decide(facts)
+    assert (decision.cause, decision.action) == ("killed", "requeue")
+    assert "(rank 1, n1, phase rendezvous): lost: n1; rank 1 left no stacks" in decision.summary
+    stopped = dataclasses.replace(facts, suspect=dataclasses.replace(suspect, silent=False))
+    assert decide.decide(stopped).cause == "hang"  # its stacks are there: it hung
+
+
 @pytest.mark.parametrize(
     ("num_nodes", "bad", "excluded"),
     [(4, ["n2"], ("n2",)), (4, ["n3", "n1"], ("n1", "n3")), (2, ["n0", "n1"], ()), (1, ["n0"], ("n0",))],

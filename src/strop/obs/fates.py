@@ -338,7 +338,7 @@ def _as_noticed(first: Fate, ranks: Sequence[Fate]) -> Fate:
 
 def _mark_hung(fate: Fate, cause: Optional[str], first: Optional[Fate]) -> Fate:
     """The ranks that waited for the one that hung have verdicts of their own, and only followed."""
-    if cause != "hang" or fate.kind != "hang" or first is None or fate.rank == first.rank:
+    if cause not in ("hang", "killed") or fate.kind != "hang" or first is None or fate.rank == first.rank:
         return fate
     return dataclasses.replace(fate, follows="waited for it, until the watchdog ended them")
 
