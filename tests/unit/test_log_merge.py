@@ -156,6 +156,9 @@ def test_equal_lines_of_many_ranks_are_one(tmp_path: Path) -> None:
     run.write(0, line(0.05, "before the others have it", rank=0))
     run.write(7, line(3.2, "loaded shard", rank=7), line(3.3, "step", rank=7, step=1))
     run.write(6, line(3.3, "step", rank=6, step=2), line(3.3, "step", rank=6, step=3, level="ERROR"))
+    run.write(1, line(4.0, "edge of the window", rank=1))
+    run.write(2, line(6.0, "edge of the window", rank=2), line(6.000001, "edge of the window", rank=2))
+    run.write(4, line(6.000001, "edge of the window", rank=4))
     text, notes = both(run.directory, View())
     assert notes == []
     assert text.splitlines() == [
@@ -167,6 +170,8 @@ def test_equal_lines_of_many_ranks_are_one(tmp_path: Path) -> None:
         "2026-11-20 03:00:03.300 [6] INFO     step 2: step",
         "2026-11-20 03:00:03.300 [6] ERROR    step 3: step",
         "2026-11-20 03:00:03.300 [7] INFO     step 1: step",
+        "2026-11-20 03:00:04.000 [1,2] INFO     edge of the window",
+        "2026-11-20 03:00:06.000 [2,4] INFO     edge of the window",
     ]
 
 
@@ -176,8 +181,11 @@ def test_ranges_collapse_what_differs_in_numbers(tmp_path: Path) -> None:
     for rank, (shard, seconds) in enumerate([(3, "1.1"), (17, "0.8"), (5, "1.4"), (9, "1.0")]):
         text = f"loaded shard {shard} of 64 in {seconds} s, change -{shard}"
         run.write(rank, line(0.1 * rank, text, rank=rank, step=rank))
+    for rank, text in enumerate(("1.0 ms", "1 ms", "2e0 ms", "2 ms")):  # of equal ones, the first's words
+        run.write(rank, line(1, text, rank=rank))
     assert messages(both(run.directory, View(ranges=True))[0]) == [
-        "step 0: loaded shard [3..17] of 64 in [0.8..1.4] s, change [-17..-3]"
+        "step 0: loaded shard [3..17] of 64 in [0.8..1.4] s, change [-17..-3]",
+        "[1.0..2e0] ms",
     ]
 
 
