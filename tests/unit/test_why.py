@@ -270,6 +270,20 @@ def test_a_torn_verdict_is_counted(small, text):
     assert [g.ranks for g in found.others] == [(3,)]
 
 
+def test_a_watchdog_that_was_faster_than_the_news(small):
+    """Rank 3 waited in a collective when its own watchdog fired: it followed. Rank 4 stood elsewhere."""
+    small.live(125.0, STEPS)
+    small.verdict(0, 125.0, "oom", NO_MEMORY, "RuntimeError", OTHER_TRACE)
+    stack = '  File "/r/src/strop/loop.py", line 9, in _step\n  File "{}", line 7, in wait\n'
+    for rank, file in ((3, "/venv/torch/distributed/distributed_c10d.py"), (4, "/r/src/strop/data/batch.py")):
+        small.verdict(rank, 129.0, "hang", "no progress within 4 s", None, stack.format(file))
+    small.close(1, 130.0)
+    found = why.explain(small.dir)
+    assert (found.cause, found.first and found.first.rank) == ("oom", 0)
+    assert [g.ranks for g in found.followed] == [(3,)]
+    assert [g.ranks for g in found.others] == [(4,)]
+
+
 def test_no_logs(small):
     for path in small.logs.iterdir():
         path.unlink()

@@ -337,8 +337,11 @@ def _as_noticed(first: Fate, ranks: Sequence[Fate]) -> Fate:
 
 
 def _mark_hung(fate: Fate, cause: Optional[str], first: Optional[Fate]) -> Fate:
-    """The ranks that waited for the one that hung have verdicts of their own, and only followed."""
-    if cause not in ("hang", "killed") or fate.kind != "hang" or first is None or fate.rank == first.rank:
+    """The ranks that waited for the one that hung have verdicts of their own, and only followed; so have
+    those whose watchdog was faster than the news of another rank's end."""
+    if fate.kind != "hang" or first is None or fate.rank == first.rank:
+        return fate
+    if cause not in ("hang", "killed") and not hang.waits(fate.traceback):
         return fate
     return dataclasses.replace(fate, follows="waited for it, until the watchdog ended them")
 
