@@ -126,7 +126,8 @@ def _step(t: Trainer, batches: list[Batch], data_s: float) -> bool:
     """One optimiser step. False if asked to stop before its end; then the state before it is committed."""
     c, state = t.config, t.state
     begin = time.monotonic()
-    t.position.phase, t.position.step = "train", state.step
+    t.position.step = state.step
+    t.position.enter("train")
     count, tokens, stops, failures = t.dist.sum(
         [
             sum(t.algo.count(b) for b in batches),
@@ -262,7 +263,7 @@ def _validate(t: Trainer) -> bool:
     if t.val_store is None:
         t.state.validated = True
         return True
-    t.position.phase = "validation"
+    t.position.enter("validation")
     meter = Meter()
     bins = trainer.validation_bins(t)[t.dist.rank]
     with Prefetcher(make_batch(t.val_store, rows, t.val_ref) for rows in bins) as batches:
@@ -312,6 +313,6 @@ def _save(t: Trainer) -> None:
     """Begin to commit the state as it stands (nothing to do at step 0, or where it is committed already)."""
     if t.state.step == 0:
         return
-    t.position.phase = "save"
+    t.position.enter("save")
     t.state.metrics_bytes = t.report.sync()
     t.saver.start(trainer.tensors(t), dataclasses.asdict(t.state))
