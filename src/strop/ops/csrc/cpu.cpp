@@ -6,13 +6,14 @@
 #include "strop_cpu.h"
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define STROP_FUSED 1
 #include "cpu_avx512.h"
-#define VARIANTS __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#define VARIANTS __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define VARIANTS
 #endif
@@ -117,7 +118,7 @@ INLINE void walk_row_of(const Chunk& c, const T* x, int64_t row, const strop_wal
         for (int64_t i = 0; i < n; i++) {
             float p = exp_fast(z[i] - safe);
             e += p;
-            ez += p != 0.0f ? p * z[i] : 0.0f;
+            ez += p * (z[i] >= -FLT_MAX ? z[i] : 0.0f);  // 0 * -inf is not NaN here
             s += z[i];
         }
         const float shrink = std::exp(top - safe);

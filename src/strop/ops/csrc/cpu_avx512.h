@@ -169,9 +169,8 @@ AVX512 INLINE void walk_half(__m512 (&z)[PANEL][2], int half, int64_t words, con
     for (int64_t i = 0; i < words; i++) top = _mm512_max_ps(top, z[i][half]);  // NaN in z wins
     __m512 safe = _mm512_max_ps(_mm512_set1_ps(-FLT_MAX), top);
     __m512 shrink = exp16(_mm512_sub_ps(old, safe));
-    __m512 total = _mm512_mul_ps(_mm512_loadu_ps(sums.total + at), shrink);
-    __m512 weighted = _mm512_mul_ps(_mm512_loadu_ps(sums.weighted + at), shrink);
-    __m512 plain = _mm512_loadu_ps(sums.plain + at);
+    // The panel is summed by itself first: 12 times fewer roundings of the large sums.
+    __m512 total = _mm512_setzero_ps(), weighted = total, plain = total;
     for (int64_t i = 0; i < words; i++) {
         __m512 e = exp16(_mm512_sub_ps(z[i][half], safe));
         __mmask16 some = _mm512_cmp_ps_mask(e, _mm512_setzero_ps(), _CMP_NEQ_UQ);  // 0 * -inf is not NaN here
@@ -182,9 +181,9 @@ AVX512 INLINE void walk_half(__m512 (&z)[PANEL][2], int half, int64_t words, con
     }
     if (exps != nullptr) _mm512_storeu_ps(panel_top, safe);
     _mm512_storeu_ps(sums.top + at, top);
-    _mm512_storeu_ps(sums.total + at, total);
-    _mm512_storeu_ps(sums.weighted + at, weighted);
-    _mm512_storeu_ps(sums.plain + at, plain);
+    _mm512_storeu_ps(sums.total + at, _mm512_fmadd_ps(_mm512_loadu_ps(sums.total + at), shrink, total));
+    _mm512_storeu_ps(sums.weighted + at, _mm512_fmadd_ps(_mm512_loadu_ps(sums.weighted + at), shrink, weighted));
+    _mm512_storeu_ps(sums.plain + at, _mm512_add_ps(_mm512_loadu_ps(sums.plain + at), plain));
 }
 
 inline void load_targets(const Head& h, int64_t begin, int64_t end, int32_t* out) {
