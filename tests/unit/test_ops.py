@@ -149,7 +149,10 @@ def test_bf16_gradients_err_at_most_twice_as_much_as_plain_ones(use, engine, kee
     x, w, target = example(96, 128, 2000, torch.bfloat16, scale=0.2)
     leaves = {}
     for name, dtype in (("own", torch.bfloat16), ("plain", torch.bfloat16), ("right", torch.float64)):
-        leaves[name] = x.clone().to(dtype).requires_grad_(), w.clone().to(dtype).requires_grad_(keep != "frozen")
+        leaves[name] = (
+            x.clone().to(dtype).requires_grad_(),
+            w.clone().to(dtype).requires_grad_(keep != "frozen"),
+        )
     ops.linear_logprob(*leaves["own"], target)[0].sum().backward()
     for name in ("plain", "right"):
         z = leaves[name][0] @ leaves[name][1].T
@@ -180,11 +183,11 @@ def test_damaged_weights_give_nan_not_a_number(use, dtype, engine):
     for bad in (torch.nan, torch.inf):
         x, w, target = example(40, 16, 100, dtype)
         w[57, 3] = bad
+        target[target == 57] = 0
         logp = ops.linear_logprob(x, w, target)[0]
-        assert not logp.isfinite().all()
-        assert (
-            logp.isfinite().sum() == (logp[x[:, 3] == 0] if bad == torch.nan else logp[x[:, 3] < 0]).numel()
-        )
+        # infinity times a negative number is a word that never comes
+        expected = torch.ones(40, dtype=torch.bool) if bad != bad else x[:, 3] > 0
+        assert logp.isnan().tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize(("dtype", "engine"), CASES)
@@ -248,16 +251,13 @@ def test_a_transposed_weight_goes_to_the_reference(caplog):
 
 @pytest.mark.parametrize("num_tokens", [1, 5, 4096, 10**7])
 def test_chunks_cover_the_vocabulary_once(num_tokens):
-    rows = torch.empty(num_tokens, 1, device="meta")
+    rows = torch.empty(1, 1).expand(num_tokens, 1)
     for vocab in (1, 255, 256, 257, 128256):
-        ours = (
-            [(a, b) for a, b in head.chunks(rows.to_empty(device="cpu"), vocab)] if num_tokens < 10**6 else []
-        )
-        for chunks in (reference._chunks(num_tokens, vocab), ours or [(0, vocab)]):
+        for chunks in (reference._chunks(num_tokens, vocab), head.chunks(rows, vocab)):
             assert [start for start, _ in chunks] == [0, *[end for _, end in chunks[:-1]]]
             assert chunks[-1][1] == vocab
             assert all(start < end for start, end in chunks)
-        assert all(start % native.PANEL == 0 for start, _ in ours)
+        assert all(start % native.PANEL == 0 for start, _ in chunks)
 
 
 @pytest.mark.parametrize(("dtype", "engine"), CASES)

@@ -215,11 +215,10 @@ int check_chunk(const void* x, int dtype, int64_t num_rows, int64_t num_cols, in
     return targets_fit(target, num_rows, vocab) ? STROP_OK : STROP_ETARGET;
 }
 
-int check_segments(const void* a, const void* b, int64_t num_tokens, const int32_t* cu_seqlens,
+int check_segments(const void* tokens, const void* sums, int64_t num_tokens, const int32_t* cu_seqlens,
                    int64_t num_segments) {
     if (num_tokens < 0 || num_segments < 0) return STROP_ESHAPE;
-    if (cu_seqlens == nullptr) return STROP_ENULL;
-    if ((num_tokens > 0 || num_segments > 0) && (a == nullptr || b == nullptr)) return STROP_ENULL;
+    if (cu_seqlens == nullptr || (num_tokens && !tokens) || (num_segments && !sums)) return STROP_ENULL;
     if (cu_seqlens[0] != 0 || cu_seqlens[num_segments] != num_tokens) return STROP_ESHAPE;
     return std::is_sorted(cu_seqlens, cu_seqlens + num_segments + 1) ? STROP_OK : STROP_ESHAPE;
 }
@@ -324,7 +323,7 @@ int strop_segment_sum(const float* x, int64_t num_tokens, const int32_t* cu_seql
 
 int strop_segment_spread(const float* g, int64_t num_tokens, const int32_t* cu_seqlens, int64_t num_segments,
                          float* dx, void*) {
-    const int status = check_segments(g, dx, num_tokens, cu_seqlens, num_segments);
+    const int status = check_segments(dx, g, num_tokens, cu_seqlens, num_segments);
     if (status != STROP_OK) return status;
     for (int64_t s = 0; s < num_segments; s++) std::fill(dx + cu_seqlens[s], dx + cu_seqlens[s + 1], g[s]);
     return STROP_OK;
