@@ -24,7 +24,7 @@ def example(num_tokens=6, hidden=16, vocab=50, dtype=torch.float32):
 @pytest.fixture(params=["native", "reference"])
 def backend(request, monkeypatch):
     if request.param == "reference":
-        monkeypatch.setattr(native, "takes", lambda x, what: False)
+        monkeypatch.setattr(native, "is_loaded", lambda device: False)
     return request.param
 
 
@@ -46,7 +46,7 @@ def test_opcheck_of_the_rest(backend):
     values, edges = torch.rand(6, requires_grad=True), torch.tensor([0, 2, 2, 6], dtype=torch.int32)
     torch.library.opcheck(torch.ops.strop.segment_sum, (values, edges))
     ratio = torch.randn(4, 2, requires_grad=True)
-    for kind in preference.KINDS:
+    for kind in preference.KINDS if backend == "native" else ():  # the reference is no op, see dpo_loss
         torch.library.opcheck(torch.ops.strop.dpo_loss, (ratio, kind, 0.3, 0.1, 0.2))
 
 

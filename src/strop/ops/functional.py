@@ -49,7 +49,7 @@ def linear_logprob(
     """
     weight, bias = _whole(weight), None if bias is None else _whole(bias)
     _check_head(hidden, weight, target, bias, softcap, temperature)
-    keep = _what_to_keep(hidden, weight, bias, softcap)
+    keep = _what_to_keep(hidden, weight, bias)
     logprob, _, *stats, _, _ = torch.ops.strop.head(hidden, weight, target, bias, softcap, temperature, keep)
     return logprob, TokenStats(*stats)
 
@@ -126,7 +126,9 @@ def dpo_loss(
     if not 0 <= label_smoothing < 0.5 or (kind in preference.NEEDS_SMOOTHING and label_smoothing == 0):
         least = "above 0" if kind in preference.NEEDS_SMOOTHING else "at least 0"
         raise ValueError(f"label_smoothing must be {least} and below 0.5 for {kind}, not {label_smoothing}")
-    return torch.ops.strop.dpo_loss(ratio_P2, kind, beta, label_smoothing, delta)[0]
+    if ratio_P2.dtype == torch.float32 and native.is_loaded(ratio_P2.device.type):
+        return torch.ops.strop.dpo_loss(ratio_P2, kind, beta, label_smoothing, delta)[0]
+    return preference.KINDS[kind](ratio_P2[:, 0], ratio_P2[:, 1], beta, label_smoothing, delta)
 
 
 def backend(device: torch.device, dtype: torch.dtype) -> str:
@@ -190,23 +192,12 @@ def _check_head(
         raise ValueError(f"softcap must be above 0, not {softcap}")
 
 
-def _what_to_keep(hidden: Tensor, weight: Tensor, bias: Optional[Tensor], softcap: Optional[float]) -> int:
-    """One pass where memory allows it, recompute where not; nothing without a backward."""
+def _what_to_keep(hidden: Tensor, weight: Tensor, bias: Optional[Tensor]) -> int:
+    """For the backward, if there will be one."""
     wanted = [x is not None and x.requires_grad for x in (hidden, weight, bias)]
     if not torch.is_grad_enabled() or not any(wanted):
         return head.NOTHING
-    if wanted == [True, False, False]:
-        return head.FROZEN
-    return _keep_all(hidden.shape[0], hidden, weight, softcap)
-
-
-def _keep_all(num_rows: int, hidden: Tensor, weight: Tensor, softcap: Optional[float]) -> int:
-    """ALL for `num_rows` rows if that fits. A softcap's derivative cannot be had from exponentials."""
-    which = head.engine(hidden, weight)
-    if which == "reference" or (which == "fused" and softcap is not None):
-        return head.NOTHING
-    fits = num_rows * weight.shape[0] * hidden.element_size() <= head.KEPT_BYTES
-    return head.ALL if fits else head.NOTHING
+    return head.FROZEN if wanted == [True, False, False] else head.ALL
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -219,7 +210,7 @@ class _LinearLoss(torch.autograd.Function):
         d_weight = d_bias = None
         for rows in _row_chunks(edges, hidden, weight, softcap):
             own, wanted = hidden[rows], target[rows]
-            keep = _keep_all(len(own), hidden, weight, softcap) if any(ctx.needs) else head.NOTHING
+            keep = head.ALL if any(ctx.needs) else head.NOTHING
             logp, lse, *_, kept, tops = torch.ops.strop.head(
                 own, weight, wanted, bias, softcap, temperature, keep
             )
@@ -270,7 +261,10 @@ def _row_chunks(edges: list[int], hidden: Tensor, weight: Tensor, softcap: Optio
     start = 0
     for i, end in enumerate(edges[1:], 1):
         follows = edges[i + 1] if i + 1 < len(edges) else None
-        if follows is None or _keep_all(follows - start, hidden, weight, softcap) == head.NOTHING:
+        if (
+            follows is None
+            or head.what_fits(head.ALL, hidden[start:follows], weight, softcap) == head.NOTHING
+        ):
             out.append(slice(start, end))
             start = end
     return [rows for rows in out if rows.stop > rows.start]

@@ -45,6 +45,15 @@ def engine(hidden: Tensor, weight: Tensor) -> str:
     )
 
 
+def what_fits(keep: int, hidden: Tensor, weight: Tensor, softcap: Optional[float]) -> int:
+    """`ALL` where memory allows it; else, or where exponentials do not tell the derivative, `NOTHING`."""
+    which = engine(hidden, weight)
+    too_much = hidden.shape[0] * weight.shape[0] * hidden.element_size() > KEPT_BYTES
+    if keep == ALL and (which == "reference" or (which == "fused" and softcap is not None) or too_much):
+        return NOTHING
+    return keep
+
+
 def kept_shape(hidden: Tensor, weight: Tensor, keep: int) -> tuple[list[int], list[int]]:
     """Shapes of the two tensors that a forward keeps; [0] for none."""
     num_tokens, vocab = hidden.shape[0], weight.shape[0]

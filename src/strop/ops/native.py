@@ -79,6 +79,12 @@ def library(device: str) -> Optional[ctypes.CDLL]:
         return None
 
 
+@torch.compiler.assume_constant_result
+def is_loaded(device: str) -> bool:
+    """Whether there are kernels for a device type; torch.compile asks once."""
+    return device in DTYPES and library(device) is not None
+
+
 def _checked(path: Path, device: str) -> ctypes.CDLL:
     """Raises OSError if the library does not load or is of another ABI, AttributeError if a symbol lacks."""
     lib = ctypes.CDLL(str(path))
@@ -118,7 +124,7 @@ def takes(x: Tensor, what: str) -> bool:
     if device not in DTYPES:
         _note(f"{what}: no native kernels for tensors on {device}, the reference is used")
         return False
-    if library(device) is None:
+    if not is_loaded(device):
         return False
     if x.dtype not in DTYPES[device]:
         _note(f"{what}: no native kernel for {x.dtype} on {device}, the reference is used")

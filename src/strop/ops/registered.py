@@ -52,6 +52,7 @@ def _head(
 ) -> tuple[Tensor, ...]:
     _check_targets(target, len(weight))
     scalings = Scalings(bias, softcap, temperature)
+    keep = head.what_fits(keep, hidden, weight, softcap)
     if head.engine(hidden, weight) != "reference":
         walked, kept, tops = head.forward(hidden, weight, target.contiguous(), scalings, keep)
         return (*walked, kept, tops)
@@ -66,7 +67,7 @@ def _head(
 
 
 def _head_fake(hidden, weight, target, bias, softcap, temperature, keep):
-    kept, tops = head.kept_shape(hidden, weight, keep)
+    kept, tops = head.kept_shape(hidden, weight, head.what_fits(keep, hidden, weight, softcap))
     return (*_rows_like(hidden), hidden.new_empty(kept), hidden.new_empty(tops, dtype=torch.float32))
 
 
@@ -260,12 +261,7 @@ torch.library.register_autograd(
 def _dpo_loss(
     ratio: Tensor, kind: str, beta: float, label_smoothing: float, delta: float
 ) -> tuple[Tensor, Tensor]:
-    if ratio.dtype != torch.float32 or not native.takes(ratio, "dpo_loss"):
-        with torch.enable_grad():
-            leaf = ratio.detach().requires_grad_()
-            loss = preference.KINDS[kind](leaf[:, 0], leaf[:, 1], beta, label_smoothing, delta)
-            (slope,) = torch.autograd.grad(loss.sum(), leaf)
-        return loss.detach(), slope
+    """Native only: the reference's derivatives are autograd's, which no op can call inside."""
     ratio = ratio.contiguous()
     loss, slope = ratio.new_empty(len(ratio)), torch.empty_like(ratio)
     code = list(preference.KINDS).index(kind)
