@@ -212,12 +212,16 @@ def _check_segments(num_tokens: int, cu_seqlens: Tensor) -> None:
 
 
 def _segment_sum(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    _check_segments(len(x), cu_seqlens)
     if x.dtype != torch.float32 or not native.takes(x, "segment_sum"):
+        _check_segments(len(x), cu_seqlens)
         return reference.segment_sum(x, cu_seqlens)
     x, edges = x.contiguous(), cu_seqlens.int().contiguous()
     out = x.new_empty(len(edges) - 1)
-    native.call("strop_segment_sum", x, x, len(x), edges, len(out), out)
+    try:
+        native.call("strop_segment_sum", x, x, len(x), edges, len(out), out)
+    except ValueError:
+        _check_segments(len(x), cu_seqlens)  # says which
+        raise
     return out
 
 
