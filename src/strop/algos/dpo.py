@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from strop import ops
+from strop.algos import Metrics
 from strop.config import Config
 from strop.data.batch import Batch
 from strop.models.policy import Output
@@ -18,8 +19,6 @@ from strop.ops import preference
 
 KIND = "preference"
 NEEDS_REFERENCE = True
-
-Metrics = dict[str, tuple[Tensor, Tensor]]
 
 
 def count(batch: Batch) -> int:
