@@ -64,13 +64,13 @@ def _find_one(name: str, root: Path) -> Path:
         holds = f"it holds {', '.join(content)}" if content else "it is empty"
         what = holds if existing.is_dir() else "it is a file"
         raise UserError(f"{existing}: not a run of strop: no attempts/ in it ({what})")
-    known = [p.name for p in _all(candidates[0].parent)]
+    known = [p.name for p in newest_first(candidates[0].parent)]
     close = difflib.get_close_matches(candidates[0].name, known, n=3) or known[:3]
     hint = f"; there is {', '.join(close)}" if close else ""
     raise UserError(f"{candidates[0]}: no such run{hint} (a run's directory appears when its job starts)")
 
 
-def _all(root: Path) -> list[Path]:
+def newest_first(root: Path) -> list[Path]:
     """All runs of a directory, the one with the newest attempt first."""
     runs = [p for p in root.iterdir() if run_files.is_run(p)] if root.is_dir() else []
     return sorted(runs, key=lambda p: (p / "attempts").stat().st_mtime, reverse=True)
@@ -79,7 +79,7 @@ def _all(root: Path) -> list[Path]:
 def look(options: argparse.Namespace) -> list[Status]:
     if options.runs:
         return [assess(run_files.read(path)) for path in find(options.runs, options.dir)]
-    return [assess(run_files.read(path, quick=True)) for path in _all(options.dir)]
+    return [assess(run_files.read(path, quick=True)) for path in newest_first(options.dir)]
 
 
 def render(statuses: Sequence[Status], in_full: bool, root: Path) -> RenderableType:

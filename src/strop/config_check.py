@@ -88,6 +88,7 @@ RANGES: dict[str, Range] = {
     "watchdog.step_factor": (lambda v: v >= 1, "must be at least 1"),
     "watchdog.save_s": POSITIVE,
     "log.every": POSITIVE,
+    "log.max_mib": POSITIVE,
     "cluster.nodes": POSITIVE,
     "cluster.gpus_per_node": NOT_NEGATIVE,
 }

@@ -192,6 +192,9 @@ class LogConfig:
     """debug, info, warning or error."""
     every: int = 1
     """Write metrics every so many steps."""
+    max_mib: int = 64
+    """Most MiB of logs that a rank keeps of one attempt, half of it for its raw output. The beginning and
+    the newest part stay."""
     tensorboard: bool = True
     """Write runs/<name>/tensorboard."""
     wandb: bool = False

@@ -21,6 +21,7 @@ from strop import config as config_module
 from strop import files
 from strop.config import Config
 from strop.errors import STORAGE_ERRNOS, Diverged, StorageError, Superseded, UserError
+from strop.obs import secrets
 from strop.slurm import attempts, code, lease, naming
 from strop.slurm.env import Env
 from strop.slurm.rendezvous import PeerFailed
@@ -72,6 +73,11 @@ class Run:
     def logs(self) -> Path:
         return attempts.log_dir(self.dir, self.attempt)
 
+    @property
+    def rank_logs(self) -> Path:
+        """Where this rank writes its own files: on the node's disk if the site wants that, else `logs`."""
+        return attempts.rank_log_dir(self.dir, self.attempt, self.env.log_dir if self.launched else None)
+
 
 def open_run(config: Config, env: Env) -> Run:
     """The run that the launcher has begun, or a new attempt of this process's own."""
@@ -112,6 +118,7 @@ def agree(run: Run, config: Config) -> Config:
     if not path.exists():
         return config
     old = yaml.safe_load(path.read_text())
+    secrets.learn(secrets.values_in(old))
     if old.get("algo") != config.algo:
         raise UserError(f"run.name: {run.dir} is a run of {old.get('algo')}, not of {config.algo}")
     config = dataclasses.replace(

@@ -16,7 +16,7 @@ from typing import NoReturn, Optional
 from strop import config as config_module
 from strop import run as run_module
 from strop.errors import EXIT_DONE, EXIT_USER, UserError
-from strop.obs import logs, native_stack
+from strop.obs import logs, native_stack, secrets
 from strop.slurm import attempts, rendezvous, stop
 from strop.slurm.env import Env, read_env
 from strop.watchdog import Watchdog
@@ -47,13 +47,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         run = run_module.open_run(config, env)
     except UserError as error:
         return _refuse(error, env)
-    logs.setup(config.log.level, env.rank)
+    position = run_module.Position()
+    secrets.learn(secrets.values_in(config_module.to_dict(config)))
+    logs.setup(config.log, env, run.rank_logs, run.logs, run.attempt, position)
     if env.rank == 0:
         for note in notes:
             log.info("note: %s", note)
         if not has_native_stacks:
             log.info("note: a crash will show no native stack: %s is not built", native_stack.LIBRARY)
-    return _train(run, config)
+    return _train(run, config, position)
 
 
 def _refuse(error: UserError, env: Env) -> int:
@@ -63,12 +65,11 @@ def _refuse(error: UserError, env: Env) -> int:
             env.run_dir, env.attempt, env.rank, kind="user", exit_code=EXIT_USER, message=str(error)
         )
     else:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {secrets.redact(str(error))}", file=sys.stderr)
     return EXIT_USER
 
 
-def _train(run: run_module.Run, config: config_module.Config) -> int:
-    position = run_module.Position()
+def _train(run: run_module.Run, config: config_module.Config, position: run_module.Position) -> int:
     try:
         with Watchdog(run, config.watchdog, position):
             from strop import loop  # torch and transformers: seconds that a wrong key need not wait for
@@ -95,7 +96,7 @@ def _train(run: run_module.Run, config: config_module.Config) -> int:
     except Exception as error:
         code = run_module.fail(run, error, step=position.step, phase=position.phase)
         if isinstance(error, UserError) and not run.launched:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {secrets.redact(str(error))}", file=sys.stderr)
         else:
             log.error("%s: %s", type(error).__name__, error, exc_info=not isinstance(error, UserError))
         if isinstance(error, UserError) and not run.launched and config.run.name is None:

@@ -24,6 +24,7 @@ from typing import Any, Optional
 
 from strop import files
 from strop.errors import UserError
+from strop.obs import secrets
 from strop.slurm import lease, stop
 
 STATES = ("X", "DONE", "YIELD", "FAIL")
@@ -36,6 +37,11 @@ def record_file(run_dir: Path, attempt: int) -> Path:
 
 def log_dir(run_dir: Path, attempt: int) -> Path:
     return run_dir / "logs" / f"{attempt:04d}"
+
+
+def rank_log_dir(run_dir: Path, attempt: int, local: Optional[Path]) -> Path:
+    """Where the ranks write their logs: on the node's own disk (`local`: STROP_LOG_DIR) if there is one."""
+    return log_dir(run_dir, attempt) if local is None else local / run_dir.name / f"{attempt:04d}"
 
 
 def _make_directory(path: Path) -> None:
@@ -188,9 +194,9 @@ def write_verdict(
         "node": node or socket.gethostname(),
         "kind": kind,
         "exit_code": exit_code,
-        "message": message,
+        "message": secrets.redact(message),
         "exception": exception,
-        "traceback": traceback,
+        "traceback": secrets.redact(traceback) if traceback else None,
         "step": step,
         "phase": phase,
         "time": time.time(),

@@ -19,6 +19,7 @@ from typing import Any, Optional
 
 from strop import files
 from strop.errors import EXIT_STORAGE, EXIT_YIELD, STORAGE_ERRNOS, UserError
+from strop.obs import log_line, secrets
 from strop.slurm import (
     attempts,
     code,
@@ -82,7 +83,7 @@ def begin(algo: str, args: Sequence[str], job: env.Job) -> Begun:
         target=job.target,
         launcher=job.launcher,
         algo=algo,
-        args=list(args),
+        args=secrets.mask_args(args),
         named=run.given,
         code=code_now,
         **deaths.mark(),
@@ -248,7 +249,8 @@ def _ranks(logs: Path) -> tuple[int, dict[int, str]]:
     """How many ranks came, and on which nodes they were, as far as the pre-flight check could tell."""
     clock = files.read_json(logs / "clock.json") or {"ranks": []}
     nodes = {entry["rank"]: entry["node"] for entry in clock["ranks"]}
-    return len(nodes) or len(list(logs.glob("rank*.err"))), nodes
+    came = {segment.rank for segment in map(log_line.segment, logs.glob("rank*")) if segment}
+    return len(nodes) or len(came), nodes
 
 
 def _local_state(signals: Sequence[str]) -> decide.JobState:

@@ -1,4 +1,4 @@
-"""What a rank's stderr file says about a death that left no verdict.
+"""What a rank's stderr files say about a death that left no verdict.
 
 `obs/csrc/crash.cpp` writes the native stack of the thread that crashed, then faulthandler the Python stacks
 of all threads. Only the thread that crashed is the cause; what the others did differs from one time to the
@@ -10,9 +10,11 @@ from __future__ import annotations
 import itertools
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
+from strop.obs import log_line, secrets
 from strop.slurm import attempts, decide
 
 TAIL_BYTES = 1 << 16
@@ -32,14 +34,14 @@ SHOWN = 3
 
 def find(logs: Path) -> Optional[decide.Crash]:
     """The first rank whose stderr ends in the dump of a native crash."""
-    for path in sorted(logs.glob("rank*.err")):
-        if FATAL.search(_tail(path, TAIL_BYTES)):
-            return _read(path)
+    for rank, paths in _raw_files(logs).items():
+        if FATAL.search(_tail(paths, TAIL_BYTES)):
+            return _read(rank, paths)
     return None
 
 
-def _read(path: Path) -> decide.Crash:
-    text = _tail(path, STACKS_BYTES)
+def _read(rank: int, paths: Sequence[Path]) -> decide.Crash:
+    text = _tail(paths, STACKS_BYTES)
     match = list(FATAL.finditer(text))[-1]
     python = _paragraph(text[match.end() :], "Current thread ")
     native = _native(text[: match.start()].rpartition(NATIVE_STACK)[2])
@@ -47,8 +49,8 @@ def _read(path: Path) -> decide.Crash:
     places = [f"{os.path.basename(file)}:{line} in {name}" for file, line, name in frames[:SHOWN]]
     words = [match[1], *(["at " + " < ".join(places)] if places else [])]
     words += ["native: " + " < ".join(native)] if native else []
-    message = f"{', '.join(words)} (stacks in {path})"
-    return decide.Crash(_rank(path), message, attempts.fingerprint(" < ".join([match[1], *native]), python))
+    message = f"{', '.join(words)} (stacks in {paths[-1]})"
+    return decide.Crash(rank, message, attempts.fingerprint(" < ".join([match[1], *native]), python))
 
 
 def _native(text: str) -> list[str]:
@@ -77,18 +79,31 @@ def _paragraph(text: str, mark: str) -> str:
 
 def last_words(logs: Path, spoken: set[int]) -> str:
     """The end of the stderr of the first rank that wrote something but left no verdict."""
-    for path in sorted(logs.glob("rank*.err")):
-        lines = _tail(path, TAIL_BYTES).strip().splitlines()
-        if lines and _rank(path) not in spoken:
-            return "\n  ".join([f"the end of {path}:", *lines[-12:]])
+    for rank, paths in _raw_files(logs).items():
+        lines = _tail(paths, TAIL_BYTES).strip().splitlines()
+        if lines and rank not in spoken:
+            return "\n  ".join([f"the end of {paths[-1]}:", *map(secrets.redact, lines[-12:])])
     return ""
 
 
-def _rank(path: Path) -> int:
-    return int(re.sub(r"\D", "", path.name))
+def _raw_files(logs: Path) -> dict[int, list[Path]]:
+    """Every rank's raw segments in the order in which they were written."""
+    named = [(log_line.segment(path), path) for path in logs.glob("rank*.err")]
+    files: dict[int, list[Path]] = {}
+    for rank, _, path in sorted((s.rank, s.index, path) for s, path in named if s):
+        files.setdefault(rank, []).append(path)
+    return files
 
 
-def _tail(path: Path, num_bytes: int) -> str:
-    with open(path, "rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - num_bytes))
-        return file.read().decode(errors="replace")
+def _tail(paths: Sequence[Path], num_bytes: int) -> str:
+    """The last bytes of the segments taken together: the newest one may have just begun."""
+    parts: list[bytes] = []
+    left = num_bytes
+    for path in reversed(paths):
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - left))
+            parts.append(file.read())
+        left -= len(parts[-1])
+        if left <= 0:
+            break
+    return b"".join(reversed(parts)).decode(errors="replace")
