@@ -233,6 +233,7 @@ inline uint16_t half_of_float(float value) {
     const uint16_t sign = signbit(value) ? 0x8000 : 0;
     const float size = fabsf(value);
     if (value != value) return 0x7fff;
+    if (size == 0.0f) return sign;
     if (size >= 65520.0f) return sign | 0x7c00;
     int exponent;
     frexpf(size, &exponent);
