@@ -29,9 +29,9 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Callable, Optional
 
-from strop import files, libraries
+from strop import libraries
 from strop.errors import UserError
 from tools import command_line
 
@@ -183,16 +183,13 @@ def digest(library: Library, words: list[str]) -> str:
     return hashed.hexdigest()
 
 
-def stamp_path(target: Path) -> Path:
-    return target.with_suffix(".json")
+def trailer(wanted: str) -> bytes:
+    """Ends a library's file, where loaders don't look: content and digest are renamed into place as one."""
+    return f"\nstrop digest {wanted}\n".encode()
 
 
 def is_current(target: Path, wanted: str) -> bool:
-    """Whether `target` is what `wanted` stands for: the stamp names both, so a mixture is seen."""
-    stamp = files.read_json(stamp_path(target))
-    if not stamp or stamp["digest"] != wanted or not target.exists():
-        return False
-    return hashlib.sha256(target.read_bytes()).hexdigest() == stamp["sha256"]
+    return target.exists() and target.read_bytes().endswith(trailer(wanted))
 
 
 @dataclass(frozen=True)
@@ -242,8 +239,14 @@ class Built:
         return line + self.note
 
 
-def build(library: Library, target: Path, architectures: tuple[str, ...], force: bool) -> Optional[Built]:
-    """Compile `library` to `target`; None where it is there already.
+def build(
+    library: Library,
+    target: Path,
+    architectures: tuple[str, ...],
+    force: bool,
+    on_start: Callable[[], None] = lambda: None,
+) -> Optional[Built]:
+    """Compile `library` to `target`; None where it is there already. `on_start` is called before the wait.
 
     Raises CannotBuildError, with the compiler's output.
     """
@@ -251,6 +254,7 @@ def build(library: Library, target: Path, architectures: tuple[str, ...], force:
     wanted = digest(library, words)
     if not force and is_current(target, wanted):
         return None
+    on_start()
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     start = time.monotonic()
@@ -260,11 +264,13 @@ def build(library: Library, target: Path, architectures: tuple[str, ...], force:
     if done.returncode:
         aside.unlink(missing_ok=True)
         raise CannotBuildError(f"{Path(words[0]).name} fails on {library.source}:\n{done.stdout.rstrip()}")
-    content = aside.read_bytes()
+    with open(aside, "ab") as file:
+        file.write(trailer(wanted))
+        os.fsync(file.fileno())
+    num_bytes = aside.stat().st_size
     os.replace(aside, target)
-    files.write_json(stamp_path(target), {"digest": wanted, "sha256": hashlib.sha256(content).hexdigest()})
     note = driver_note(words[0]) if library.compiler == "nvcc" else ""
-    return Built(len(content), time.monotonic() - start, read_ptxas(done.stdout), note)
+    return Built(num_bytes, time.monotonic() - start, read_ptxas(done.stdout), note)
 
 
 # ---- The command
@@ -303,13 +309,21 @@ def main() -> None:
     for library in asked or usual:
         label = f"libstrop_{library.name}.so"
         try:
-            built = build(library, library.target(args.prefix), architectures, args.force)
+            built = build(
+                library,
+                library.target(args.prefix),
+                architectures,
+                args.force,
+                on_start=functools.partial(print, f"compiling {library.source}: ", end="", flush=True),
+            )
         except CannotBuildError as error:
+            if not isinstance(error, NoCompilerError):
+                print("failed", flush=True)
             if asked or not (args.quiet and isinstance(error, NoCompilerError)):
                 problems.append(f"{label} is not built: {error}")
             continue
         if built or not args.quiet:
-            print(f"{label}: {built or 'up to date'}", flush=True)
+            print(f"{label}, {built}" if built else f"{label} is up to date", flush=True)
         if built and built.spilling and args.no_spills:
             problems.append(f"{label}: registers spill to memory")
     if asked and problems:

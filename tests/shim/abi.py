@@ -19,8 +19,8 @@ OK, EDTYPE, ESHAPE, ETARGET, EKIND, ENULL, ECUDA = range(7)
 STORAGE = {F32: np.float32, BF16: np.uint16, F16: np.float16}
 HALF_STEP = {F32: 2.0**-24, BF16: 2.0**-8, F16: 2.0**-11}
 """What rounding to nearest may cost, relatively."""
-TINY = {F32: 0.0, BF16: 0.0, F16: 2.0**-25}
-"""The same below the smallest normal number, absolutely."""
+TINY = {F32: 2.0**-126, BF16: 2.0**-126, F16: 2.0**-25}
+"""The same below the smallest normal number, absolutely; in fp32 a GPU writes 0 there."""
 PROT_NONE = 0
 LIBC = ctypes.CDLL(None, use_errno=True)
 

@@ -242,6 +242,6 @@ inline uint16_t half_of_float(float value) {
     return sign | uint16_t(((exponent + 13) << 10) + units);
 }
 
-extern "C" inline void strop_shim_reverse(int reverse) { shim::block.reverse = reverse != 0; }
+extern "C" void strop_shim_reverse(int reverse) { shim::block.reverse = reverse != 0; }
 
 #endif
