@@ -1,4 +1,4 @@
-"""Compile the native libraries: python -m tools.build_kernels [--cpu] [--cuda] [--merge] [--shim] [--force]
+"""Compile the native libraries: python -m tools.build_kernels [--cpu] [--cuda] [--log] [--shim] [--force]
 
 Each library is one compiler call on plain C++ or CUDA sources, and fits every torch: nothing of torch is
 linked. Without options, what this machine has a compiler for is built; what has none is named in one line,
@@ -40,7 +40,7 @@ CUDA_HOME = Path("/usr/local/cuda")
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "compute_100")
 """A100, H100 and B200 as machine code, and PTX, from which a driver makes code for what is newer."""
 COMMON = ("-std=c++17", "-O3", "-shared")
-HOST = ("-fPIC", "-Wall", "-Wextra", "-Werror")
+HOST = ("-fPIC", "-Wall", "-Wextra")
 
 
 @dataclass(frozen=True)
@@ -51,36 +51,39 @@ class Library:
     """libstrop_<name>.so, and the option that asks for it."""
     package: str
     """Who loads it."""
-    source: str
-    """In the package's csrc/."""
+    sources: tuple[str, ...]
+    """In the package's csrc/; the first one names what is compiled."""
     compiler: str
     """g++ or nvcc"""
     flags: tuple[str, ...]
     by_default: bool = True
 
     @property
-    def source_path(self) -> Path:
-        return ROOT / "src" / self.package.replace(".", "/") / "csrc" / self.source
+    def folder(self) -> Path:
+        return ROOT / "src" / self.package.replace(".", "/")
+
+    @property
+    def paths(self) -> list[Path]:
+        return [self.folder / "csrc" / source for source in self.sources]
 
     def target(self, in_prefix: bool) -> Path:
-        package = self.source_path.parent.parent
-        return libraries.places(package, self.name)[1 if in_prefix else 0]
+        return libraries.places(self.folder, self.name)[1 if in_prefix else 0]
 
 
 LIBRARIES = (
-    Library("cpu", "strop.ops", "cpu.cpp", "g++", (*COMMON, *HOST, "-fopenmp")),
-    Library("merge", "strop.obs", "merge.cpp", "g++", (*COMMON, *HOST)),
+    Library("cpu", "strop.ops", ("cpu.cpp",), "g++", (*COMMON, *HOST, "-fopenmp")),
+    Library("log", "strop.obs", ("merge.cpp", "log_text.cpp"), "g++", (*COMMON, *HOST)),
     Library(
         "cuda",
         "strop.ops",
-        "kernels.cu",
+        ("kernels.cu",),
         "nvcc",
-        (*COMMON, f"-Xcompiler={','.join(HOST)}", "--Werror=all-warnings", "-Xptxas=-v", "--cudart=static"),
+        (*COMMON, f"-Xcompiler={','.join(HOST)}", "-Xptxas=-v", "--cudart=static"),
     ),
     Library(
         "shim",
         "strop.ops",
-        "kernels.cu",
+        ("kernels.cu",),
         "g++",
         # a longjmp to another fiber's stack is what _FORTIFY_SOURCE takes for an attack
         (*COMMON, *HOST, "-U_FORTIFY_SOURCE", "-x", "c++"),
@@ -148,8 +151,8 @@ def driver_note(nvcc: str) -> str:
     return ""
 
 
-def command(library: Library, architectures: tuple[str, ...]) -> list[str]:
-    """The compiler and its flags, without the output. Raises NoCompilerError."""
+def command(library: Library, architectures: tuple[str, ...], strict: bool = False) -> list[str]:
+    """The compiler and its flags, without the output; strict: warnings are errors. Raises NoCompilerError."""
     find_compiler("g++")  # nvcc needs it too
     compiler = find_compiler(library.compiler)
     words = [compiler, *library.flags]
@@ -158,7 +161,11 @@ def command(library: Library, architectures: tuple[str, ...]) -> list[str]:
         for name in architectures:
             virtual = name.replace("sm_", "compute_")
             words.append(f"-gencode=arch={virtual},code={name}")
-    return [*words, str(library.source_path)]
+    if strict:
+        words += (
+            ["--Werror=all-warnings", "-Xcompiler=-Werror"] if library.compiler == "nvcc" else ["-Werror"]
+        )
+    return [*words, *map(str, library.paths)]
 
 
 # ---- One library
@@ -176,7 +183,7 @@ def dependencies(path: Path) -> set[Path]:
 def digest(library: Library, words: list[str]) -> str:
     """What the library depends on: its sources, the command and the compiler."""
     hashed = hashlib.sha256()
-    for path in sorted(dependencies(library.source_path)):
+    for path in sorted(set().union(*map(dependencies, library.paths))):
         hashed.update(f"{path.name}\0".encode() + path.read_bytes())
     here = [word.replace(str(ROOT), "") for word in words]
     hashed.update("\0".join([*here, compiler_version(words[0])]).encode())
@@ -243,14 +250,15 @@ def build(
     library: Library,
     target: Path,
     architectures: tuple[str, ...],
-    force: bool,
+    force: bool = False,
+    strict: bool = False,
     on_start: Callable[[], None] = lambda: None,
 ) -> Optional[Built]:
     """Compile `library` to `target`; None where it is there already. `on_start` is called before the wait.
 
     Raises CannotBuildError, with the compiler's output.
     """
-    words = command(library, architectures)
+    words = command(library, architectures, strict)
     wanted = digest(library, words)
     if not force and is_current(target, wanted):
         return None
@@ -263,7 +271,9 @@ def build(
     )
     if done.returncode:
         aside.unlink(missing_ok=True)
-        raise CannotBuildError(f"{Path(words[0]).name} fails on {library.source}:\n{done.stdout.rstrip()}")
+        raise CannotBuildError(
+            f"{Path(words[0]).name} fails on {library.sources[0]}:\n{done.stdout.rstrip()}"
+        )
     with open(aside, "ab") as file:
         file.write(trailer(wanted))
         os.fsync(file.fileno())
@@ -279,7 +289,11 @@ def build(
 def parse_arguments() -> argparse.Namespace:
     parser = command_line.command_parser(__doc__)
     for library in LIBRARIES:
-        what = "the CUDA kernels for tests on the CPU" if library.name == "shim" else f"from {library.source}"
+        what = (
+            "the CUDA kernels for tests on the CPU"
+            if library.name == "shim"
+            else f"from {library.sources[0]}"
+        )
         parser.add_argument(
             f"--{library.name}", action="store_true", help=f"libstrop_{library.name}.so, {what}"
         )
@@ -291,7 +305,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--prefix", action="store_true", help="into the interpreter's environment")
     parser.add_argument("--force", action="store_true", help="rebuild what is up to date")
-    parser.add_argument("--no-spills", action="store_true", help="fail if a kernel keeps registers in memory")
+    parser.add_argument(
+        "--strict", action="store_true", help="fail on a compiler's warning, and if a kernel spills registers"
+    )
     parser.add_argument("--quiet", action="store_true", help="print only what was built or failed to compile")
     args = parser.parse_args()
     for name in args.arch or ():
@@ -303,7 +319,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     asked = [library for library in LIBRARIES if getattr(args, library.name)]
-    usual = [library for library in LIBRARIES if library.by_default and library.source_path.exists()]
+    usual = [library for library in LIBRARIES if library.by_default and library.paths[0].exists()]
     architectures = tuple(args.arch or ARCHITECTURES)
     problems = []
     for library in asked or usual:
@@ -314,7 +330,8 @@ def main() -> None:
                 library.target(args.prefix),
                 architectures,
                 args.force,
-                on_start=functools.partial(print, f"compiling {library.source}: ", end="", flush=True),
+                args.strict,
+                functools.partial(print, f"compiling {library.sources[0]}: ", end="", flush=True),
             )
         except CannotBuildError as error:
             if not isinstance(error, NoCompilerError):
@@ -324,7 +341,7 @@ def main() -> None:
             continue
         if built or not args.quiet:
             print(f"{label}, {built}" if built else f"{label} is up to date", flush=True)
-        if built and built.spilling and args.no_spills:
+        if built and built.spilling and args.strict:
             problems.append(f"{label}: registers spill to memory")
     if asked and problems:
         raise CannotBuildError("\n".join(problems))

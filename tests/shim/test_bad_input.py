@@ -87,7 +87,7 @@ def test_walk_without_its_state(lib, missing):
     ids=str,
 )
 def test_grad_alone(lib, changes, status):
-    x, target = Matrix.of(np.full((2, 5), 9.0), F32), copied([0, 1], np.int64)
+    x, target = Matrix.of(np.full((2, 6), 9.0), F32), copied([0, 1], np.int64)
     rows, head = copied(np.ones(2), np.float32), HeadSettings().struct()
     here = abi.address(x.flat)
     changes = {key: here if value == "x" else value for key, value in changes.items()}
@@ -121,6 +121,19 @@ def test_a_target_outside_the_vocabulary(lib, bad, dtype):
         assert np.allclose(x.values[1], -0.2, rtol=4e-3)
 
 
+@pytest.mark.parametrize(
+    ("softcap", "temperature"),
+    [(-1.0, 1.0), (np.nan, 1.0), (np.inf, 1.0), (0.0, -1.0), (0.0, np.nan), (0.0, np.inf)],
+)
+def test_a_head_that_is_none(lib, softcap, temperature):
+    x, target, walk = Matrix.of(np.ones((1, 5)), F32), copied([1], np.int64), Walk(1)
+    before, head, one = walk.bits(), HeadSettings(None, softcap, temperature), copied([1.0], np.float32)
+    assert lib.walk(x, target, walk, head) == abi.ESHAPE
+    assert lib.grad(x, x, target, one, one, head) == abi.ESHAPE
+    assert walk.bits() == before
+    assert (x.values == 1).all()
+
+
 def test_fp16_is_the_gpus_alone(lib):
     x, target, walk = Matrix.of(np.zeros((1, 5)), F16), copied([1], np.int64), Walk(1)
     assert lib.walk(x, target, walk) == (abi.EDTYPE if lib.name == "cpu" else abi.OK)
@@ -141,6 +154,11 @@ def test_segments_and_pairs(lib):
     assert pairs(x, -1, 0, 0.1, 0.0, 0.0, x, x, None) == abi.ESHAPE
     assert pairs(x, 1, 11, 0.1, 0.0, 0.0, x, x, None) == abi.EKIND
     assert pairs(x, 1, -1, 0.1, 0.0, 0.0, x, x, None) == abi.EKIND
+    for beta in (0.0, -0.1, np.inf, np.nan):
+        assert pairs(x, 1, 0, beta, 0.0, 0.0, x, x, None) == abi.EKIND
+    for smoothing in (-0.1, 0.5, np.nan):
+        assert pairs(x, 1, 0, 0.1, smoothing, 0.0, x, x, None) == abi.EKIND
+    assert pairs(x, 1, 4, 0.1, 0.0, 0.0, x, x, None) == abi.EKIND  # exo_pair has a log of the smoothing
     assert pairs(None, 1, 0, 0.1, 0.0, 0.0, x, x, None) == abi.ENULL
     assert pairs(x, 1, 0, 0.1, 0.0, 0.0, None, x, None) == abi.ENULL
     assert pairs(x, 1, 0, 0.1, 0.0, 0.0, x, None, None) == abi.ENULL

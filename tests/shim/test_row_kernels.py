@@ -243,6 +243,18 @@ def test_masked_words(lib, dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_broken_logit_shows_in_its_row_alone(lib, dtype, bad):
+    if not takes(lib, dtype):
+        return
+    values = numbers(3, 3, 50)
+    values[1, 20] = bad
+    x, walk = Matrix.of(values, dtype), Walk(3)
+    assert lib.walk(x, copied([0, 1, 2], np.int64), walk) == abi.OK
+    assert np.isnan(walk.lse).tolist() == [False, True, False]
+
+
+@DTYPES
 def test_a_row_without_gradient_is_exactly_zero(lib, dtype):
     if not takes(lib, dtype):
         return

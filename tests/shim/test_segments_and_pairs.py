@@ -128,6 +128,15 @@ def test_no_overflow_far_out(lib, kind):
     assert np.isfinite(d_ratio).all()
 
 
+@pytest.mark.parametrize("kind", range(11))
+def test_nan_stays_nan(lib, kind):
+    """In every loss: a clamp must not turn a broken ratio into a fine one."""
+    ratio, loss = copied([[np.nan, 0.0], [1.0, 0.0]], np.float32), abi.guarded(2, np.float32)
+    d_ratio = copied(np.zeros((2, 2)), np.float32)
+    assert lib.dpo(ratio, kind, 0.5, 0.1, 0.2, loss, d_ratio) == abi.OK
+    assert np.isnan(loss).tolist() == [True, False]
+
+
 def test_no_pairs(lib):
     empty = np.zeros((0, 2), np.float32)
     assert lib.dpo(empty, 0, 0.1, 0.0, 0.0, empty, empty) == abi.OK

@@ -405,6 +405,11 @@ Head make_head(const strop_head& head) {
     return {head.bias, head.softcap, capped ? 1.0f / head.softcap : 0.0f, head.inv_temperature};
 }
 
+bool fits(const strop_head& head) {
+    return head.softcap >= 0.0f && isfinite(head.softcap) && head.inv_temperature > 0.0f &&
+           isfinite(head.inv_temperature);
+}
+
 int check_chunk(int dtype, int64_t num_rows, int64_t num_cols, int64_t stride, int64_t first, int64_t vocab) {
     if (dtype != STROP_F32 && dtype != STROP_BF16 && dtype != STROP_F16) return STROP_EDTYPE;
     if (num_rows < 0 || num_rows > MOST_BLOCKS || num_cols < 0 || num_cols > MOST_COLUMNS) return STROP_ESHAPE;
@@ -451,9 +456,9 @@ const char* strop_error(int status) {
     switch (status) {
         case STROP_OK: return "no error";
         case STROP_EDTYPE: return "a dtype that this function does not take";
-        case STROP_ESHAPE: return "sizes or strides that do not fit together";
+        case STROP_ESHAPE: return "sizes, strides or a head's parameters that do not fit";
         case STROP_ETARGET: return "a target outside the vocabulary";
-        case STROP_EKIND: return "an unknown kind of loss";
+        case STROP_EKIND: return "no such loss, or beta or label smoothing outside its range";
         case STROP_ENULL: return "a null pointer where data is needed";
         case STROP_ECUDA: return "CUDA refused to launch the kernel";
     }
@@ -464,9 +469,9 @@ int strop_walk_chunk(const void* x, int dtype, int64_t num_rows, int64_t num_col
                      int64_t vocab, const int64_t* target, const float* exact, const strop_head* head,
                      const strop_walk* state, void* stream) {
     if (const int status = check_chunk(dtype, num_rows, num_cols, stride, first, vocab)) return status;
-    if (!head || !state) return STROP_ENULL;
     if (num_rows == 0 || num_cols == 0) return STROP_OK;
-    if (!x || !target || !state->top || !state->total || !state->at_target) return STROP_ENULL;
+    if (!x || !target || !head || !state || !state->top || !state->total || !state->at_target) return STROP_ENULL;
+    if (!fits(*head)) return STROP_ESHAPE;
     const WalkArgs args = {x, int(num_cols), stride, first, vocab, target, exact, make_head(*head), *state};
     switch (dtype) {
         case STROP_F32: return walk<STROP_F32>(args, num_rows, stream);
@@ -481,9 +486,9 @@ int strop_grad_chunk(const void* x, void* out, int dtype, int64_t num_rows, int6
                      void* stream) {
     if (const int status = check_chunk(dtype, num_rows, num_cols, stride, first, vocab)) return status;
     if (num_rows > 1 && (out_stride < num_cols || (x == out && stride != out_stride))) return STROP_ESHAPE;
-    if (!head) return STROP_ENULL;
     if (num_rows == 0 || num_cols == 0) return STROP_OK;
-    if (!x || !out || !target || !lse || !row_grads) return STROP_ENULL;
+    if (!x || !out || !target || !head || !lse || !row_grads) return STROP_ENULL;
+    if (!fits(*head)) return STROP_ESHAPE;
     const GradArgs args = {x,     out,   num_rows, int(num_cols),    stride, out_stride, first,
                            target, exact, make_head(*head), lse, row_grads, bias_grad};
     switch (dtype) {
@@ -518,7 +523,9 @@ int strop_segment_spread(const float* g, int64_t num_tokens, const int32_t* cu_s
 int strop_dpo_loss(const float* ratio, int64_t num_pairs, int kind, float beta, float label_smoothing,
                    float delta, float* loss, float* d_ratio, void* stream) {
     if (num_pairs < 0 || num_pairs > MOST_BLOCKS) return STROP_ESHAPE;
-    if (kind < STROP_SIGMOID || kind > STROP_SIGMOID_NORM) return STROP_EKIND;
+    const bool in_range = beta > 0.0f && isfinite(beta) && label_smoothing >= 0.0f && label_smoothing < 0.5f;
+    if (kind < STROP_SIGMOID || kind > STROP_SIGMOID_NORM || !in_range) return STROP_EKIND;
+    if (kind == STROP_EXO_PAIR && label_smoothing == 0.0f) return STROP_EKIND;
     if (num_pairs == 0) return STROP_OK;
     if (!ratio || !loss || !d_ratio) return STROP_ENULL;
     const unsigned blocks = unsigned(blocks_for(num_pairs, PAIR_THREADS));

@@ -44,7 +44,7 @@ STROP_ANYWHERE strop_pair_loss strop_dpo_pair(int kind, float c, float d, float 
                 scale * (-(1.0f - eps) * down - eps * up), beta);
         }
         case STROP_HINGE:
-            return strop_of_margin(fmaxf(0.0f, 1.0f - a), a < 1.0f ? -1.0f : 0.0f, beta);
+            return strop_of_margin(a >= 1.0f ? 0.0f : 1.0f - a, a < 1.0f ? -1.0f : 0.0f, beta);
         case STROP_IPO: {
             const float off = h - 0.5f / beta;
             return strop_of_margin(off * off, 2.0f * off, 1.0f);
