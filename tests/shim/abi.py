@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -110,8 +111,8 @@ class HeadSettings:
         bias = None if self.bias is None else copied(self.bias[first:last], np.float32)
         return HeadSettings(bias, self.softcap, self.temperature)
 
-    def struct(self) -> Head:
-        return Head(address(self.bias), self.softcap, 1.0 / self.temperature)
+    def struct(self, at: Callable[[Optional[np.ndarray]], Optional[int]]) -> Head:
+        return Head(at(self.bias), self.softcap, 1.0 / self.temperature)
 
     def logits(self, x: np.ndarray) -> np.ndarray:
         """fp64."""
@@ -151,8 +152,8 @@ class Walk:
         self.weighted = copied(np.zeros(self.num_rows), np.float32) if self.stats else None
         self.plain = copied(np.zeros(self.num_rows), np.float32) if self.stats else None
 
-    def struct(self) -> WalkPointers:
-        return WalkPointers(*map(address, (self.top, self.total, self.weighted, self.plain, self.at_target)))
+    def struct(self, at: Callable[[Optional[np.ndarray]], Optional[int]]) -> WalkPointers:
+        return WalkPointers(*map(at, (self.top, self.total, self.weighted, self.plain, self.at_target)))
 
     @property
     def lse(self) -> np.ndarray:
@@ -188,6 +189,14 @@ class Library:
         for function, types in SIGNATURES.items():
             getattr(self.c, function).argtypes = types
 
+    def at(self, array: Optional[np.ndarray]) -> Optional[int]:
+        """Where the library finds an array."""
+        return address(array)
+
+    def done(self, status: int) -> int:
+        """After a call: results are in the arrays."""
+        return status
+
     def walk(
         self,
         x: Matrix,
@@ -199,11 +208,12 @@ class Library:
         exact: Optional[np.ndarray] = None,
     ) -> int:
         rows, cols = x.shape
-        where, how, state = x.flat.ctypes.data, head.struct(), walk.struct()
-        return self.c.strop_walk_chunk(
-            where, x.dtype, rows, cols, x.stride, first, cols if vocab is None else vocab, address(target),
-            address(exact), ctypes.addressof(how), ctypes.addressof(state), None,
+        how, state = head.struct(self.at), walk.struct(self.at)
+        status = self.c.strop_walk_chunk(
+            self.at(x.flat), x.dtype, rows, cols, x.stride, first, cols if vocab is None else vocab,
+            self.at(target), self.at(exact), ctypes.addressof(how), ctypes.addressof(state), None,
         )  # fmt: skip
+        return self.done(status)
 
     def grad(
         self,
@@ -219,21 +229,25 @@ class Library:
         bias_grad: Optional[np.ndarray] = None,
     ) -> int:
         rows, cols = x.shape
-        how = head.struct()
-        return self.c.strop_grad_chunk(
-            x.flat.ctypes.data, out.flat.ctypes.data, x.dtype, rows, cols, x.stride, out.stride, first,
-            cols if vocab is None else vocab, address(target), address(exact), ctypes.addressof(how),
-            address(lse), address(grad), address(bias_grad), None,
+        how = head.struct(self.at)
+        status = self.c.strop_grad_chunk(
+            self.at(x.flat), self.at(out.flat), x.dtype, rows, cols, x.stride, out.stride, first,
+            cols if vocab is None else vocab, self.at(target), self.at(exact), ctypes.addressof(how),
+            self.at(lse), self.at(grad), self.at(bias_grad), None,
         )  # fmt: skip
+        return self.done(status)
 
     def segment_sum(self, x: np.ndarray, cu_seqlens: np.ndarray, out: np.ndarray) -> int:
-        return self.c.strop_segment_sum(
-            address(x), len(x), address(cu_seqlens), len(cu_seqlens) - 1, address(out), None
+        pointers = self.at(x), self.at(cu_seqlens), self.at(out)
+        segments = len(cu_seqlens) - 1
+        return self.done(
+            self.c.strop_segment_sum(pointers[0], len(x), pointers[1], segments, pointers[2], None)
         )
 
     def segment_spread(self, g: np.ndarray, cu_seqlens: np.ndarray, dx: np.ndarray) -> int:
-        return self.c.strop_segment_spread(
-            address(g), len(dx), address(cu_seqlens), len(cu_seqlens) - 1, address(dx), None
+        segments = len(cu_seqlens) - 1
+        return self.done(
+            self.c.strop_segment_spread(self.at(g), len(dx), self.at(cu_seqlens), segments, self.at(dx), None)
         )
 
     def dpo(
@@ -246,6 +260,37 @@ class Library:
         loss: np.ndarray,
         d_ratio: np.ndarray,
     ) -> int:
-        return self.c.strop_dpo_loss(
-            address(ratio), len(ratio), kind, beta, eps, delta, address(loss), address(d_ratio), None
+        status = self.c.strop_dpo_loss(
+            self.at(ratio), len(ratio), kind, beta, eps, delta, self.at(loss), self.at(d_ratio), None
         )
+        return self.done(status)
+
+
+class GpuLibrary(Library):
+    """libstrop_cuda.so: every array is copied to the device, as misaligned as it is here, and back."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        super().__init__(name, path)
+        self.copies: dict[int, tuple[np.ndarray, Any]] = {}
+
+    def at(self, array: Optional[np.ndarray]) -> Optional[int]:
+        import torch
+
+        if array is None or array.size == 0:
+            return None
+        host = array.ctypes.data
+        if host not in self.copies:
+            raw, offset = array.reshape(-1).view(np.uint8), host % 16
+            device = torch.empty(raw.size + 16, dtype=torch.uint8, device="cuda")[offset:][: raw.size]
+            device.copy_(torch.from_numpy(raw))
+            self.copies[host] = raw, device
+        return self.copies[host][1].data_ptr()
+
+    def done(self, status: int) -> int:
+        import torch
+
+        torch.cuda.synchronize()
+        for raw, device in self.copies.values():
+            raw[:] = device.cpu().numpy()
+        self.copies.clear()
+        return status

@@ -1,4 +1,5 @@
-"""The libraries that these tests run over: kernels.cu through the shim, and the CPU's own."""
+"""The libraries that these tests run over: kernels.cu through the shim, and the CPU's own;
+and where there is a GPU, kernels.cu on that."""
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 def built(name: str) -> Path:
     """The library, compiled now if it is not up to date."""
-    library = next(library for library in build_kernels.LIBRARIES if library.name == name)
-    target = library.target(in_prefix=False)
-    build_kernels.build(library, target, ())
+    recipe = next(one for one in build_kernels.LIBRARIES if one.name == name)
+    target = recipe.target(in_prefix=False)
+    build_kernels.build(recipe, target, build_kernels.ARCHITECTURES)
     return target
 
 
@@ -27,11 +28,19 @@ def sources_exist(name: str) -> bool:
     return next(one for one in build_kernels.LIBRARIES if one.name == name).paths[0].exists()
 
 
-@pytest.fixture(scope="session", params=[name for name in NAMES if sources_exist(name)])
+def library(name: str) -> abi.Library:
+    kind = abi.GpuLibrary if name == "cuda" else abi.Library
+    return kind(name, built(name))
+
+
+PARAMETERS = [name for name in NAMES if sources_exist(name)]
+
+
+@pytest.fixture(scope="session", params=[*PARAMETERS, pytest.param("cuda", marks=pytest.mark.gpu)])
 def lib(request: pytest.FixtureRequest) -> abi.Library:
-    return abi.Library(request.param, built(request.param))
+    return library(request.param)
 
 
 @pytest.fixture(scope="session")
 def shim() -> abi.Library:
-    return abi.Library("shim", built("shim"))
+    return library("shim")

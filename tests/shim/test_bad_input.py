@@ -38,7 +38,7 @@ def test_walk_and_grad(lib, changes, status):
     out = Matrix.of(np.full((2, 5), 9.0), F32)
     walk, rows = Walk(2), copied(np.zeros(2), np.float32)
     before = walk.bits()
-    head, state = HeadSettings().struct(), walk.struct()
+    head, state = HeadSettings().struct(abi.address), walk.struct(abi.address)
     shape = {"num_rows": 2, "num_cols": 5, "stride": 5}
     rest = {
         "first": 0,
@@ -64,8 +64,12 @@ def test_walk_and_grad(lib, changes, status):
 
 @pytest.mark.parametrize("missing", ["top", "total", "at_target"])
 def test_walk_without_its_state(lib, missing):
-    x, target, head = Matrix.of(np.zeros((1, 5)), F32), copied([0], np.int64), HeadSettings().struct()
-    state = Walk(1).struct()
+    x, target, head = (
+        Matrix.of(np.zeros((1, 5)), F32),
+        copied([0], np.int64),
+        HeadSettings().struct(abi.address),
+    )
+    state = Walk(1).struct(abi.address)
     setattr(state, missing, None)
     pointers = (abi.address(target), None, ctypes.addressof(head), ctypes.addressof(state), None)
     assert lib.c.strop_walk_chunk(abi.address(x.flat), F32, 1, 5, 5, 0, 5, *pointers) == abi.ENULL
@@ -88,7 +92,7 @@ def test_walk_without_its_state(lib, missing):
 )
 def test_grad_alone(lib, changes, status):
     x, target = Matrix.of(np.full((2, 6), 9.0), F32), copied([0, 1], np.int64)
-    rows, head = copied(np.ones(2), np.float32), HeadSettings().struct()
+    rows, head = copied(np.ones(2), np.float32), HeadSettings().struct(abi.address)
     here = abi.address(x.flat)
     changes = {key: here if value == "x" else value for key, value in changes.items()}
     result = call(
