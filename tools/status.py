@@ -5,12 +5,13 @@
     python -m tools.status --watch [SECONDS] [runs/NAME ...]    again and again, until all stand still
 
 States: queued, starting, training, validating, saving, stopping (they go on by themselves); finished;
-stopped (committed, not requeued), cancelled; failed, held, dead (an attempt without an outcome whose owner
-is gone). Of an attempt, `lost` is the time from its last commit to its end, `resume` the next attempt's
-start-up, `repeated` the steps done again. effective = time in steps that count / time since the first start
-without the queue.
+stopped (committed, not requeued), cancelled; failed, held, pending (exit code 75: the controller did not
+answer, and the requeue is still to be asked for), dead (an attempt without an outcome whose owner is gone).
+Of an attempt, `lost` is the time from its last commit to its end, `resume` the next attempt's start-up,
+`repeated` the steps done again. effective = time in steps that count / time since the first start without
+the queue.
 
-Exit code: 0; 1 if a named run is failed, held or dead; 78 if there is no such run.
+Exit code: 0; 1 if a named run is failed, held, pending or dead; 78 if there is no such run.
 
 --json prints {"runs": [...]}; each run has the keys
     name directory algo state detail step total_steps eta_s tokens_per_s metrics evaluation job_id

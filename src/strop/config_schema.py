@@ -203,7 +203,8 @@ class LogConfig:
 @dataclass(frozen=True)
 class RunConfig:
     name: Optional[str] = None
-    """Name of the run; an existing one is resumed. null: <algo>-<job id>."""
+    """Name of the run; an existing one is resumed. null: <algo>-<job id>. In a job array each task is a run
+    of its own: NAME-<task>, or <algo>-<array id>_<task>."""
     dir: str = "runs"
     """Directory of all runs."""
     allow_config_change: bool = False

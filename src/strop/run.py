@@ -76,7 +76,8 @@ class Run:
 def open_run(config: Config, env: Env) -> Run:
     """The run that the launcher has begun, or a new attempt of this process's own."""
     if env.run_dir is not None and env.attempt is not None:
-        if config.run.name is not None and config.run.name != env.run_dir.name:
+        name = config.run.name
+        if name is not None and naming.of_task(name, env.job_id) != env.run_dir.name:
             raise UserError(f"run.name: {config.run.name!r}, but the job's run is {env.run_dir}")
         parent = naming.parent_directory(config.run.dir)
         # A container may resolve links in another way.

@@ -69,6 +69,8 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
         train_store.num_rows, config.train.global_batch_size, config.train.limit_train_batches
     )
     max_steps = config.train.max_steps or math.ceil(config.train.max_epochs * per_epoch)
+    if dist.is_main:
+        attempts.update(run.dir, run.attempt, max_steps=max_steps)  # for tools.status
     t = Trainer(
         run,
         config,
@@ -106,6 +108,7 @@ def _data(
                 f"checkpoint.best_metric is {config.checkpoint.best_metric}, but there is no validation set: "
                 "give data.validation or data.split, or checkpoint.best_metric=null"
             )
+        _check_names(config, algo)
         cache = cache_dir(run, config)
         tokenizer = hf.load_tokenizer(config.model)
         digest = tokenizer_digest(tokenizer)
@@ -129,6 +132,18 @@ def _data(
     return TokenStore.open(paths["train"]), TokenStore.open(paths["validation"]) if paths[
         "validation"
     ] else None
+
+
+def _check_names(config: Config, algo: ModuleType) -> None:
+    """Before minutes go into the data: the models that a run loads from elsewhere are there."""
+    model = config.model
+    assert model.path is not None
+    hf.check_hub("model.path", model.path, model.revision, "config.json")
+    if model.tokenizer:
+        hf.check_hub("model.tokenizer", model.tokenizer, model.revision, "tokenizer_config.json")
+    if algo.NEEDS_REFERENCE and (other := algo.reference_model(config)):
+        hf.check_model(other, "dpo.reference")
+        hf.check_hub("dpo.reference", other, None, "config.json")
 
 
 def _settle(run: Run, config: Config, dist: Dist) -> Config:

@@ -16,7 +16,7 @@ from typing import NoReturn, Optional
 from strop import config as config_module
 from strop import run as run_module
 from strop.errors import EXIT_DONE, EXIT_USER, UserError
-from strop.obs import logs
+from strop.obs import logs, native_stack
 from strop.slurm import attempts, rendezvous, stop
 from strop.slurm.env import Env, read_env
 from strop.watchdog import Watchdog
@@ -37,6 +37,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     env = read_env()
     stop.block_signals()
     faulthandler.enable()
+    has_native_stacks = native_stack.install()
     try:
         if not words or words[0] not in config_module.ALGOS:
             raise UserError(f"{words[0] if words else 'no algorithm'}: {USAGE}")
@@ -50,6 +51,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if env.rank == 0:
         for note in notes:
             log.info("note: %s", note)
+        if not has_native_stacks:
+            log.info("note: a crash will show no native stack: %s is not built", native_stack.LIBRARY)
     return _train(run, config)
 
 
@@ -71,6 +74,11 @@ def _train(run: run_module.Run, config: config_module.Config) -> int:
             from strop import loop  # torch and transformers: seconds that a wrong key need not wait for
 
             loop.train(run, config, position)
+        if run.stop.reason == stop.CTRL_C:
+            committed = "committed" if position.step else "with nothing to commit yet"
+            text = "interrupted at step %s, %s; run.name=%s goes on"
+            log.info(text, position.step, committed, run.dir.name)
+            return EXIT_INTERRUPTED
     except rendezvous.Stopped as error:
         log.info("stopped before training: %s", error)
         if run.env.rank == 0:
@@ -90,6 +98,8 @@ def _train(run: run_module.Run, config: config_module.Config) -> int:
             print(f"error: {error}", file=sys.stderr)
         else:
             log.error("%s: %s", type(error).__name__, error, exc_info=not isinstance(error, UserError))
+        if isinstance(error, UserError) and not run.launched and config.run.name is None:
+            attempts.discard(run.dir, run.attempt)
         _leave(code)
     return EXIT_DONE
 

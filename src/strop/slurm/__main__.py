@@ -83,6 +83,8 @@ def end(argv: list[str]) -> int:
     text = f"run {job.run_dir}, attempt {job.attempt}: {decision.summary}"
     say(decision.summary if decision.cause == "user" else text)
     body.notify(job, decision, text)
+    if decision.cause == "user" and job.launcher == "local":
+        body.discard_unnamed(job)
     print(decision.action, decision.exit_code)
     return 0
 

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -141,6 +142,12 @@ def read_all(run_dir: Path) -> list[dict[str, Any]]:
     names = os.listdir(folder) if folder.is_dir() else []
     numbers = sorted(int(name[:-5]) for name in names if re.fullmatch(r"\d{4,}\.json", name))
     return [read(run_dir, number) for number in numbers]
+
+
+def discard(run_dir: Path, attempt: int) -> None:
+    """Take away a run under a name that nobody chose whose first start was refused: nothing goes on there."""
+    if attempt == 1 and committed_step(run_dir) is None and not (run_dir / "metrics.jsonl").exists():
+        shutil.rmtree(run_dir, ignore_errors=True)
 
 
 def holds_lease(run_dir: Path, attempt: int) -> bool:

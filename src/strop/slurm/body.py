@@ -35,7 +35,6 @@ from strop.slurm import (
     successor,
 )
 
-ROOT = code.PACKAGE.parents[1]
 WAIT_WITHOUT_END_S = 3600.0
 END_MARGIN_S = 20.0
 """Before the job's end a controller that does not answer is given up."""
@@ -62,7 +61,7 @@ class Exhausted(RuntimeError):
 
 def begin(algo: str, args: Sequence[str], job: env.Job) -> Begun:
     """Create the attempt. Raises UserError, lease.Held, Exhausted or NothingToDo: nothing is written."""
-    run = naming.resolve(algo, args, job, ROOT)
+    run = naming.resolve(algo, args, job, code.REPOSITORY)
     idle = successor.stand_down(job, run.directory, attempts.read_all(run.directory))
     if idle:
         raise NothingToDo(f"{idle}; nothing left to do for job {job.target}, its successor")
@@ -84,6 +83,7 @@ def begin(algo: str, args: Sequence[str], job: env.Job) -> Begun:
         launcher=job.launcher,
         algo=algo,
         args=list(args),
+        named=run.given,
         code=code_now,
         **deaths.mark(),
     )
@@ -91,7 +91,8 @@ def begin(algo: str, args: Sequence[str], job: env.Job) -> Begun:
     known, behind = None, None
     if job.target is not None:
         known = command.show_job(job.target) or {}
-        named = args if run.given else [*args, f"run.name={run.name}"]
+        # The successor of an array's task is a job of its own: it is told the task's run.
+        named = args if run.given and not job.array_task_id else [*args, f"run.name={run.name}"]
         try:
             behind = successor.prepare(run.directory, attempt, known, job, algo, named)
         except command.SlurmError as error:
@@ -368,6 +369,14 @@ def hold(job: env.Job) -> str:
     except command.SlurmError as error:
         return f"make room, then submit it again (not held: {error})"
     return f"held: make room, then: scontrol release {job.target}"
+
+
+def discard_unnamed(job: env.Job) -> None:
+    """A refused start without run.name, outside of Slurm: its name is the time, which nobody uses again."""
+    assert job.run_dir is not None
+    assert job.attempt is not None
+    if not attempts.read(job.run_dir, job.attempt).get("named"):
+        attempts.discard(job.run_dir, job.attempt)
 
 
 def notify(job: env.Job, decision: decide.Decision, text: str) -> None:

@@ -1,12 +1,13 @@
 """What a rank's stderr file says about a death that left no verdict.
 
-Where torch's handler is switched on it prints the native stacks of all threads, then faulthandler the Python
-stacks. Of both only the thread that crashed is the cause; what the others did differs from one time to the
-next, and must not get into the fingerprint by which a repeated crash is known.
+`obs/csrc/crash.cpp` writes the native stack of the thread that crashed, then faulthandler the Python stacks
+of all threads. Only the thread that crashed is the cause; what the others did differs from one time to the
+next, and must not get into the fingerprint by which a repeated crash is known. Nor must addresses.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from pathlib import Path
@@ -20,7 +21,12 @@ STACKS_BYTES = 1 << 20
 FATAL = re.compile(
     r"Fatal Python error: (Segmentation fault|Bus error|Illegal instruction|Aborted|Floating.point exception)"
 )
-NATIVE_FRAME = re.compile(r"frame #\d+: (?!<unknown function>|c10::FatalSignalHandler)(.+?) \+ 0x")
+NATIVE_STACK = "strop: native stack of the thread that crashed"
+NATIVE_FRAME = re.compile(r"^  native #\d+ (\S+)\+0x[0-9a-f]+ in ", re.MULTILINE)
+WAY_OUT = re.compile(
+    r"_?_?(gsignal|raise|abort|pthread_kill|assert_fail|libc_message|cxa_\w+)|_ZSt9terminatev|_ZN9__gnu_cxx.*"
+)
+"""How a process ends itself, rather than why."""
 SHOWN = 3
 
 
@@ -36,13 +42,31 @@ def _read(path: Path) -> decide.Crash:
     text = _tail(path, STACKS_BYTES)
     match = list(FATAL.finditer(text))[-1]
     python = _paragraph(text[match.end() :], "Current thread ")
-    native = NATIVE_FRAME.findall(_paragraph(text[: match.start()], "FatalSignalHandler::fatalSignalHandler"))
+    native = _native(text[: match.start()].rpartition(NATIVE_STACK)[2])
     frames = re.findall(r'File "([^"]+)", line (\d+) in (.+)', python)
     places = [f"{os.path.basename(file)}:{line} in {name}" for file, line, name in frames[:SHOWN]]
     words = [match[1], *(["at " + " < ".join(places)] if places else [])]
-    words += ["native: " + " < ".join(native[:SHOWN])] if native else []
+    words += ["native: " + " < ".join(native)] if native else []
     message = f"{', '.join(words)} (stacks in {path})"
-    return decide.Crash(_rank(path), message, attempts.fingerprint(match[1], python or " ".join(native)))
+    return decide.Crash(_rank(path), message, attempts.fingerprint(" < ".join([match[1], *native]), python))
+
+
+def _native(text: str) -> list[str]:
+    """The innermost functions that have a name; from the interpreter's on, the Python stack says more."""
+    inside = itertools.takewhile(lambda name: not name.startswith("_PyEval"), NATIVE_FRAME.findall(text))
+    names = [name for name in inside if not WAY_OUT.fullmatch(name)]
+    return [readable(name) for name in names[:SHOWN]]
+
+
+def readable(symbol: str) -> str:
+    """at::native::add of _ZN2at6native3addERKNS_6TensorE: the names at the front of a C++ symbol."""
+    mangled = re.match(r"_ZN?[rVK]*(?=\d)", symbol)
+    rest, names = symbol[mangled.end() :] if mangled else "", []
+    while length := re.match(r"\d+", rest):
+        end = length.end() + int(length[0])
+        names.append(rest[length.end() : end])
+        rest = rest[end:] if symbol.startswith("_ZN") else ""
+    return "::".join(names) or symbol
 
 
 def _paragraph(text: str, mark: str) -> str:
