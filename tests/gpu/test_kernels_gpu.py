@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from strop import ops
+from tests.shim import heads
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
-# nats a token: goal 3 of the design for 16-bit inputs, whose logits are rounded; fp32 without TF32
-NATS = {torch.float32: 2e-4, torch.bfloat16: 1e-3, torch.float16: 1e-3}
-DTYPES = pytest.mark.parametrize("dtype", NATS, ids=str)
+DTYPES = pytest.mark.parametrize("dtype", heads.NATS, ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -25,38 +24,8 @@ def no_tf32():
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def example(num_tokens, hidden, vocab, dtype, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(num_tokens, hidden, generator=generator).to(dtype)
-    w = (torch.randn(vocab, hidden, generator=generator) / hidden**0.5).to(dtype)
-    target = torch.randint(vocab, (num_tokens,), generator=generator)
-    return x.to(DEVICE), w.to(DEVICE), target.to(DEVICE)
-
-
-def truth(x, w, target, coefficients, softcap=None, temperature=1.0):
-    """fp64 on the CPU: log-probs and the gradients of their weighted sum by x and w."""
-    x, w = (t.detach().cpu().double().requires_grad_() for t in (x, w))
-    z = x @ w.T
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    logp = torch.log_softmax(z / temperature, 1).gather(1, target.cpu()[:, None])[:, 0]
-    (logp * coefficients.cpu().double()).sum().backward()
-    return logp.detach(), x.grad, w.grad
-
-
-def plain(x, w, target, coefficients, softcap=None, temperature=1.0):
-    """The plain implementation in the same dtype, whose gradient error ours may at most double."""
-    x, w = (t.detach().clone().requires_grad_() for t in (x, w))
-    z = (x @ w.T).float()
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    logp = torch.log_softmax(z / temperature, 1).gather(1, target[:, None])[:, 0]
-    (logp * coefficients).sum().backward()
-    return x.grad, w.grad
-
-
-def error(value, expected):
-    return ((value.detach().cpu().double() - expected).norm() / expected.norm()).item()
+def example(num_tokens, hidden, vocab, dtype):
+    return heads.example(num_tokens, hidden, vocab, dtype, DEVICE)
 
 
 # one token; not a multiple of anything; more words than a chunk has
@@ -69,13 +38,11 @@ def test_linear_logprob(dtype, num_tokens, vocab, softcap, temperature):
     own = [t.clone().requires_grad_() for t in (x, w)]
     logp, _ = ops.linear_logprob(own[0], own[1], target, None, softcap, temperature)
     (logp * coefficients).sum().backward()
-    expected, dx, dw = truth(x, w, target, coefficients, softcap, temperature)
-    assert (logp <= 0).all()
-    assert (logp.detach().cpu().double() - expected).abs().max() < 3 * NATS[dtype]
-    assert (logp.detach().cpu().double() - expected).abs().mean() < NATS[dtype]
-    plain_dx, plain_dw = plain(x, w, target, coefficients, softcap, temperature)
-    assert error(own[0].grad, dx) <= 2 * error(plain_dx, dx) + 1e-6
-    assert error(own[1].grad, dw) <= 2 * error(plain_dw, dw) + 1e-6
+    settings = (None, softcap, temperature)
+    expected, *right = heads.truth(x, w, target, coefficients, *settings)
+    heads.assert_logprobs(logp, expected, dtype)
+    plains = heads.plain(x, w, target, coefficients, *settings)
+    heads.assert_gradients([t.grad for t in own], right, plains)
 
 
 @DTYPES
@@ -84,8 +51,8 @@ def test_frozen_head(dtype):
     coefficients = torch.linspace(-1, 2, 64, device=DEVICE)
     own = x.clone().requires_grad_()
     (ops.linear_logprob(own, w, target)[0] * coefficients).sum().backward()
-    _, dx, _ = truth(x, w, target, coefficients)
-    assert error(own.grad, dx) <= 2 * error(plain(x, w, target, coefficients)[0], dx) + 1e-6
+    _, *right = heads.truth(x, w, target, coefficients)
+    heads.assert_gradients([own.grad], right, heads.plain(x, w, target, coefficients))
 
 
 @DTYPES
@@ -97,11 +64,9 @@ def test_linear_loss_is_the_loss_of_linear_logprob(dtype):
         own[0], own[1], target, lambda part, rows: (part * coefficients[rows]).sum(), [0, 32, 64, 96]
     )
     loss.backward()
-    expected, dx, dw = truth(x, w, target, coefficients)
-    assert (logp.cpu().double() - expected).abs().max() < 3 * NATS[dtype]
-    plain_dx, plain_dw = plain(x, w, target, coefficients)
-    assert error(own[0].grad, dx) <= 2 * error(plain_dx, dx) + 1e-6
-    assert error(own[1].grad, dw) <= 2 * error(plain_dw, dw) + 1e-6
+    expected, *right = heads.truth(x, w, target, coefficients)
+    heads.assert_logprobs(logp, expected, dtype)
+    heads.assert_gradients([t.grad for t in own], right, heads.plain(x, w, target, coefficients))
 
 
 @DTYPES
@@ -118,7 +83,7 @@ def test_logprob_of_logits(dtype, vocab):
     picked.sum().backward()
     assert torch.allclose(logp.detach().cpu().double(), picked.detach(), atol=2e-5)
     assert torch.allclose(stats.entropy.cpu().double(), -(full.exp() * full).sum(1).detach(), atol=1e-4)
-    assert error(logits.grad, wide.grad) < {torch.float32: 1e-5}.get(dtype, 4e-3)
+    assert heads.error(logits.grad, wide.grad) < {torch.float32: 1e-5}.get(dtype, 4e-3)
 
 
 def test_segments_and_pairs():
