@@ -332,3 +332,14 @@ def test_same_bits_on_repeat_and_for_rows_in_any_order(lib, dtype, vocab):
     for first, second, moved in zip(*runs):
         assert first.tobytes() == second.tobytes()
         assert first[order].tobytes() == moved.tobytes()
+
+
+def test_the_stride_of_a_single_row_means_nothing(lib):
+    """A column seen as a row, `torch.ones(5, 1).t()`, has stride 1."""
+    x, walk, targets = Matrix.of(np.zeros((1, 5)), F32), Walk(1), copied([3], np.int64)
+    x.stride = 1
+    assert lib.walk(x, targets, walk) == abi.OK
+    assert np.allclose(walk.lse, np.log(5))
+    one = copied([1.0], np.float32)
+    assert lib.grad(x, x, targets, copied(walk.lse, np.float32), one) == abi.OK
+    assert np.allclose(x.flat, [-0.2, -0.2, -0.2, 0.8, -0.2])
