@@ -185,7 +185,7 @@ def _forward(t: Trainer, batch: Batch) -> tuple[Tensor, Metrics]:
 
 
 def _num_tokens(batch: Batch) -> int:
-    return 0 if batch.is_dummy else len(batch.tokens_T)
+    return 0 if batch.is_dummy else batch.num_tokens
 
 
 def _update(t: Trainer, lr: float, loss: float, batches: list[Batch]) -> float:
