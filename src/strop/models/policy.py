@@ -48,6 +48,8 @@ class Policy(nn.Module):
 
     set_requires_gradient_sync: Callable[[bool], None]
     """Given by fully_shard: whether the next backward reduces the gradient."""
+    set_reshard_after_backward: Callable[[bool], None]
+    """Given by fully_shard: whether the next backward frees the gathered weights."""
 
     def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__()
