@@ -75,8 +75,8 @@ class TokenStore:
     `sharing_prompts`); row_lengths and spans are without them."""
 
     def sharing_prompts(self) -> TokenStore:
-        """The same store with the prompt of each pair once. Only untrained tokens are shared, so the sums over
-        the trained ones stay what they were. Nothing is shared where there is one sequence a row."""
+        """The same store with the prompt of each pair once. Only untrained tokens are shared, so the sums
+        over trained ones stay what they were. Nothing is shared where there is one sequence a row."""
         shared_R = np.zeros(self.num_rows, dtype=np.int64)
         if self.seqs_per_row == 2:
             for begin in range(0, self.num_rows, CHUNK_ROWS):
@@ -85,7 +85,7 @@ class TokenStore:
         return dataclasses.replace(self, shared_R=shared_R, row_lengths=self.row_lengths - shared_R)
 
     def _common_prompts(self, rows: slice) -> np.ndarray:
-        """int64 [rows]: with how many untrained tokens both sequences begin. Each keeps a token of its own."""
+        """int64 [rows]: with how many untrained tokens both sequences begin; each keeps one of its own."""
         edges = self.offsets[2 * rows.start : 2 * rows.stop + 1]
         begins = edges[:-1]
         first_trained = _next(np.flatnonzero(self.trained[edges[0] : edges[-1]]) + edges[0], begins)
