@@ -145,7 +145,7 @@ def _trl(side: Side, job: Job, python: Path) -> Outcome:
 
 
 def _run(command: Sequence[str], variables: dict[str, str], folder: Path, name: str) -> float:
-    """Run to the end; the peak memory of its processes in GiB: the sum of the peaks of those alive at once."""
+    """Run to the end; the peak memory of its processes in GiB: the sum of the peaks of those alive."""
     with open(folder / f"{name}.log", "w") as log:
         process = subprocess.Popen(command, env=variables, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
         over, peaks = threading.Event(), [0]
