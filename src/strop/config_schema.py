@@ -142,15 +142,17 @@ class DpoConfig:
     beta: float = 0.1
     """How strongly the policy is held to the reference (`reference_policy_kl_penalty` in NeMo RL)."""
     loss: str = "sigmoid"
-    """sigmoid, hinge, ipo or robust."""
+    """sigmoid, sigmoid_norm (per token), hinge, ipo, robust, exo_pair, nca_pair, sppo_hard, apo_zero or
+    apo_down; formulas in strop/ops/preference.py."""
     label_smoothing: float = 0.0
-    """Share of pairs assumed to be labelled the wrong way round: [0, 0.5)."""
+    """Share of pairs assumed to be labelled the wrong way round: [0, 0.5); robust and exo_pair need one.
+    Used by sigmoid, sigmoid_norm, robust and exo_pair."""
     sft_loss_weight: float = 0.0
     """Weight of the negative log-likelihood of the chosen completion, per token."""
     preference_loss_weight: float = 1.0
     """Weight of the preference loss."""
     average_log_probs: bool = False
-    """Mean instead of sum of a completion's token log-probs (ipo: always the mean)."""
+    """Mean instead of sum of a completion's token log-probs (ipo and sigmoid_norm: always the mean)."""
     reference: Optional[str] = None
     """Reference model; null: the model itself before training."""
 
@@ -193,6 +195,9 @@ class LogConfig:
     """debug, info, warning or error."""
     every: int = 1
     """Write metrics every so many steps."""
+    max_mib: int = 64
+    """Most MiB of logs that a rank keeps of one attempt, half of it for its raw output. The beginning and
+    the newest part stay."""
     tensorboard: bool = True
     """Write runs/<name>/tensorboard."""
     wandb: bool = False
@@ -206,7 +211,8 @@ class LogConfig:
 @dataclass(frozen=True)
 class RunConfig:
     name: Optional[str] = None
-    """Name of the run; an existing one is resumed. null: <algo>-<job id>."""
+    """Name of the run; an existing one is resumed. null: <algo>-<job id>. In a job array each task is a run
+    of its own: NAME-<task>, or <algo>-<array id>_<task>."""
     dir: str = "runs"
     """Directory of all runs."""
     allow_config_change: bool = False

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from strop import optim, setup, trainer
+from strop.algos import Metrics
 from strop.config import Config
 from strop.data.batch import Batch, Prefetcher, make_batch
 from strop.dist import Dist
@@ -30,8 +31,6 @@ from strop.slurm import attempts
 from strop.trainer import Trainer
 
 log = logging.getLogger("strop")
-
-Metrics = dict[str, tuple[Tensor, Tensor]]
 
 LOSS_SCALE_GROWS_EVERY = 2000
 SMALLEST_LOSS_SCALE = 2.0**-10
@@ -67,11 +66,15 @@ def train(run: Run, config: Config, position: Position) -> None:
         name = torch.cuda.get_device_name() if t.dist.device.type == "cuda" else None
         peak = flops.peak_tokens_per_s(t.policy.lm, t.train_store, name)
         report.start(t.config, t.state.metrics_bytes, t.state.step, t.max_steps, _gpu_name(t), peak)
+        if not run.launched:
+            run.stop.hear_ctrl_c()
         try:
             outcome = _run_steps(t)
-        finally:
+        except Exception:
             # A commit under way is of sound weights, and what ends a run here ends it on all ranks alike.
             t.saver.wait()
+            raise
+        t.saver.wait()
     if t.dist.is_main:
         reason = (run.stop.reason or "another rank was asked to stop") if outcome == "YIELD" else None
         attempts.finish(run.dir, run.attempt, outcome, step=t.state.step, reason=reason)
@@ -126,7 +129,8 @@ def _step(t: Trainer, batches: list[Batch], data_s: float) -> bool:
     """One optimiser step. False if asked to stop before its end; then the state before it is committed."""
     c, state = t.config, t.state
     begin = time.monotonic()
-    t.position.phase, t.position.step = "train", state.step
+    t.position.step = state.step
+    t.position.enter("train")
     count, tokens, stops, failures = t.dist.sum(
         [
             sum(t.algo.count(b) for b in batches),
@@ -177,6 +181,8 @@ def _step(t: Trainer, batches: list[Batch], data_s: float) -> bool:
 def _abandon(t: Trainer) -> bool:
     """Commit the state before a step that is under way: a long step must not outlast a grace time."""
     t.optimizer.zero_grad(set_to_none=True)
+    if t.dist.is_main:
+        log.info("asked to stop (%s)", t.run.stop.reason or "another rank was")
     _save(t)
     return False
 
@@ -260,7 +266,7 @@ def _validate(t: Trainer) -> bool:
     if t.val_store is None:
         t.state.validated = True
         return True
-    t.position.phase = "validation"
+    t.position.enter("validation")
     meter = Meter()
     bins = trainer.validation_bins(t)[t.dist.rank]
     with Prefetcher(make_batch(t.val_store, rows, t.val_ref) for rows in bins) as batches:
@@ -310,6 +316,6 @@ def _save(t: Trainer) -> None:
     """Begin to commit the state as it stands (nothing to do at step 0, or where it is committed already)."""
     if t.state.step == 0:
         return
-    t.position.phase = "save"
+    t.position.enter("save")
     t.state.metrics_bytes = t.report.sync()
     t.saver.start(trainer.tensors(t), dataclasses.asdict(t.state))

@@ -21,7 +21,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 WHOLE_GRADIENT_BYTES = 2 * 2**30
 """Up to this size of the fp32 gradient of all weights, weights and gradient are kept whole on each rank over
-the micro batches of a step: gathered once, reduced once. Larger ones are gathered for each forward and each
+the micro batches of a step: gathered once (by several ranks), reduced once. Larger ones are gathered for each forward and each
 backward and reduced after every micro batch, to save memory."""
 
 _SAVED_OPS = {
@@ -37,7 +37,8 @@ def shard(policy: Policy, config: TrainConfig, dist: Dist) -> None:
     """Checkpoint, compile and shard `policy` in place. Needs the resolved precision."""
     dtype = DTYPES[config.precision]
     mp = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    frees = reduce_each_micro_batch(policy)
+    # One rank only casts its own weights, which is cheaper than keeping a copy of them.
+    frees = dist.world_size == 1 or reduce_each_micro_batch(policy)
     for parent, name, block in transformer_blocks(policy.lm):
         if config.activation_checkpointing != "none":
             block = _checkpointed(block, config.activation_checkpointing)

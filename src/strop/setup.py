@@ -20,7 +20,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
-from strop import checkpoint, files, optim, parallel, preflight
+from strop import checkpoint, files, ops, optim, parallel, preflight
 from strop import run as run_module
 from strop.algos import reference
 from strop.config import Config
@@ -53,14 +53,14 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
     algo = importlib.import_module(f"strop.algos.{config.algo}")
     assert config.model.path is not None
     hf.check_model(config.model.path)
-    position.phase = "preflight"
+    position.enter("preflight")
     preflight.check_machine(run, config.dist)
-    position.phase = "data"
+    position.enter("data")
     train_store, val_store = _data(run, config, algo, report, position)
-    position.phase = "rendezvous"
+    position.enter("rendezvous")
     dist = start_dist(config.dist, run.env, run.dir, run.attempt, run.stop)
     nodes = preflight.check_together(run, dist)
-    position.phase = "model"
+    position.enter("model")
     config = _settle(run, config, dist)
     with report.phase("building the model"):
         policy = Policy(hf.build_empty(config.model))
@@ -72,6 +72,8 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
         train_store.num_rows, config.train.global_batch_size, config.train.limit_train_batches
     )
     max_steps = config.train.max_steps or math.ceil(config.train.max_epochs * per_epoch)
+    if dist.is_main:
+        attempts.update(run.dir, run.attempt, max_steps=max_steps)  # for tools.status
     t = Trainer(
         run,
         config,
@@ -109,6 +111,7 @@ def _data(
                 f"checkpoint.best_metric is {config.checkpoint.best_metric}, but there is no validation set: "
                 "give data.validation or data.split, or checkpoint.best_metric=null"
             )
+        _check_names(config, algo)
         cache = cache_dir(run, config)
         tokenizer = hf.load_tokenizer(config.model)
         digest = tokenizer_digest(tokenizer)
@@ -134,6 +137,18 @@ def _data(
     ] else None
 
 
+def _check_names(config: Config, algo: ModuleType) -> None:
+    """Before minutes go into the data: the models that a run loads from elsewhere are there."""
+    model = config.model
+    assert model.path is not None
+    hf.check_hub("model.path", model.path, model.revision, "config.json")
+    if model.tokenizer:
+        hf.check_hub("model.tokenizer", model.tokenizer, model.revision, "tokenizer_config.json")
+    if algo.NEEDS_REFERENCE and (other := algo.reference_model(config)):
+        hf.check_model(other, "dpo.reference")
+        hf.check_hub("dpo.reference", other, None, "config.json")
+
+
 def _settle(run: Run, config: Config, dist: Dist) -> Config:
     """The configuration with its machine-dependent choices made, the same on every rank."""
     if dist.is_main:
@@ -143,6 +158,7 @@ def _settle(run: Run, config: Config, dist: Dist) -> Config:
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "ranks": dist.world_size,
+            "kernels": ops.backend(dist.device, torch.float32),
         }
         run_module.record_machine(run, facts)
     config = dist.broadcast(config)
@@ -160,7 +176,7 @@ def _cpu_name() -> str:
 def _load(t: Trainer) -> bool:
     """Layout, weights, reference and the newest checkpoint, each only where needed; False if stopped."""
     root = t.run.checkpoints
-    t.position.phase = "resume"
+    t.position.enter("resume")
     if t.dist.is_main:
         root.mkdir(exist_ok=True)
         checkpoint.remove_rubble(root)
@@ -217,7 +233,7 @@ def _choices(t: Trainer) -> dict[str, Any]:
 
 def _set_layout(t: Trainer, choices: dict[str, Any]) -> None:
     """Layout, head and reference files, as chosen before or now."""
-    t.position.phase = "probe"
+    t.position.enter("probe")
     before = dict(choices)
     if choices:
         t.policy.head = choices["head"]
@@ -281,6 +297,7 @@ def _reference_files(t: Trainer) -> dict[str, str]:
         "device": t.dist.device.type,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "kernels": ops.backend(t.dist.device, parallel.DTYPES[c.train.precision]),
         "ranks": t.dist.world_size,
         "plan": [
             c.train.seed,
@@ -321,7 +338,7 @@ def _reference_bins(t: Trainer, name: str) -> reference.Bins:
 
 def _reference_pass(t: Trainer, choices: dict[str, Any], *, again: bool) -> bool:
     """Compute what is missing; False if stopped. `again`: the policy's own weights are needed afterwards."""
-    t.position.phase = "reference"
+    t.position.enter("reference")
     other = t.algo.reference_model(t.config)
     if other is not None:
         hf.scatter_weights(t.policy.lm, t.config.model, t.dist, path=other)

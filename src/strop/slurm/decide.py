@@ -129,12 +129,16 @@ class Facts:
     verdicts: tuple[Verdict, ...] = ()
     crash: Optional[Crash] = None
     death: Optional[Death] = None
+    ended_first: tuple[int, ...] = ()
+    """The ranks that srun named first as ended."""
     successor: Optional[str] = None
     """The job that waits behind this one, to go on in its place."""
     space: str = ""
     """The file system of the run and what is free there, if something could not be written."""
     suspect: Optional[Suspect] = None
     """Whom the ranks of a hung attempt were waiting for."""
+    lost_nodes: tuple[str, ...] = ()
+    """Nodes of a hung attempt that Slurm has lost, or lost for a while, since it began."""
     num_nodes: int = 1
     job: JobState = JobState()
     history: tuple[Past, ...] = ()
@@ -165,6 +169,9 @@ class Decision:
     """Nodes that failed the pre-flight check: the next attempt shall not get them."""
     step: Optional[int] = None
     """Where it failed."""
+    rank: Optional[int] = None
+    """Who failed first."""
+    node: Optional[str] = None
 
 
 def decide(facts: Facts) -> Decision:
@@ -179,13 +186,15 @@ def decide(facts: Facts) -> Decision:
         cause.fingerprint,
         _to_exclude(facts, cause),
         cause.step,
+        cause.rank,
+        cause.node,
     )
 
 
 def classify(facts: Facts) -> Cause:
     if facts.state == "DONE":
         return Cause("done")
-    first = first_failure(facts.verdicts)
+    first = first_failure(facts.verdicts, facts.ended_first)
     if first and first.kind in ("user", "diverged"):
         return _from_verdict(first.kind, first)
     if is_cancelled(facts.job, facts.successor):
@@ -194,8 +203,8 @@ def classify(facts: Facts) -> Cause:
     if death and death.oom and (first is None or first.kind in ("exception", "hang")):
         return Cause("oom", death.message, None, death.step, death.rank, death.node)
     if facts.state != "YIELD" and first and first.kind == "hang":
-        return _hung(first, facts.suspect)
-    if facts.state != "YIELD" and first:
+        return _hung(first, facts.suspect, facts.lost_nodes)
+    if facts.state != "YIELD" and first and not _died_before(first, facts):
         startup = first.step in (None, 0) or (first.phase or "").upper() in STARTUP_PHASES
         kind = "startup" if first.kind == "exception" and startup else first.kind
         return _from_verdict(kind, first)
@@ -230,14 +239,25 @@ def is_cancelled(job: JobState, successor: Optional[str]) -> bool:
     return job.ended and not (job.requeued or job.time_limit or preempted)
 
 
-def first_failure(verdicts: Sequence[Verdict]) -> Optional[Verdict]:
-    """The cause among the consequences: what is certain first, then what is specific, then the earliest.
+def _died_before(first: Verdict, facts: Facts) -> bool:
+    """A rank without a verdict that was killed or crashed ended first, by srun's word: the exception is of
+    a rank that noticed, in words that strop.slurm.peers does not know."""
+    silent = {x.rank for x in (facts.crash, facts.death) if x is not None and x.rank is not None}
+    silent -= {v.rank for v in facts.verdicts}
+    return first.kind == "exception" and bool(silent.intersection(facts.ended_first))
+
+
+def first_failure(verdicts: Sequence[Verdict], ended_first: Sequence[int] = ()) -> Optional[Verdict]:
+    """The cause among the consequences: what is certain first, then what is specific, then who ended first
+    by srun's word, then the earliest.
 
     Clocks of nodes differ, so time only breaks ties; "peer" verdicts follow somebody else's end.
     """
     rank_of_kind = {"user": 0, "diverged": 1, "storage": 2, "oom": 3, "exception": 4, "hang": 4}
     causes = [v for v in verdicts if v.kind in rank_of_kind]
-    return min(causes, key=lambda v: (rank_of_kind[v.kind], v.time, v.rank), default=None)
+    return min(
+        causes, key=lambda v: (rank_of_kind[v.kind], v.rank not in ended_first, v.time, v.rank), default=None
+    )
 
 
 def since_progress(records: Sequence[Mapping[str, Any]], committed_now: Optional[int]) -> tuple[Past, ...]:
@@ -285,11 +305,16 @@ def _from_verdict(kind: str, v: Verdict) -> Cause:
     return Cause(kind, v.message, v.fingerprint, v.step, v.rank, v.node, v.phase)
 
 
-def _hung(first: Verdict, suspect: Optional[Suspect]) -> Cause:
-    """The rank that the others waited for counts as the cause, not the one that noticed first."""
+def _hung(first: Verdict, suspect: Optional[Suspect], lost_nodes: tuple[str, ...]) -> Cause:
+    """The rank that the others waited for counts as the cause, not the one that noticed first. A silent one
+    whose node was lost did not hang: while ranks connect to each other, nothing tells of a peer's end."""
     if suspect is None or suspect.rank == first.rank:
         return _from_verdict("hang", first)
     message = f"{suspect.message}\n  noticed by rank {first.rank} on {first.node}: {first.message}"
+    if suspect.silent and lost_nodes:
+        message = f"lost: {', '.join(lost_nodes)}; {message}"
+        node = suspect.node or lost_nodes[0]
+        return Cause("killed", message, None, first.step, suspect.rank, node, first.phase)
     return Cause("hang", message, first.fingerprint, first.step, suspect.rank, suspect.node, first.phase)
 
 
