@@ -20,9 +20,9 @@ from strop.models.policy import Policy
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 WHOLE_GRADIENT_BYTES = 2 * 2**30
-"""Up to this size of the fp32 gradient of all weights, weights and gradient are kept whole on each rank over
-the micro batches of a step: gathered once (by several ranks), reduced once. Larger ones are gathered for each forward and each
-backward and reduced after every micro batch, to save memory."""
+"""Up to this size of the fp32 gradient of all weights, weights (of several ranks) and gradient are kept whole
+on each rank over the micro batches of a step: gathered once, reduced once. Larger ones are gathered for each
+forward and each backward and reduced after every micro batch, to save memory."""
 
 _SAVED_OPS = {
     torch.ops.aten.mm.default,

@@ -8,7 +8,7 @@ checkpointing, or never, as a shared prompt, does not count: model FLOPs utilisa
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -30,7 +30,8 @@ PEAK_TFLOPS = (
 def per_token(lm: PreTrainedModel, store: TokenStore) -> float:
     """Operations of training on one token of `store`, averaged over its tokens."""
     config = lm.config.get_text_config()
-    head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
+    head: Any = lm.get_output_embeddings()
+    embedding: Any = lm.get_input_embeddings()
     weights = sum(p.numel() for p in lm.parameters())
     if head is None or head.weight is not embedding.weight:  # looked up, not multiplied
         weights -= embedding.weight.numel()
