@@ -226,7 +226,8 @@ def ratios(times: dict[str, float]) -> dict[str, float]:
 
 def measure(shape: tuple[int, int, int], args: argparse.Namespace) -> dict[str, Any]:
     rows = random_rows(*shape) if args.data is None else real_rows(args.data, args.model, shape[0])
-    shape = (len(rows[0]), *reversed(rows[1].shape))
+    vocab, hidden = rows[1].shape
+    shape = (len(rows[0]), hidden, vocab)
     times = median_times(all_ways(slow=args.slow), rows, args.rounds)
     result = {"shape": shape, "seconds": times, **ratios(times)}
     result["matmul_gflops"] = 2 * shape[0] * shape[1] * shape[2] / times["matmul"] / 1e9

@@ -1,4 +1,4 @@
-"""Compile the native libraries: python -m tools.build_kernels [--cpu] [--cuda] [--log] [--shim] [--force]
+"""Compile the native libraries: python -m tools.build_kernels [--cpu] [--cuda] [--log] [--crash] [--shim]
 
 Each library is one compiler call on plain C++ or CUDA sources, and fits every torch: nothing of torch is
 linked. Without options, what this machine has a compiler for is built; what has none is named in one line,
@@ -73,6 +73,7 @@ class Library:
 LIBRARIES = (
     Library("cpu", "strop.ops", ("cpu.cpp",), "g++", (*COMMON, *HOST, "-fopenmp")),
     Library("log", "strop.obs", ("merge.cpp", "log_text.cpp"), "g++", (*COMMON, *HOST)),
+    Library("crash", "strop.obs", ("crash.cpp",), "g++", (*COMMON, *HOST)),
     Library(
         "cuda",
         "strop.ops",
@@ -319,9 +320,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     asked = [library for library in LIBRARIES if getattr(args, library.name)]
-    usual = [library for library in LIBRARIES if library.by_default and library.paths[0].exists()]
+    usual = [library for library in LIBRARIES if library.by_default]
     architectures = tuple(args.arch or ARCHITECTURES)
-    problems = []
+    problems: dict[str, list[str]] = {}
     for library in asked or usual:
         label = f"libstrop_{library.name}.so"
         try:
@@ -337,16 +338,17 @@ def main() -> None:
             if not isinstance(error, NoCompilerError):
                 print("failed", flush=True)
             if asked or not (args.quiet and isinstance(error, NoCompilerError)):
-                problems.append(f"{label} is not built: {error}")
+                problems.setdefault(str(error), []).append(label)
             continue
         if built or not args.quiet:
             print(f"{label}, {built}" if built else f"{label} is up to date", flush=True)
         if built and built.spilling and args.strict:
-            problems.append(f"{label}: registers spill to memory")
-    if asked and problems:
-        raise CannotBuildError("\n".join(problems))
-    for problem in problems:
-        print(f"{problem}; strop does the same without it, more slowly")
+            problems.setdefault("registers spill to memory", []).append(label)
+    lines = [f"not built: {', '.join(labels)}: {problem}" for problem, labels in problems.items()]
+    if asked and lines:
+        raise CannotBuildError("\n".join(lines))
+    for line in lines:
+        print(f"{line}; strop does the same without, more slowly")
 
 
 if __name__ == "__main__":

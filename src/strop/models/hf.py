@@ -39,13 +39,17 @@ HUB_TRIES_S = 6.0
 HUB_TIMEOUT_S = 3.0
 
 
-def load_tokenizer(config: ModelConfig) -> Any:
-    """The tokenizer, with the configured chat template. Raises UserError naming the key."""
+def load_tokenizer(config: ModelConfig, *, only_here: bool = False) -> Any:
+    """The tokenizer, with the configured chat template. `only_here`: the hub is not asked. Raises UserError
+    naming the key."""
     name = config.tokenizer or config.path
     key = "model.tokenizer" if config.tokenizer else "model.path"
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=config.revision, trust_remote_code=config.trust_remote_code
+            name,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            local_files_only=only_here,
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{key}: no tokenizer in {name!r} ({_first_line(error)})") from error

@@ -63,20 +63,18 @@ CPU_SIGNATURES: dict[str, tuple[Any, ...]] = {
 @functools.cache
 def library(device: str) -> Optional[ctypes.CDLL]:
     """The library of a device type ("cpu", "cuda"), or None with a line that says why."""
-    paths = libraries.places(Path(__file__).parent, device)
-    path = next((p for p in paths if p.exists()), None)
-    if path is None:
-        log.warning(
-            "no native kernels for %s (python -m tools.build_kernels makes them): "
-            "PyTorch's own operations are used, with the same results",
-            device,
-        )
-        return None
-    try:
-        return _checked(path, device)
-    except (OSError, AttributeError) as error:
-        log.warning("%s cannot be used, PyTorch's own operations are: %s", path, error)
-        return None
+    for path in libraries.places(Path(__file__).parent, device):
+        if path.exists():
+            try:
+                return _checked(path, device)
+            except (OSError, AttributeError) as error:
+                log.warning("%s cannot be used: %s", path, error)
+    log.warning(
+        "no native kernels for %s (python -m tools.build_kernels makes them): "
+        "PyTorch's own operations are used, with the same results",
+        device,
+    )
+    return None
 
 
 @torch.compiler.assume_constant_result
@@ -101,10 +99,10 @@ def _checked(path: Path, device: str) -> ctypes.CDLL:
 @functools.cache
 def identity(device: str) -> str:
     """What this device's numbers depend on: "native" and the library's hash, or "reference"."""
-    if library(device) is None:
+    lib = library(device)
+    if lib is None:
         return "reference"
-    path = next(p for p in libraries.places(Path(__file__).parent, device) if p.exists())
-    return f"native-{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+    return f"native-{hashlib.sha256(Path(lib._name).read_bytes()).hexdigest()[:12]}"
 
 
 @functools.cache

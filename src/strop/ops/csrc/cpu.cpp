@@ -211,7 +211,7 @@ int check_chunk(const void* x, int dtype, int64_t num_rows, int64_t num_cols, in
     if (num_rows < 0 || num_cols < 0 || first < 0 || num_cols > vocab - first) return STROP_ESHAPE;
     if (num_rows == 0 || num_cols == 0) return STROP_OK;
     if (x == nullptr || target == nullptr || head == nullptr) return STROP_ENULL;
-    if (stride < num_cols || !fits(*head)) return STROP_ESHAPE;
+    if ((num_rows > 1 && stride < num_cols) || !fits(*head)) return STROP_ESHAPE;
     return targets_fit(target, num_rows, vocab) ? STROP_OK : STROP_ETARGET;
 }
 
@@ -302,7 +302,7 @@ int strop_grad_chunk(const void* x, void* out, int dtype, int64_t num_rows, int6
     const int status = check_chunk(x, dtype, num_rows, num_cols, stride, first, vocab, target, head);
     if (status != STROP_OK || num_rows == 0 || num_cols == 0) return status;
     if (out == nullptr || lse == nullptr || grad == nullptr) return STROP_ENULL;
-    if (out_stride < num_cols) return STROP_ESHAPE;
+    if (num_rows > 1 && (out_stride < num_cols || (x == out && stride != out_stride))) return STROP_ESHAPE;
     const Chunk c = {num_cols, stride, out_stride, first, target, exact, *head};
     dtype == STROP_F32 ? grad_chunk<float>(c, x, out, num_rows, lse, grad, bias_grad)
                        : grad_chunk<uint16_t>(c, x, out, num_rows, lse, grad, bias_grad);
