@@ -76,6 +76,9 @@ class TrainConfig:
     """none, selective (attention and matmul outputs kept, the rest recomputed) or full."""
     max_grad_norm: Optional[float] = 1.0
     """Clip the global gradient norm to this; null: no clipping."""
+    shared_prefix: Optional[bool] = None
+    """Preference rows: compute the prompt of a pair once, for both completions; null: where the model's
+    attention allows it and the prompts are long enough to pay."""
     compile: bool = False
     """torch.compile each transformer block."""
     limit_train_batches: Optional[int] = None

@@ -24,6 +24,7 @@ from strop.config import Config
 from strop.data.batch import Batch, Prefetcher, make_batch
 from strop.dist import Dist
 from strop.errors import Diverged, UserError
+from strop.models import flops
 from strop.report import Report
 from strop.run import Position, Run
 from strop.slurm import attempts
@@ -62,7 +63,9 @@ def train(run: Run, config: Config, position: Position) -> None:
     t = setup.build(run, config, position, report)
     outcome = "YIELD"
     if t.ready:
-        report.start(t.config, t.state.metrics_bytes, t.state.step, t.max_steps, _gpu_name(t))
+        name = torch.cuda.get_device_name() if t.dist.device.type == "cuda" else None
+        peak = flops.peak_tokens_per_s(t.policy.lm, t.train_store, name)
+        report.start(t.config, t.state.metrics_bytes, t.state.step, t.max_steps, _gpu_name(t), peak)
         if not run.launched:
             run.stop.hear_ctrl_c()
         try:
@@ -144,7 +147,9 @@ def _step(t: Trainer, batches: list[Batch], data_s: float) -> bool:
     for i, batch in enumerate(batches):
         if i > 0 and trainer.stop_agreed(t):
             return _abandon(t)
-        t.policy.set_requires_gradient_sync(t.reduce_each or i == len(batches) - 1)
+        whole = i < len(batches) - 1 and not t.reduce_each
+        t.policy.set_requires_gradient_sync(not whole)
+        t.policy.set_reshard_after_backward(not whole)
         loss, metrics = _forward(t, batch)
         weight = 0.0 if batch.is_dummy else 1.0
         (loss * (weight * state.loss_scale / count)).backward()
@@ -191,7 +196,7 @@ def _forward(t: Trainer, batch: Batch) -> tuple[Tensor, Metrics]:
 
 
 def _num_tokens(batch: Batch) -> int:
-    return 0 if batch.is_dummy else len(batch.tokens_T)
+    return 0 if batch.is_dummy else batch.num_tokens
 
 
 def _update(t: Trainer, lr: float, loss: float, batches: list[Batch]) -> float:
@@ -206,9 +211,7 @@ def _update(t: Trainer, lr: float, loss: float, batches: list[Batch]) -> float:
     if finite:
         clip = c.train.max_grad_norm
         factor = clip / norm if clip is not None and norm > clip else 1.0
-        optim.scale_grads(grads, factor / state.loss_scale)
-        optim.set_learning_rate(t.optimizer, lr)
-        t.optimizer.step()
+        optim.step(t.optimizer, lr, factor / state.loss_scale)
         state.num_updates += 1
     t.optimizer.zero_grad(set_to_none=True)
     if c.train.precision == "fp16":

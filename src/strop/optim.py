@@ -37,9 +37,13 @@ def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def step(optimizer: torch.optim.AdamW, lr: float, factor: float) -> None:
+    """One update with the gradients times `factor`, by which the fused kernel divides as it reads them."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+    device = optimizer.param_groups[0]["params"][0].device
+    optimizer.grad_scale = None if factor == 1.0 else torch.tensor(1 / factor, device=device)  # type: ignore[attr-defined]
+    optimizer.step()
 
 
 def materialise(optimizer: torch.optim.Optimizer) -> None:
@@ -73,8 +77,3 @@ def global_grad_norm(grads: list[Tensor], dist: Dist) -> float:
         norms = torch.stack(torch._foreach_norm(grads, 2)).double()
         square = float(norms.square().sum())
     return math.sqrt(dist.sum([square / num_copies])[0])
-
-
-def scale_grads(grads: list[Tensor], factor: float) -> None:
-    if factor != 1.0 and grads:
-        torch._foreach_mul_(grads, factor)

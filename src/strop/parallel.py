@@ -20,8 +20,9 @@ from strop.models.policy import Policy
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 WHOLE_GRADIENT_BYTES = 2 * 2**30
-"""Up to this size the fp32 gradient of all weights is kept whole on each rank over the micro batches of a
-step and reduced once; a larger one is reduced after every micro batch, to save memory."""
+"""Up to this size of the fp32 gradient of all weights, weights (of several ranks) and gradient are kept whole
+on each rank over the micro batches of a step: gathered once, reduced once. Larger ones are gathered for each
+forward and each backward and reduced after every micro batch, to save memory."""
 
 _SAVED_OPS = {
     torch.ops.aten.mm.default,
@@ -36,16 +37,18 @@ def shard(policy: Policy, config: TrainConfig, dist: Dist) -> None:
     """Checkpoint, compile and shard `policy` in place. Needs the resolved precision."""
     dtype = DTYPES[config.precision]
     mp = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # One rank only casts its own weights, which is cheaper than keeping a copy of them.
+    frees = dist.world_size == 1 or reduce_each_micro_batch(policy)
     for parent, name, block in transformer_blocks(policy.lm):
         if config.activation_checkpointing != "none":
             block = _checkpointed(block, config.activation_checkpointing)
             setattr(parent, name, block)
         if config.compile:
             block.compile()
-        fully_shard(block, mesh=dist.mesh, mp_policy=mp)
+        fully_shard(block, mesh=dist.mesh, mp_policy=mp, reshard_after_forward=frees)
     fully_shard(policy, mesh=dist.mesh, mp_policy=mp)
     for module in policy.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, FSDPModule) and dist.world_size > 1:  # of one rank it would make copies
             module.set_gradient_divide_factor(1.0)
             # gloo knows plain sums only.
             module.set_force_sum_reduction_for_comms(True)
@@ -80,5 +83,5 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def reduce_each_micro_batch(policy: Policy) -> bool:
-    """Whether gradients are reduced after every micro batch instead of once a step."""
+    """Whether weights are freed and gradients reduced after every micro batch instead of once a step."""
     return 4 * sum(p.numel() for p in policy.parameters()) > WHOLE_GRADIENT_BYTES

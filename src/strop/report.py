@@ -33,6 +33,7 @@ class Report:
         self._main = run.env.rank == 0
         self._metrics: Optional[MetricsFile] = None
         self._stall_s = 0.0
+        self._peak: Optional[float] = None
         (run.dir / "data").mkdir(exist_ok=True)
 
     @contextmanager
@@ -57,11 +58,19 @@ class Report:
         progress.log.info("%s", ledger.table())
 
     def start(
-        self, config: Config, metrics_bytes: int, step: int, max_steps: int, gpu: Optional[str]
+        self,
+        config: Config,
+        metrics_bytes: int,
+        step: int,
+        max_steps: int,
+        gpu: Optional[str],
+        peak_tokens_per_s: Optional[float],
     ) -> None:
-        """Open everything at `step`; what metrics.jsonl holds beyond its commit is of steps done again."""
+        """Open everything at `step`; what metrics.jsonl holds beyond its commit is of steps done again.
+        `peak_tokens_per_s`: of one device at its peak, where that is known."""
         if not self._main:
             return
+        self._peak = peak_tokens_per_s
         path = self._run.dir / "metrics.jsonl"
         metrics.cut_back(path, metrics_bytes)
         self._metrics = MetricsFile(path)
@@ -94,6 +103,7 @@ class Report:
             "data_s": data_s,
             "tokens_per_s": tokens / seconds,
             "tokens_per_s_per_device": tokens / seconds / world,
+            **({"mfu": tokens / seconds / world / self._peak} if self._peak else {}),
             "save_stall_s": self._stall_s,
             **pace,
             **self._device.read(),

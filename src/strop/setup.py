@@ -44,6 +44,9 @@ log = logging.getLogger("strop")
 FIRST_LOSS_SCALE = 2.0**16
 """Of fp16; halved at the first overflow."""
 
+WORTH_SHARING = 0.95
+"""Prompts are shared where that leaves at most this part of the tokens."""
+
 
 def build(run: Run, config: Config, position: Position, report: Report) -> Trainer:
     """A trainer at the newest committed step; not `ready` if asked to stop on the way."""
@@ -238,13 +241,29 @@ def _set_layout(t: Trainer, choices: dict[str, Any]) -> None:
     else:
         with t.report.phase("probing attention and head"):
             t.policy.probe(t.dist.device, parallel.DTYPES[t.config.train.precision], t.config.model.attention)
-        choices |= {"head": t.policy.head, "layout": t.policy.layout}
+        choices |= {"head": t.policy.head, "layout": t.policy.layout, "shared_prefix": _shares_prompts(t)}
+    if choices.get("shared_prefix"):
+        t.train_store = t.train_store.sharing_prompts()
+        t.val_store = t.val_store and t.val_store.sharing_prompts()
     if t.algo.NEEDS_REFERENCE and "reference" not in choices:
         choices["reference"] = t.dist.broadcast(_reference_files(t) if t.dist.is_main else None)
         choices["reference_of"] = _reference_of(t)
     if t.dist.is_main and choices != before:
         run_module.write_config(t.run, t.config)
         files.write_json(t.run.dir / "data" / "choices.json", choices)
+
+
+def _shares_prompts(t: Trainer) -> bool:
+    """Whether the prompt of a pair is computed once. Raises UserError if it was asked for and cannot be."""
+    wanted = t.config.train.shared_prefix
+    if wanted is False or t.train_store.seqs_per_row == 1:
+        return False
+    if not t.policy.shares_prompts(t.dist.device, parallel.DTYPES[t.config.train.precision]):
+        if wanted:
+            raise UserError(f"train.shared_prefix: the attention of {t.policy.name} does not allow it here")
+        return False
+    once, twice = t.train_store.sharing_prompts().row_lengths.sum(), t.train_store.row_lengths.sum()
+    return bool(wanted or once < WORTH_SHARING * twice)
 
 
 def _reference_of(t: Trainer) -> Optional[dict[str, Any]]:
@@ -274,6 +293,7 @@ def _reference_files(t: Trainer) -> dict[str, str]:
         "precision": c.train.precision,
         "layout": t.policy.layout,
         "head": t.policy.head,
+        "shared_prefix": t.train_store.shared_R is not None,
         "device": t.dist.device.type,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

@@ -252,3 +252,8 @@ def test_a_tracker_that_is_not_installed(refused):
     assert refused("sft", "log.wandb=true").startswith(
         "log.wandb is true, but the Python package wandb is not"
     )
+
+
+def test_sharing_prompts_in_padded_batches_is_refused(refused):
+    message = refused("dpo", "train.shared_prefix=true", "model.attention=padded")
+    assert message == "train.shared_prefix: the attention of LlamaForCausalLM does not allow it here"

@@ -20,6 +20,7 @@ BATCHES = [
     (4, {}),  # 4 ranks, the last batch of an epoch has 3 rows: a rank has none
     (1, {"micro_batch_size": 1}),
     (2, {"micro_batch_size": 2}),
+    (2, {"shared_prefix": False}),  # a pair's prompt twice; the toy's prompts pay, so elsewhere it is once
     (1, {"micro_batch_tokens": 1}),  # every row is longer: a batch of its own
     (1, {"micro_batch_tokens": 100000}),
 ]
@@ -71,6 +72,8 @@ def test_loss_and_gradient_of_a_step_equal_plain_fp64(ranks, toy, tmp_path, algo
     loss.backward()
     line = t.metrics(run_dir)[0]
     assert line["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    choices = json.loads((run_dir / "data" / "choices.json").read_text())
+    assert choices["shared_prefix"] == (algo == "dpo" and attention == "packed")
     saved = t.checkpoint(run_dir, 1)
     checked = 0
     for name, p in model.named_parameters():

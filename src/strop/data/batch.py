@@ -34,7 +34,7 @@ class Batch:
     tokens_T: Tensor
     """int64 [T]."""
     positions_T: Tensor
-    """int64 [T], from 0 in each sequence."""
+    """int64 [T], from 0 in each sequence, or from where a shared prompt ends."""
     cu_seqlens: Tensor
     """int32 [S + 1]."""
     trained_T: Tensor
@@ -44,6 +44,27 @@ class Batch:
     max_seqlen: int
     ref_logp_T: Tensor | None = None
     """fp32 [T]: reference log-probs of trained tokens, 0 elsewhere."""
+    cu_keys: Tensor | None = None
+    """int32 [S + 1], where prompts are shared: the same sums as cu_seqlens with the shared prompts counted.
+    A sequence with more keys than tokens goes on where the prompt of the one before it ends."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of its rows, a shared prompt counted for each of its sequences."""
+        return len(self.tokens_T) if self.cu_keys is None else int(self.cu_keys[-1])
+
+    @property
+    def previous_T(self) -> Tensor:
+        """int64 [T]: where the token before each token stands. Of a sequence's first token this means
+        something only after a shared prompt."""
+        previous_T = torch.arange(-1, len(self.tokens_T) - 1, device=self.tokens_T.device)
+        if self.cu_keys is None:
+            return previous_T
+        # A dummy shares nothing, and a first sequence has none before it: theirs is -1 or unused.
+        num_shared_S = self.cu_keys.diff() - self.cu_seqlens.diff()
+        last_of_prompt_S = self.cu_seqlens.roll(1)[:-1] + num_shared_S - 1
+        starts_S = self.cu_seqlens[:-1].long()
+        return previous_T.scatter(0, starts_S, torch.where(num_shared_S > 0, last_of_prompt_S, starts_S - 1))
 
     @property
     def is_dummy(self) -> bool:
@@ -74,6 +95,7 @@ def make_batch(store: TokenStore, rows: np.ndarray, ref: np.ndarray | None = Non
     """
     rows = np.asarray(rows, dtype=np.int64)
     spans = [span for row in rows for span in store.spans(row)]
+    first_positions = [first for row in rows for first in store.first_positions(row)]
     if not spans:
         return _dummy(store.seqs_per_row, rows, with_ref=ref is not None)
     seqlens = np.array([end - begin for begin, end in spans])
@@ -84,13 +106,20 @@ def make_batch(store: TokenStore, rows: np.ndarray, ref: np.ndarray | None = Non
         ref_logp_T = torch.from_numpy(np.where(trained, ref_logp, 0).astype(np.float32))
     return Batch(
         tokens_T=torch.from_numpy(np.concatenate([store.tokens[a:b] for a, b in spans]).astype(np.int64)),
-        positions_T=torch.from_numpy(np.concatenate([np.arange(n, dtype=np.int64) for n in seqlens])),
-        cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(seqlens)]).astype(np.int32)),
+        positions_T=torch.from_numpy(
+            np.concatenate([np.arange(p, p + n, dtype=np.int64) for p, n in zip(first_positions, seqlens)])
+        ),
+        cu_seqlens=_cumulated(seqlens),
         trained_T=torch.from_numpy(trained),
         rows=rows,
         max_seqlen=int(seqlens.max()),
         ref_logp_T=ref_logp_T,
+        cu_keys=_cumulated(seqlens + first_positions) if store.shared_R is not None else None,
     )
+
+
+def _cumulated(lengths: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
 
 
 def _dummy(seqs_per_row: int, rows: np.ndarray, *, with_ref: bool) -> Batch:

@@ -10,6 +10,7 @@ one at the same time leave one of the two equal results.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -27,6 +28,9 @@ from strop.errors import UserError
 
 FORMAT = 1
 """Version of the files; also part of every digest, so that older stores are simply not found."""
+
+CHUNK_ROWS = 4096
+"""Rows whose prompts are compared at a time."""
 
 SEQS_PER_ROW = {"preference": 2, "sft": 1}
 
@@ -66,6 +70,32 @@ class TokenStore:
     row_sources: np.ndarray
     """int64 [num_rows, 2]: index into `sources`, line."""
     sources: tuple[str, ...]
+    shared_R: np.ndarray | None = None
+    """int64 [num_rows]: leading tokens that the second sequence of a row does not repeat (see
+    `sharing_prompts`); row_lengths and spans are without them."""
+
+    def sharing_prompts(self) -> TokenStore:
+        """The same store with the prompt of each pair once. Only untrained tokens are shared, so the sums
+        over trained ones stay what they were. Nothing is shared where there is one sequence a row."""
+        shared_R = np.zeros(self.num_rows, dtype=np.int64)
+        if self.seqs_per_row == 2:
+            for begin in range(0, self.num_rows, CHUNK_ROWS):
+                rows = slice(begin, min(begin + CHUNK_ROWS, self.num_rows))
+                shared_R[rows] = self._common_prompts(rows)
+        return dataclasses.replace(self, shared_R=shared_R, row_lengths=self.row_lengths - shared_R)
+
+    def _common_prompts(self, rows: slice) -> np.ndarray:
+        """int64 [rows]: with how many untrained tokens both sequences begin; each keeps one of its own."""
+        edges = self.offsets[2 * rows.start : 2 * rows.stop + 1]
+        begins = edges[:-1]
+        first_trained = _next(np.flatnonzero(self.trained[edges[0] : edges[-1]]) + edges[0], begins)
+        most = np.minimum(first_trained - begins, np.diff(edges) - 1).reshape(-1, 2).min(axis=1)
+        # Both prompts token by token, those of all rows one after another.
+        ends = np.cumsum(most)
+        at = np.arange(ends[-1]) - np.repeat(ends - most, most)
+        chosen, rejected = (self.tokens[np.repeat(b, most) + at] for b in (begins[::2], begins[1::2]))
+        first_other = _next(np.flatnonzero(chosen != rejected), ends - most)
+        return np.minimum(first_other - (ends - most), most)
 
     def sequences(self, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """[(tokens int32 [T], trained bool [T])] of one row, without copying."""
@@ -75,7 +105,12 @@ class TokenStore:
         """[(begin, end)] of the row's sequences in the flat arrays."""
         first = int(row) * self.seqs_per_row
         edges = self.offsets[first : first + self.seqs_per_row + 1].tolist()
-        return list(zip(edges[:-1], edges[1:]))
+        begins = [edge + p for edge, p in zip(edges, self.first_positions(row))]
+        return list(zip(begins, edges[1:]))
+
+    def first_positions(self, row: int) -> list[int]:
+        """Where each sequence's span begins within the sequence: behind a shared prompt, else at 0."""
+        return [0] * self.seqs_per_row if self.shared_R is None else [0, int(self.shared_R[row])]
 
     def row_id(self, row: int) -> tuple[str, int]:
         """(source, line) of a row, for messages and dumps."""
@@ -148,6 +183,11 @@ class TokenStore:
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         return cls.open(path)
+
+
+def _next(marks: np.ndarray, begins: np.ndarray) -> np.ndarray:
+    """The first of the sorted `marks` at or after each of `begins`; where none is, beyond all that is."""
+    return np.append(marks, np.iinfo(np.int64).max)[np.searchsorted(marks, begins)]
 
 
 def _stream(

@@ -1,7 +1,9 @@
 """Attention over packed sequences through transformers' AttentionInterface.
 
 On the CPU, or without flash-attn, each sequence goes through SDPA by itself (`strop_packed`). On a GPU with
-flash-attn its variable-length kernel is used by transformers itself: it takes the same cu_seq_lens.
+flash-attn its variable-length kernel is used by transformers itself: it takes the same cu_seq_lens. A
+sequence that has more keys than tokens (cu_seq_lens_k) follows a shared prompt: the keys it lacks are the
+first ones of the sequence before it.
 """
 
 from __future__ import annotations
@@ -37,24 +39,31 @@ def packed_sdpa(
     scaling: Optional[float] = None,
     sliding_window: Optional[int] = None,
     cu_seq_lens_q: Optional[Tensor] = None,
+    cu_seq_lens_k: Optional[Tensor] = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence: query [1, heads, T, D], key and value [1, kv heads, T, D],
-    cu_seq_lens_q [S+1] -> [1, T, heads, D]."""
+    cu_seq_lens_q and cu_seq_lens_k [S+1] -> [1, T, heads, D]."""
     if cu_seq_lens_q is None or attention_mask is not None:
         raise PackingUnsupported("the model does not hand cu_seq_lens on to its attention")
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise PackingUnsupported("attention with a soft cap or sinks")
     _windows_of_attention.add(sliding_window)
-    bounds = cu_seq_lens_q.tolist()
+    lengths = cu_seq_lens_q.diff().tolist()
+    num_keys = lengths if cu_seq_lens_k is None else cu_seq_lens_k.diff().tolist()
+    # One split for all sequences: the backward of S slices would fill S gradients of the whole batch.
+    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     pieces = []
-    for start, end in zip(bounds[:-1], bounds[1:]):
-        mask = _window_mask(end - start, sliding_window, query.device)
+    for i, (q, k, v) in enumerate(zip(queries, keys, values)):
+        if num_shared := num_keys[i] - lengths[i]:
+            k = torch.cat((keys[i - 1][:, :, :num_shared], k), dim=2)
+            v = torch.cat((values[i - 1][:, :, :num_shared], v), dim=2)
+        mask = _mask(lengths[i], num_keys[i], sliding_window, query.device)
         pieces.append(
             F.scaled_dot_product_attention(
-                query[:, :, start:end],
-                key[:, :, start:end],
-                value[:, :, start:end],
+                q,
+                k,
+                v,
                 attn_mask=mask,
                 is_causal=mask is None,
                 scale=scaling,
@@ -64,12 +73,14 @@ def packed_sdpa(
     return torch.cat(pieces, dim=1), None
 
 
-def _window_mask(length: int, window: Optional[int], device: torch.device) -> Optional[Tensor]:
-    """bool [L, L] of a causal sliding window; None where the window covers the sequence."""
-    if window is None or length <= window:
+def _mask(length: int, num_keys: int, window: Optional[int], device: torch.device) -> Optional[Tensor]:
+    """bool [L, K] of a causal sliding window over the last L of K positions; None where plain causality
+    says the same."""
+    if length == num_keys and (window is None or length <= window):
         return None
-    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
-    return (distance >= 0) & (distance < window)
+    at_key = torch.arange(num_keys, device=device)
+    distance = at_key[num_keys - length :, None] - at_key[None, :]
+    return (distance >= 0) & (distance < (window or num_keys))
 
 
 _windows_of_masks: set[Optional[int]] = set()

@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Largest mean difference in nats a token that rounding explains; a leak is tens of times that."""
 
+NUM_SHARED = 4
+"""Tokens of the prompt in the probe of shared prompts."""
+
 
 class Output(NamedTuple):
     """fp32 [T] each, 0 where nothing is trained. Only logp_T carries a gradient."""
@@ -45,6 +48,8 @@ class Policy(nn.Module):
 
     set_requires_gradient_sync: Callable[[bool], None]
     """Given by fully_shard: whether the next backward reduces the gradient."""
+    set_reshard_after_backward: Callable[[bool], None]
+    """Given by fully_shard: whether the next backward frees the gathered weights."""
 
     def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__()
@@ -67,7 +72,7 @@ class Policy(nn.Module):
         index_N = batch.trained_T.nonzero()[:, 0]
         target_N = batch.tokens_T[index_N]
         # The hidden state before a token predicts it. A sequence's first token is never trained.
-        hidden_ND, logits_NV = self._hidden_or_logits(batch, index_N - 1)
+        hidden_ND, logits_NV = self._hidden_or_logits(batch, batch.previous_T[index_N])
         if logits_NV is not None:
             logp_N, stats = ops.logprob(logits_NV, target_N)
         else:
@@ -90,7 +95,7 @@ class Policy(nn.Module):
                 position_ids=batch.positions_T[None],
                 use_cache=False,
                 cu_seq_lens_q=batch.cu_seqlens,
-                cu_seq_lens_k=batch.cu_seqlens,
+                cu_seq_lens_k=batch.cu_seqlens if batch.cu_keys is None else batch.cu_keys,
                 max_length_q=batch.max_seqlen,
                 max_length_k=batch.max_seqlen,
             )
@@ -148,6 +153,17 @@ class Policy(nn.Module):
         log.warning("%s: batches are padded, since packing does not work here: %s", self.name, reason)
         self.set_layout("padded", device)
 
+    @torch.no_grad()
+    def shares_prompts(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether the model gives the same log-probs when the rejected sequence of a pair goes on from the
+        chosen one's prompt. Collective. Flash attention would need keys of its own for it."""
+        if self.layout != "packed" or attention.packed_implementation(device) != attention.NAME:
+            return False
+        apart, together = _probe_pair(self.lm.config.get_text_config().vocab_size, device)
+        truth = torch.cat([self(one).logp_T[NUM_SHARED:] for one in _each_sequence(apart)])
+        found = self(together).logp_T[NUM_SHARED:]
+        return float((found - truth).abs().mean()) <= PROBE_TOLERANCE[dtype]
+
     @property
     def name(self) -> str:
         return type(self.lm).__name__
@@ -186,6 +202,25 @@ def _probe_batch(vocab_size: int, device: torch.device) -> Batch:
         rows=np.arange(2),
         max_seqlen=max(lengths),
     ).to(device)
+
+
+def _probe_pair(vocab_size: int, device: torch.device) -> tuple[Batch, Batch]:
+    """Two sequences that begin with the same NUM_SHARED untrained tokens: with these twice, and once."""
+    apart = _probe_batch(vocab_size, device)
+    first, n = int(apart.cu_seqlens[1]), NUM_SHARED
+    tokens_T, trained_T = apart.tokens_T.clone(), apart.positions_T >= n
+    tokens_T[first : first + n] = tokens_T[:n]
+    apart = dataclasses.replace(apart, tokens_T=tokens_T, trained_T=trained_T)
+    kept_T = trained_T | (torch.arange(len(tokens_T), device=device) < n)
+    together = dataclasses.replace(
+        apart,
+        tokens_T=tokens_T[kept_T],
+        positions_T=apart.positions_T[kept_T],
+        trained_T=trained_T[kept_T],
+        cu_seqlens=apart.cu_seqlens - n * (apart.cu_seqlens > first).int(),
+        cu_keys=apart.cu_seqlens,
+    )
+    return apart, together
 
 
 def _each_sequence(batch: Batch) -> list[Batch]:

@@ -175,9 +175,16 @@ def read_task(environ: Optional[Mapping[str, str]] = None) -> Task:
     )
 
 
-FRUGAL = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "MALLOC_MMAP_THRESHOLD_": "131072"}
+FRUGAL = {
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+    "MALLOC_MMAP_THRESHOLD_": "131072",
+    "THP_MEM_ALLOC_ENABLE": "1",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
 """Packed batches differ in shape from step to step. With oneDNN's 1,024 cached kernels and glibc's growing
-threshold a rank's memory doubled within 60 steps on CPUs; with these it stays, at the same speed."""
+threshold a rank's memory doubled within 60 steps on CPUs; with the first two it stays. But then every large
+tensor is fresh memory, whose page faults took a third of the CPU time: the other two (torch's own, and
+glibc's from 2.35 on) ask for huge pages, which leaves a third of the faults and the same memory."""
 
 
 def rank_variables(task: Task, environ: Mapping[str, str], num_cpus: int) -> dict[str, str]:
