@@ -44,7 +44,7 @@ class Tokeniser:
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.bos, self.eos = _special_ids(tokenizer)
+        self.bos, self.eos = special_ids(tokenizer)
 
     def __call__(self, rows: Iterable[Rendered | BadRow]) -> Iterator[TokenisedRow | BadRow]:
         """The rows in their order, encoded in batches."""
@@ -77,10 +77,10 @@ class Tokeniser:
         A prompt is encoded once, however many completions it has. Offsets cost more than the ids do, so
         only the texts that need them are encoded with offsets.
         """
-        all_ids = self._encode([item.text for item in texts])
+        all_ids = encode(self.tokenizer, [item.text for item in texts])
         prompts = [_prompt(item) for item in texts]
         distinct = list(dict.fromkeys(prompt for prompt in prompts if prompt is not None))
-        prompt_ids = dict(zip(distinct, self._encode(distinct)))
+        prompt_ids = dict(zip(distinct, encode(self.tokenizer, distinct)))
         masks: list[np.ndarray | None] = []
         for ids, prompt in zip(all_ids, prompts):
             before = prompt_ids[prompt] if prompt is not None else None
@@ -128,26 +128,27 @@ class Tokeniser:
         trained[:1] = False
         return tokens, trained
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids without special tokens, padding or truncation."""
-        if not texts:
-            return []
-        if self.tokenizer.is_fast:
-            encodings = self._backend().encode_batch_fast(texts, add_special_tokens=False)
-            return [encoding.ids for encoding in encodings]
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-
     def _offsets(self, texts: list[str]) -> list[list[tuple[int, int]]]:
         """The characters (begin, end) of each token of each text."""
-        encodings = self._backend().encode_batch(texts, add_special_tokens=False)
+        encodings = _backend(self.tokenizer).encode_batch(texts, add_special_tokens=False)
         return [encoding.offsets for encoding in encodings]
 
-    def _backend(self) -> Any:
-        """The Rust tokenizer, without the truncation and padding that its file or a former call left."""
-        backend = self.tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        return backend
+
+def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Ids of each text without special tokens, padding or truncation."""
+    if not texts:
+        return []
+    if tokenizer.is_fast:
+        return [e.ids for e in _backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)]
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _backend(tokenizer: Any) -> Any:
+    """The Rust tokenizer, without the truncation and padding that its file or a former call left."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def _prompt(item: Text) -> str | None:
@@ -170,7 +171,7 @@ def _by_characters(item: Text, offsets: list[tuple[int, int]]) -> np.ndarray:
     return trained
 
 
-def _special_ids(tokenizer: Any) -> tuple[list[int], int | None]:
+def special_ids(tokenizer: Any) -> tuple[list[int], int | None]:
     """(ids that the tokenizer puts before a text, EOS or None), seen from what it does to one letter."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     dressed = tokenizer("a", add_special_tokens=True)["input_ids"]
