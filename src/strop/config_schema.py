@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-ALGOS = ("cpt", "sft", "dpo")
+KINDS = {"cpt": "text", "sft": "sft", "dpo": "preference"}
+"""What a row of each algorithm's data is: a block of text, an answer, a pair of answers."""
+ALGOS = tuple(KINDS)
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class PrepareConfig:
     max_repetition: Optional[float] = None
     """Leave out documents with a larger share of word trigrams that repeat an earlier one, such as 0.3."""
     max_symbols: Optional[float] = None
-    """Leave out documents with a larger share of characters that are no letter, digit or blank, such as 0.3."""
+    """Leave out documents with a larger share of characters that are no letter, digit or white space, such
+    as 0.3."""
     language: Optional[str] = None
     """Keep these languages only, by ISO code: en, or "en,de" (needs py3langid)."""
 

@@ -14,19 +14,20 @@ import json
 import logging
 import math
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Optional
 
 import numpy as np
 import torch
 
 from strop import checkpoint, files, optim, parallel, preflight
+from strop import config as config_module
 from strop import run as run_module
 from strop.algos import reference
 from strop.config import Config
-from strop.data import plan, prepare, sources
+from strop.data import plan
+from strop.data.sets import Maker, RowSet, open_set
 from strop.data.store import TokenStore
-from strop.data.tokenise import tokenizer_digest
+from strop.data.tokenise import load_tokenizer, tokenizer_digest
 from strop.dist import Dist
 from strop.dist import start as start_dist
 from strop.errors import UserError
@@ -53,7 +54,8 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
     position.phase = "preflight"
     preflight.check_machine(run, config.dist)
     position.phase = "data"
-    train_store, val_store = _data(run, config, algo, report, position)
+    sets = _data(run, config, report, position)
+    train_store = sets.pop("train")
     position.phase = "rendezvous"
     dist = start_dist(config.dist, run.env, run.dir, run.attempt, run.stop)
     nodes = preflight.check_together(run, dist)
@@ -77,7 +79,8 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
         policy,
         optimizer,
         train_store,
-        val_store,
+        sets.pop("validation", None),
+        sets,
         report,
         position,
         per_epoch,
@@ -91,44 +94,39 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
     return t
 
 
-def _data(
-    run: Run, config: Config, algo: ModuleType, report: Report, position: Position
-) -> tuple[TokenStore, Optional[TokenStore]]:
+def _data(run: Run, config: Config, report: Report, position: Position) -> dict[str, RowSet]:
     """Rank 0 tokenises (or finds it done) and tells the others where; they wait without a collective,
-    whose time-out long work would exceed."""
+    whose time-out long work would exceed. The sets by name."""
     told = run.logs / "data.json"
     if run.env.rank == 0:
         run_module.agree(run, config)
-        sources.find(config.data, "train")  # a missing file is named before what it leads to
-        validates = prepare.has_validation(config.data)
-        if config.checkpoint.best_metric is not None and not validates:
+        tokenizer = load_tokenizer(config.model)
+        maker = Maker(
+            config,
+            config_module.KINDS[config.algo],
+            tokenizer,
+            tokenizer_digest(tokenizer),
+            config_module.cache_dir(config, run.dir.parent),
+            progress=lambda done, total: position.beat(),
+        )
+        names = maker.names()
+        if config.checkpoint.best_metric is not None and names == ["train"]:
             raise UserError(
                 f"checkpoint.best_metric is {config.checkpoint.best_metric}, but there is no validation set: "
                 "give data.validation or data.split, or checkpoint.best_metric=null"
             )
-        cache = cache_dir(run, config)
-        tokenizer = hf.load_tokenizer(config.model)
-        digest = tokenizer_digest(tokenizer)
-        paths: dict[str, Optional[str]] = {"train": None, "validation": None}
+        places = {}
         ledgers = {}
-        splits = ["train"] + (["validation"] if validates else [])
-        for split in splits:
-            with report.phase(f"{split} data"):
-                store, ledger = prepare.prepare(
-                    config, tokenizer, digest, cache, algo.KIND, split, lambda _: position.beat()
-                )
+        for name in names:
+            with report.phase(f"{name} data"):
+                places[name], ledger = maker.prepare(name)
             report.ledger(ledger)
-            ledgers[split] = files.read_json(store.path / "ledger.json")
-            paths[split] = str(store.path)
+            ledgers[name] = ledger.as_json()
         files.write_json(run.dir / "data" / "ledger.json", ledgers)
-        files.write_json(told, paths)
+        files.write_json(told, places)
     else:
         rendezvous.wait_for_file(run.dir, run.attempt, run.env.rank, told, run.stop)
-        paths = json.loads(told.read_text())
-    assert paths["train"] is not None
-    return TokenStore.open(paths["train"]), TokenStore.open(paths["validation"]) if paths[
-        "validation"
-    ] else None
+    return {name: open_set(place, config, name) for name, place in json.loads(told.read_text()).items()}
 
 
 def _settle(run: Run, config: Config, dist: Dist) -> Config:
@@ -269,12 +267,14 @@ def _reference_files(t: Trainer) -> dict[str, str]:
             c.train.micro_batch_size,
         ],
     }
-    cache = cache_dir(t.run, c)
+    cache = config_module.cache_dir(c, t.run.dir.parent)
     return {name: str(reference.cache_file(cache, store, facts)) for name, store in _stores(t).items()}
 
 
 def _stores(t: Trainer) -> dict[str, TokenStore]:
-    return {"train": t.train_store} | ({"validation": t.val_store} if t.val_store is not None else {})
+    """Those that have a reference: rows, never text."""
+    stores = {"train": t.train_store} | ({"validation": t.val_store} if t.val_store is not None else {})
+    return {name: store for name, store in stores.items() if isinstance(store, TokenStore)}
 
 
 def _reference_is_missing(t: Trainer, choices: dict[str, Any]) -> bool:
@@ -291,7 +291,7 @@ def _reference_is_missing(t: Trainer, choices: dict[str, Any]) -> bool:
 def _reference_bins(t: Trainer, name: str) -> reference.Bins:
     """The batches of the first epoch, as the loop will see them, or those of validation."""
     if name == "validation":
-        return validation_bins(t)
+        return validation_bins(t, _stores(t)[name])
     ranks: reference.Bins = [[] for _ in range(t.dist.world_size)]
     for step in range(min(t.max_steps, t.steps_per_epoch)):
         for own, more in zip(ranks, step_bins(t, step)):
@@ -322,7 +322,3 @@ def _open_reference(t: Trainer, choices: dict[str, Any]) -> None:
     t.train_ref = np.load(choices["reference"]["train"], mmap_mode="r")
     if t.val_store is not None:
         t.val_ref = np.load(choices["reference"]["validation"], mmap_mode="r")
-
-
-def cache_dir(run: Run, config: Config) -> Path:
-    return Path(config.data.cache_dir or run.dir.parent / ".cache")

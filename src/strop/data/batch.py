@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from strop.data.blocks import Blocks
 from strop.data.store import TokenStore
 
 DUMMY_LENGTH = 2
@@ -67,23 +68,24 @@ class Batch:
         return dataclasses.replace(self, **tensors)
 
 
-def make_batch(store: TokenStore, rows: np.ndarray, ref: np.ndarray | None = None) -> Batch:
+def make_batch(store: TokenStore | Blocks, rows: np.ndarray, ref: np.ndarray | None = None) -> Batch:
     """Pack `rows` of the store in the given order; no rows give a dummy.
 
     ref: fp32 [total], laid out like store.tokens.
     """
     rows = np.asarray(rows, dtype=np.int64)
-    spans = [span for row in rows for span in store.spans(row)]
-    if not spans:
+    sequences = [sequence for row in rows for sequence in store.sequences(row)]
+    if not sequences:
         return _dummy(store.seqs_per_row, rows, with_ref=ref is not None)
-    seqlens = np.array([end - begin for begin, end in spans])
-    trained = np.concatenate([store.trained[a:b] for a, b in spans])
+    seqlens = np.array([len(tokens) for tokens, _ in sequences])
+    trained = np.concatenate([trained for _, trained in sequences])
     ref_logp_T = None
     if ref is not None:
-        ref_logp = np.concatenate([ref[a:b] for a, b in spans])
+        assert isinstance(store, TokenStore)
+        ref_logp = np.concatenate([ref[a:b] for row in rows for a, b in store.spans(row)])
         ref_logp_T = torch.from_numpy(np.where(trained, ref_logp, 0).astype(np.float32))
     return Batch(
-        tokens_T=torch.from_numpy(np.concatenate([store.tokens[a:b] for a, b in spans]).astype(np.int64)),
+        tokens_T=torch.from_numpy(np.concatenate([tokens for tokens, _ in sequences]).astype(np.int64)),
         positions_T=torch.from_numpy(np.concatenate([np.arange(n, dtype=np.int64) for n in seqlens])),
         cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(seqlens)]).astype(np.int32)),
         trained_T=torch.from_numpy(trained),

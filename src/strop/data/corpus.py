@@ -37,7 +37,7 @@ class Range:
     end: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Corpus:
     """Opened for reading: a few small arrays and memory maps."""
 
@@ -134,7 +134,8 @@ class ShardWriter:
             room = SHARD_TOKENS - self.total % SHARD_TOKENS
             if room == SHARD_TOKENS:
                 self.close()
-                self._file = open(self.directory / shard_name(self.total // SHARD_TOKENS), "wb")
+                path = self.directory / shard_name(self.total // SHARD_TOKENS)
+                self._file = open(path, "wb")  # noqa: SIM115
             assert self._file is not None
             self._file.write(np.ascontiguousarray(tokens[:room]).data)
             self.total += min(room, len(tokens))

@@ -67,14 +67,28 @@ def find(entry: str, key: str, split: str, config: DataConfig) -> list[Source]:
         return [_as_source(path, entry, key)]
     if not path.is_dir():
         return [sources.find_one(entry, key, split, config)]
-    named = [path / f"{stem}{suffix}" for stem in sources.FILE_NAMES[split] for suffix in TEXT_SUFFIXES]
-    found = [_as_source(p, str(Path(entry) / p.name), key) for p in named if p.is_file()]
+    return _named(path, entry, key, split, config) or _all_files(path, entry, key)
+
+
+def beside(entry: str, config: DataConfig) -> list[Source]:
+    """The validation set that lies beside an entry of `data.train`, where there is one."""
+    path = Path(entry).expanduser()
+    if path.is_dir():
+        return _named(path, entry, "data.train", "validation", config)
+    found = sources.beside(entry, config)
+    return [] if found is None else [found]
+
+
+def _named(path: Path, entry: str, key: str, split: str, config: DataConfig) -> list[Source]:
+    """training.txt, training.jsonl and the like, or a set of `datasets`: one source or none."""
+    files = [path / f"{stem}{suffix}" for stem in sources.FILE_NAMES[split] for suffix in TEXT_SUFFIXES]
+    found = [_as_source(p, str(Path(entry) / p.name), key) for p in files if p.is_file()]
     source = sources.directory(path, entry, split, config)
     if source is not None and (source.format != "hub" or _is_hub_set(path)):
         found.append(source)
     if len(found) > 1:
         raise UserError(f"{entry} holds both {found[0].name} and {found[1].name}: name one of them")
-    return found or _all_files(path, entry, key)
+    return found
 
 
 def _as_source(file: Path, name: str, key: str) -> Source:
@@ -181,12 +195,11 @@ def _rows(source: Source, piece: Piece) -> Iterator[Row | BadRow]:
         import pyarrow.parquet
 
         with pyarrow.parquet.ParquetFile(source.path) as file:
-            number = piece.first_line
             groups = list(range(piece.begin, piece.end))
-            for batch in file.iter_batches(batch_size=sources.READ_ROWS, row_groups=groups):
-                for number, fields in enumerate(batch.to_pylist(), start=number):
-                    yield Row(source.name, number, fields)
-                number += 1
+            batches = file.iter_batches(batch_size=sources.READ_ROWS, row_groups=groups)
+            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+            for number, fields in enumerate(rows, start=piece.first_line):
+                yield Row(source.name, number, fields)
     elif source.format == "hub":
         rows = sources.load_hub(source).select(range(piece.begin, piece.end))
         for number, fields in enumerate(rows, start=piece.first_line):

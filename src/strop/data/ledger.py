@@ -12,6 +12,7 @@ import json
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from strop.config import DataConfig
 from strop.data.store import TokenisedRow
@@ -163,14 +164,13 @@ class Ledger:
                 )
         raise UserError("\n".join(lines))
 
-    def save(self, path: Path) -> None:
+    def as_json(self) -> dict[str, Any]:
         totals = {"read": self.read, "used": self.used, "dropped": self.read - self.used}
-        record = {
-            "split": self.split,
-            **totals,
-            "sources": [{"read": entry.read, **dataclasses.asdict(entry)} for entry in self.sources.values()],
-        }
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        entries = [{"read": entry.read, **dataclasses.asdict(entry)} for entry in self.sources.values()]
+        return {"split": self.split, **totals, "sources": entries}
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Ledger:

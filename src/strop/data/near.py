@@ -56,7 +56,7 @@ def sketch(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def _shingles(tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes uint64 of all shingles and where each document's begin; a shorter document is one shingle."""
+    """Hashes uint64 of shingles, and where each document's begin; a short document is one shingle."""
     ends = np.cumsum(lengths)
     begins = ends - lengths
     words = _mix(tokens.astype(np.uint64) + np.uint64(1))

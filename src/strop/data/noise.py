@@ -15,11 +15,13 @@ from strop.errors import UserError
 
 NOT_SYMBOLS = re.compile(r"[\w\s]+")
 WORDS = re.compile(r"\w+")
+UNBROKEN = 1_000_000
+"""No text has so many characters in a row without white space, and a tokenizer would take gigabytes."""
 FEW_WORDS = 20
 """Shorter texts repeat nothing that counts."""
 
 REASONS = frozenset(
-    ["empty", "short", "long", "repetition", "symbols", "language", "duplicate", "near_duplicate"]
+    ["empty", "short", "long", "unbroken", "repetition", "symbols", "language", "duplicate", "near_duplicate"]
 )
 """Why a document is left out although nothing is wrong with its file."""
 
@@ -64,6 +66,8 @@ def _length(config: PrepareConfig) -> Filter:
             return "short", f"{len(text):,} characters, fewer than prepare.min_chars={least}"
         if most is not None and len(text) > most:
             return "long", f"{len(text):,} characters, more than prepare.max_chars={most}"
+        if len(text) > UNBROKEN and max(map(len, text.split())) > UNBROKEN:
+            return "unbroken", f"more than {UNBROKEN:,} characters without white space"
         return None
 
     return check

@@ -92,17 +92,17 @@ def build_all(task: Task, workers: int, progress: Callable[[int, int], None]) ->
     progress(done, len(task.parts))
     if workers == 1 or len(todo) < 2:
         _begin_work(task, None)
-        for done, number in enumerate(todo, start=done + 1):
+        for more, number in enumerate(todo, start=1):
             _build(number)
-            progress(done, len(task.parts))
+            progress(done + more, len(task.parts))
         return
     # fork: the tokenizer and its libraries are loaded already, and no thread of ours has been started
     with ProcessPoolExecutor(
         min(workers, len(todo)), get_context("fork"), _begin_work, (task, os.getpid())
     ) as pool:
         try:
-            for done, _ in enumerate(pool.map(_build, todo), start=done + 1):
-                progress(done, len(task.parts))
+            for more, _ in enumerate(pool.map(_build, todo), start=1):
+                progress(done + more, len(task.parts))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -69,10 +69,10 @@ def find(config: DataConfig, split: str) -> list[Source]:
             raise UserError("data.train is not set: a file, a directory, a hub name or a list of these")
         return [find_one(name, "data.train", "train", config) for name in names(config.train, "data.train")]
     if config.validation is not None:
-        found = names(config.validation, "data.validation")
-        return [find_one(name, "data.validation", "validation", config) for name in found]
-    beside = [_beside(name, config) for name in names(config.train, "data.train")]
-    return [source for source in beside if source is not None]
+        key = "data.validation"
+        return [find_one(name, key, "validation", config) for name in names(config.validation, key)]
+    found = [beside(name, config) for name in names(config.train, "data.train")]
+    return [source for source in found if source is not None]
 
 
 def names(value: Any, key: str) -> list[str]:
@@ -98,7 +98,7 @@ def find_one(name: str, key: str, split: str, config: DataConfig) -> Source:
     return Source(_hub_name(name, config, split), "hub", name, config.hub_subset, _hub_split(config, split))
 
 
-def _beside(name: str, config: DataConfig) -> Source | None:
+def beside(name: str, config: DataConfig) -> Source | None:
     """The validation set that lies beside a training set, where there is one."""
     path = Path(name).expanduser()
     if path.is_dir():

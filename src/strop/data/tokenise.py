@@ -17,14 +17,32 @@ from typing import Any
 
 import numpy as np
 
+from strop.config import ModelConfig
 from strop.data.ledger import BadRow
-from strop.data.render import Refused, Rendered, Text
+from strop.data.render import Refused, Rendered, Text, chat_template
 from strop.data.store import TokenisedRow
 from strop.errors import UserError
 
 BATCH_ROWS = 512
 BATCH_CHARS = 4_000_000
 """A batch is encoded when it has so many rows or characters, which bounds the memory."""
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The tokenizer, with the configured chat template. Raises UserError naming the key."""
+    name = config.tokenizer or config.path
+    key = "model.tokenizer" if config.tokenizer else "model.path"
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{key}: no tokenizer in {name!r} ({reason})") from error
+    tokenizer.chat_template = chat_template(config.chat_template, tokenizer)
+    return tokenizer
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

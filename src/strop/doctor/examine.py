@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,7 +85,7 @@ def _data(
     tokenizer = tokens.load(config, checks, offline)
     if tokenizer is None:
         return None
-    kind = importlib.import_module(f"strop.algos.{q.algo}").KIND
+    kind = config_module.KINDS[q.algo]
     train = _scanned("train", lambda: rows.scan(config, tokenizer, kind, "train", q.rows), offline, checks)
     if train is None:
         return None

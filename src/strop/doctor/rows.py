@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-import numpy as np
-
 from strop.config import Config
 from strop.data import prepare, sources
 from strop.data.ledger import BadRow, Ledger, place
+from strop.data.lengths import histogram
 from strop.data.render import Rendered, Renderer, chat_template
 from strop.data.sources import Source
 from strop.data.store import TokenisedRow
@@ -185,15 +184,3 @@ def compare(train: Scan, validation: Scan, checks: Checks) -> None:
 
 def has_validation(config: Config) -> bool:
     return prepare.has_validation(config.data)
-
-
-def histogram(lengths: list[int], limit: int) -> str:
-    """ "min 12, median 40, mean 51, p95 120, max 250 (limit 256)  ▁▃█▅▂▁": eight equal classes up to max."""
-    values = np.array(lengths)
-    counts, _ = np.histogram(values, bins=8, range=(0, int(values.max())))
-    bars = "".join(" ▁▂▃▄▅▆▇█"[int(np.ceil(8 * n / counts.max()))] for n in counts)
-    p95 = int(np.percentile(values, 95))
-    return (
-        f"min {values.min()}, median {int(np.median(values))}, mean {values.mean():.0f}, p95 {p95}, "
-        f"max {values.max()} (limit {limit})  |{bars}|"
-    )

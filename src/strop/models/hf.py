@@ -1,4 +1,4 @@
-"""Models and tokenizers as Hugging Face directories: in, without a network call for local paths.
+"""Models as Hugging Face directories: in, without a network call for local paths.
 
 Rank 0 reads the weights once; every rank builds the same module with untouched memory and receives only
 its shards (`scatter_weights`), so a model never exists whole but on rank 0.
@@ -14,30 +14,15 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as hf_init
 
 from strop import files
 from strop.config import ModelConfig
-from strop.data.render import chat_template
 from strop.dist import Dist
 from strop.errors import UserError
 
 WEIGHT_FILES = ("*.safetensors", "*.bin")
-
-
-def load_tokenizer(config: ModelConfig) -> Any:
-    """The tokenizer, with the configured chat template. Raises UserError naming the key."""
-    name = config.tokenizer or config.path
-    key = "model.tokenizer" if config.tokenizer else "model.path"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{key}: no tokenizer in {name!r} ({_first_line(error)})") from error
-    tokenizer.chat_template = chat_template(config.chat_template, tokenizer)
-    return tokenizer
 
 
 def check_model(path: str) -> None:

@@ -1,0 +1,193 @@
+"""The sets of a run (train, validation, and those watched beside): prepared once, then opened by every rank.
+
+`prepare` gives, for each set, where it lies: the directory of a token store (rows of SFT and DPO), or ranges
+of documents in corpora (text). Rank 0 does it at the start of a run, `tools.prepare` beforehand; both find
+what is there already, since stores are named by their content. Only `open_set` is left to the other ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Union
+
+from strop.config import Config
+from strop.data import corpus, documents, plan, prepare_text, sources
+from strop.data.blocks import Blocks
+from strop.data.corpus import Corpus, Range
+from strop.data.ledger import Ledger
+from strop.data.prepare import has_validation as rows_have_validation
+from strop.data.prepare import prepare as prepare_rows
+from strop.data.sources import Source
+from strop.data.store import TokenStore
+from strop.errors import UserError
+
+Place = Union[str, list[tuple[str, int, int]]]
+"""Of a set: a store's directory, or [(corpus's directory, first document, behind the last)]."""
+RowSet = Union[TokenStore, Blocks]
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Maker:
+    """What prepares the sets of one configuration. kind: text, preference or sft."""
+
+    config: Config
+    kind: str
+    tokenizer: Any
+    tokenizer_digest: str
+    cache_dir: Path
+    workers: int = 1
+    progress: Progress = lambda done, total: None
+
+    def names(self) -> list[str]:
+        """train, validation where there is one, and the names of `validation.watch`."""
+        c = self.config
+        if c.validation.watch and self.kind == "preference":
+            raise UserError("validation.watch: not for DPO, which would need reference log-probs of each set")
+        if self.kind == "text":
+            beside = any(documents.beside(entry, c.data) for entry in _entries(c.data.train, "data.train"))
+            validates = c.data.validation is not None or beside or self._share_of_validation() > 0
+            validates = validates or bool(_ranges(self._stores(), "validation"))
+        else:
+            sources.find(c.data, "train")  # a missing file is named before what it leads to
+            validates = rows_have_validation(c.data)
+        return ["train", *(["validation"] if validates else []), *c.validation.watch]
+
+    def prepare(self, name: str) -> tuple[Place, Ledger]:
+        """Where the set lies, and what became of its rows. UserError, StorageError as the makers below."""
+        if self.kind == "text":
+            return self._text(name)
+        config, split = self.config, name
+        if name in config.validation.watch:
+            data = dataclasses.replace(config.data, validation=config.validation.watch[name], split=None)
+            config, split = dataclasses.replace(config, data=data), "validation"
+        store, ledger = prepare_rows(
+            config,
+            self.tokenizer,
+            self.tokenizer_digest,
+            self.cache_dir,
+            self.kind,
+            split,
+            lambda rows: self.progress(rows, 0),
+        )
+        return str(store.path), ledger
+
+    def _text(self, name: str) -> tuple[Place, Ledger]:
+        data = self.config.data
+        if name in self.config.validation.watch:
+            return self._other(name, [self.config.validation.watch[name]], f"validation.watch.{name}")
+        if name == "validation" and data.validation is not None:
+            return self._other(name, _entries(data.validation, "data.validation"), "data.validation")
+        if name == "validation" and data.split is None:
+            found = {entry: own for entry in data_train(data) if (own := documents.beside(entry, data))}
+            if found:
+                made = self._make(found, None)
+                return _place([(made, r) for r in made.ranges]), _ledger(name, [(made, "train")])
+        stores = self._stores()
+        raw = [entry for entry in data_train(data) if entry not in stores]
+        if raw:
+            found = {entry: documents.find(entry, "data.train", "train", data) for entry in raw}
+            stores |= dict.fromkeys(raw, self._make(found, data.split))
+        ordered = {entry: stores[entry] for entry in data_train(data)}
+        ranges = _ranges(ordered, name)
+        if name == "train":
+            lacking = [entry for entry in ordered if not any(e == entry for e, _, _ in ranges)]
+            if lacking:
+                raise UserError(f"data.train: no document of {lacking[0]} is left for training")
+        makers = [(c, name) for c in dict.fromkeys(ordered.values())]
+        return _place([(made, r) for _, made, r in ranges]), _ledger(name, makers)
+
+    def _other(self, name: str, entries: list[str], key: str) -> tuple[Place, Ledger]:
+        """A set of its own, of which all documents are taken."""
+        found = {entry: documents.find(entry, key, "validation", self.config.data) for entry in entries}
+        made = self._make(found, None)
+        return _place([(made, r) for r in made.ranges]), _ledger(name, [(made, "train")])
+
+    def _make(self, found: dict[str, list[Source]], split: str | None) -> Corpus:
+        return prepare_text.prepare(
+            self.config,
+            found,
+            self.tokenizer,
+            self.tokenizer_digest,
+            self.cache_dir,
+            split,
+            self.workers,
+            self.progress,
+        )
+
+    def _stores(self) -> dict[str, Corpus]:
+        """The entries of data.train that `tools.prepare` has made, opened and checked."""
+        stores = {}
+        for entry in data_train(self.config.data):
+            if corpus.is_corpus(Path(entry).expanduser()):
+                stores[entry] = Corpus.open(Path(entry).expanduser())
+                if stores[entry].tokenizer != self.tokenizer_digest:
+                    model = self.config.model.tokenizer or self.config.model.path
+                    raise UserError(
+                        f"data.train: {entry} was prepared with another tokenizer than that of {model}: "
+                        "prepare it again with this one (tools.prepare), or set model.tokenizer"
+                    )
+        return stores
+
+    def _share_of_validation(self) -> float:
+        split = self.config.data.split
+        return sources.shares(split)[1] if split is not None else 0.0
+
+
+def data_train(data: Any) -> list[str]:
+    """The entries of data.train; UserError if data.validation contradicts data.split."""
+    if data.split is not None and data.validation is not None:
+        raise UserError(
+            "data.split and data.validation are both given: the validation set is one or the other"
+        )
+    return _entries(data.train, "data.train")
+
+
+def _entries(value: Any, key: str) -> list[str]:
+    entries = sources.names(value, key)
+    twice = [entry for entry in entries if entries.count(entry) > 1]
+    if twice:
+        raise UserError(f"{key} names {twice[0]} twice")
+    return entries
+
+
+def _ranges(stores: dict[str, Corpus], split: str) -> list[tuple[str, Corpus, Range]]:
+    """[(entry, corpus, its documents of that set)]; all of a ready-made store are one range."""
+    out = []
+    for entry, made in stores.items():
+        own = [r for r in made.ranges if r.split == split]
+        named = [r for r in own if r.entry == entry]
+        if own and not named:
+            named = [Range(split, entry, own[0].begin, own[-1].end)]
+        out += [(entry, made, r) for r in named]
+    return out
+
+
+def _place(ranges: list[tuple[Corpus, Range]]) -> Place:
+    return [(str(made.path), r.begin, r.end) for made, r in ranges]
+
+
+def _ledger(name: str, made: list[tuple[Corpus, str]]) -> Ledger:
+    """The ledgers of several corpora as one."""
+    ledger = Ledger(name)
+    for one, split in made:
+        path = one.path / f"ledger-{split}.json"
+        if path.exists():
+            ledger.sources |= Ledger.load(path).sources
+    return ledger
+
+
+def open_set(place: Place, config: Config, name: str) -> RowSet:
+    """What `Maker.prepare` gave, opened. UserError for a blend that leaves a source out."""
+    if isinstance(place, str):
+        return TokenStore.open(place)
+    weights = config.cpt.weights if name == "train" else None
+    blocks = Blocks.open([(p, a, b) for p, a, b in place], config.data.max_length, config.cpt.cross_documents)
+    if weights is not None and 0 in (counts := plan.blend_counts(blocks.part_rows, weights)):
+        raise UserError(
+            f"cpt.weights: {weights[counts.index(0)]} of an epoch of {blocks.num_rows:,} blocks is less than "
+            "one block: raise it, or take more data"
+        )
+    return blocks
