@@ -26,7 +26,9 @@ def llama3():
 
 
 TOKENIZERS = {"gpt2": tiny_tokenizer(), "llama3": llama3()}
-LETTERS = st.sampled_from(list("aZé漢٣7²'’sSTl.,!-_ \t\n\r\x0b\x1c\x1f\x85\xa0\u2003\u200b\u3000🙂\u0301ǅ\x00"))
+LETTERS = st.sampled_from(
+    list("aZé漢٣7²'’sSTl.,!-_ \t\n\r\x0b\x1c\x1f\x85\xa0\u2003\u200b\u3000🙂\u0301ǅ\x00")
+)
 TEXTS = st.text(LETTERS | st.characters(exclude_categories=("Cs",)), max_size=40)
 
 
