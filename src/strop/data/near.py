@@ -56,13 +56,14 @@ def sketch(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def _shingles(tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes uint64 of shingles, and where each document's begin; a short document is one shingle."""
+    """Hashes uint64 of shingles, and where a document's begin; a short document is one shingle."""
     ends = np.cumsum(lengths)
     begins = ends - lengths
     words = _mix(tokens.astype(np.uint64) + np.uint64(1))
     sums = np.zeros(len(tokens), dtype=np.uint64)
-    for shift in range(min(SHINGLE, len(tokens))):  # tokens beyond a document's end are cut off below
-        sums[: len(tokens) - shift] += words[shift:] * np.uint64(pow(int(MULTIPLIERS[0]), shift, 2**64))
+    powers = np.array([pow(int(MULTIPLIERS[0]), i, 2**64) for i in range(SHINGLE)], dtype=np.uint64)
+    for shift in range(min(SHINGLE, len(tokens))):  # shingles beyond a document's end are left out below
+        sums[: len(tokens) - shift] += words[shift:] * powers[shift]
     hashes = _mix(sums)
     counts = np.maximum(lengths - SHINGLE + 1, 1)
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.uint64)
@@ -71,7 +72,8 @@ def _shingles(tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.n
     np.add.at(keep, begins + counts, -1)
     picked = hashes[np.cumsum(keep[:-1]) > 0]
     for row in np.flatnonzero(lengths < SHINGLE):
-        picked[int(offsets[row])] = _mix(words[begins[row] : ends[row]].cumsum()[-1:])[0]
+        weighed = words[begins[row] : ends[row]] * powers[: lengths[row]]
+        picked[int(offsets[row])] = _mix(weighed.sum(keepdims=True))[0]
     return picked, offsets
 
 

@@ -60,6 +60,7 @@ def prepare(
         shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         if corpus.is_corpus(path):  # another process was faster, and has removed the parts
+            shutil.rmtree(work, ignore_errors=True)
             return Corpus.open(path)
         if error.errno in STORAGE_ERRNOS:
             text = f"{error.strerror} (data.cache_dir); what is done so far is kept in {work}"
@@ -219,6 +220,8 @@ def _ledgers(table: Table, entries: dict[str, list[Source]], task: Task) -> dict
     """One for each set. What was left out belongs to no set, and stands in that of the training set."""
     present = [s for i, s in enumerate(SPLITS) if i == 0 or (table.split[~table.gone] == i).any()]
     ledgers = {name: Ledger(name) for name in present}
+    for entry in entries:
+        ledgers["train"].of(entry)  # in their order
     entry_of = [name for name, own in entries.items() for _ in own]
     for d in table.dropped:
         entry, name = entry_of[d.source], task.sources[d.source].name

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Union
 
 from strop.config import Config
-from strop.data import corpus, documents, plan, prepare_text, sources
+from strop.data import corpus, documents, noise, plan, prepare_text, sources
 from strop.data.blocks import Blocks
 from strop.data.corpus import Corpus, Range
 from strop.data.ledger import Ledger
@@ -58,7 +58,9 @@ class Maker:
     def prepare(self, name: str) -> tuple[Place, Ledger]:
         """Where the set lies, and what became of its rows. UserError, StorageError as the makers below."""
         if self.kind == "text":
-            return self._text(name)
+            place, ledger = self._text(name)
+            ledger.check(self.config.data.max_dropped_fraction, wanted=noise.REASONS)
+            return place, ledger
         config, split = self.config, name
         if name in config.validation.watch:
             data = dataclasses.replace(config.data, validation=config.validation.watch[name], split=None)
@@ -94,8 +96,10 @@ class Maker:
         ranges = _ranges(ordered, name)
         if name == "train":
             lacking = [entry for entry in ordered if not any(e == entry for e, _, _ in ranges)]
-            if lacking:
-                raise UserError(f"data.train: no document of {lacking[0]} is left for training")
+            if lacking and self.config.cpt.weights is not None:
+                raise UserError(
+                    f"data.train: no document of {lacking[0]} is left, which cpt.weights counts on"
+                )
         makers = [(c, name) for c in dict.fromkeys(ordered.values())]
         return _place([(made, r) for _, made, r in ranges]), _ledger(name, makers)
 
@@ -154,14 +158,13 @@ def _entries(value: Any, key: str) -> list[str]:
 
 
 def _ranges(stores: dict[str, Corpus], split: str) -> list[tuple[str, Corpus, Range]]:
-    """[(entry, corpus, its documents of that set)]; all of a ready-made store are one range."""
+    """[(entry, corpus, its documents of that set)]; a ready-made store is one range, whatever it is made of."""
     out = []
     for entry, made in stores.items():
         own = [r for r in made.ranges if r.split == split]
-        named = [r for r in own if r.entry == entry]
-        if own and not named:
-            named = [Range(split, entry, own[0].begin, own[-1].end)]
-        out += [(entry, made, r) for r in named]
+        if own and corpus.is_corpus(Path(entry).expanduser()):
+            own = [Range(split, entry, own[0].begin, own[-1].end)]
+        out += [(entry, made, r) for r in own if r.entry == entry]
     return out
 
 
