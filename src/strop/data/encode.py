@@ -1,8 +1,9 @@
 """Texts to token ids, for whole documents and many of them.
 
 Words are looked up where that is proven equal (words.py). A document is encoded as it stands, gets the BOS
-that its tokenizer puts before a text, and EOS; never a second one of either. A very long document is encoded in stretches, cut before a blank between two letters,
-if the tokenizer gives the same ids that way (a probe says so; else it is encoded as a whole).
+that its tokenizer puts before a text, and EOS; never a second one of either. A very long document is encoded
+in stretches, cut before a blank between two letters, if the tokenizer gives the same ids that way (a probe
+says so; else it is encoded as a whole).
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def bands(threshold: float) -> int:
 
 
 def sketch(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """uint32 [documents, NUM_HASHES] of documents that lie side by side in `tokens` int32 [sum of lengths]."""
+    """uint32 [documents, NUM_HASHES] of documents side by side in `tokens`, int32 [sum of lengths]."""
     shingles, offsets = _shingles(tokens, lengths)
     matrix = _rensa().digest_matrix_from_flat_token_hashes(shingles, offsets, NUM_HASHES, SEED)
     return np.array(matrix.to_rows(), dtype=np.uint32).reshape(len(lengths), NUM_HASHES)

@@ -62,7 +62,8 @@ class Index:
 
     lengths: list[int] = field(default_factory=list)
     rows: list[tuple[int, int]] = field(default_factory=list)
-    hashes: list[bytes] = field(default_factory=list)
+    hashes: list[np.ndarray] = field(default_factory=list)
+    """uint64 [documents, 2] of each batch."""
     dropped: dict[int, dict[str, dict[str, Any]]] = field(default_factory=dict)
     """source -> reason -> {"rows": n, "examples": [[line, message]]}."""
 
@@ -139,7 +140,7 @@ def _build(number: int) -> None:
                     out["sketches"].write(near.sketch(tokens, lengths).data)
                 index.lengths += lengths.tolist()
                 index.rows += [(source, document.line) for source, document in batch]
-                index.hashes += [_hash(document.text) for _, document in batch]
+                index.hashes.append(hash_array([document.text for _, document in batch]))
             _save(out["npz"], index)
         for path in aside.values():
             files.fsync(path)
@@ -159,7 +160,7 @@ def _save(file: Any, index: Index) -> None:
         file,
         lengths=np.array(index.lengths, dtype=np.int64),
         rows=np.array(index.rows, dtype=np.int64).reshape(-1, 2),
-        hashes=np.frombuffer(b"".join(index.hashes), dtype=np.uint64).reshape(-1, 2),
+        hashes=np.concatenate([np.zeros((0, 2), dtype=np.uint64), *index.hashes]),
         dropped=np.frombuffer(json.dumps(index.dropped).encode(), dtype=np.uint8),
     )
 
@@ -196,6 +197,11 @@ def _batches(kept: Iterator[tuple[int, Document]]) -> Iterator[list[tuple[int, D
 
 def _hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def hash_array(texts: list[str]) -> np.ndarray:
+    """uint64 [texts, 2]."""
+    return np.frombuffer(b"".join(map(_hash, texts)), dtype=np.uint64).reshape(-1, 2)
 
 
 def split_of(hashes: np.ndarray, split: str | None) -> np.ndarray:

@@ -49,7 +49,7 @@ class Maker:
         if self.kind == "text":
             beside = any(documents.beside(entry, c.data) for entry in _entries(c.data.train, "data.train"))
             validates = c.data.validation is not None or beside or self._share_of_validation() > 0
-            validates = validates or bool(_ranges(self._stores(), "validation"))
+            validates = validates or bool(_ranges(self.stores(), "validation"))
         else:
             sources.find(c.data, "train")  # a missing file is named before what it leads to
             validates = rows_have_validation(c.data)
@@ -76,38 +76,44 @@ class Maker:
         )
         return str(store.path), ledger
 
-    def _text(self, name: str) -> tuple[Place, Ledger]:
-        data = self.config.data
-        if name in self.config.validation.watch:
-            return self._other(name, [self.config.validation.watch[name]], f"validation.watch.{name}")
+    def text_sources(self, name: str) -> tuple[dict[str, list[Source]], bool]:
+        """(entry -> its sources, without stores; whether they are the training set's, of which `data.split`
+        may give this set a part) of a set of text."""
+        data, watch = self.config.data, self.config.validation.watch
+        if name in watch:
+            key = f"validation.watch.{name}"
+            return {watch[name]: documents.find(watch[name], key, "validation", data)}, False
         if name == "validation" and data.validation is not None:
-            return self._other(name, _entries(data.validation, "data.validation"), "data.validation")
+            key = "data.validation"
+            return {
+                e: documents.find(e, key, "validation", data) for e in _entries(data.validation, key)
+            }, False
+        entries = data_train(data)
         if name == "validation" and data.split is None:
-            found = {entry: own for entry in data_train(data) if (own := documents.beside(entry, data))}
+            found = {entry: own for entry in entries if (own := documents.beside(entry, data))}
             if found:
-                made = self._make(found, None)
-                return _place([(made, r) for r in made.ranges]), _ledger(name, [(made, "train")])
-        stores = self._stores()
-        raw = [entry for entry in data_train(data) if entry not in stores]
-        if raw:
-            found = {entry: documents.find(entry, "data.train", "train", data) for entry in raw}
-            stores |= dict.fromkeys(raw, self._make(found, data.split))
-        ordered = {entry: stores[entry] for entry in data_train(data)}
+                return found, False
+        raw = [entry for entry in entries if not corpus.is_corpus(Path(entry).expanduser())]
+        return {entry: documents.find(entry, "data.train", "train", data) for entry in raw}, True
+
+    def _text(self, name: str) -> tuple[Place, Ledger]:
+        found, shared = self.text_sources(name)
+        if not shared:
+            made = self._make(found, None)
+            return _place([(made, r) for r in made.ranges]), _ledger(name, [(made, "train")])
+        stores = self.stores()
+        if found:
+            stores |= dict.fromkeys(found, self._make(found, self.config.data.split))
+        ordered = {entry: stores[entry] for entry in data_train(self.config.data)}
         ranges = _ranges(ordered, name)
-        if name == "train":
+        if name == "train" and self.config.cpt.weights is not None:
             lacking = [entry for entry in ordered if not any(e == entry for e, _, _ in ranges)]
-            if lacking and self.config.cpt.weights is not None:
+            if lacking:
                 raise UserError(
                     f"data.train: no document of {lacking[0]} is left, which cpt.weights counts on"
                 )
-        makers = [(c, name) for c in dict.fromkeys(ordered.values())]
+        makers = [(made, name) for made in dict.fromkeys(ordered.values())]
         return _place([(made, r) for _, made, r in ranges]), _ledger(name, makers)
-
-    def _other(self, name: str, entries: list[str], key: str) -> tuple[Place, Ledger]:
-        """A set of its own, of which all documents are taken."""
-        found = {entry: documents.find(entry, key, "validation", self.config.data) for entry in entries}
-        made = self._make(found, None)
-        return _place([(made, r) for r in made.ranges]), _ledger(name, [(made, "train")])
 
     def _make(self, found: dict[str, list[Source]], split: str | None) -> Corpus:
         return prepare_text.prepare(
@@ -121,7 +127,7 @@ class Maker:
             self.progress,
         )
 
-    def _stores(self) -> dict[str, Corpus]:
+    def stores(self) -> dict[str, Corpus]:
         """The entries of data.train that `tools.prepare` has made, opened and checked."""
         stores = {}
         for entry in data_train(self.config.data):
@@ -158,7 +164,7 @@ def _entries(value: Any, key: str) -> list[str]:
 
 
 def _ranges(stores: dict[str, Corpus], split: str) -> list[tuple[str, Corpus, Range]]:
-    """[(entry, corpus, its documents of that set)]; a ready-made store is one range, whatever it is made of."""
+    """[(entry, corpus, its documents of that set)]; a ready-made store is one range, whatever is in it."""
     out = []
     for entry, made in stores.items():
         own = [r for r in made.ranges if r.split == split]
