@@ -67,9 +67,10 @@ def main() -> None:
     config = config_module.load(options.algo, options.config, options.overrides, notes)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    workers = options.workers or len(os.sched_getaffinity(0))
-    if workers < 1:
-        raise UserError(f"--workers {workers}: at least one is needed")
+    if options.workers is not None and options.workers < 1:
+        raise UserError(f"--workers {options.workers}: at least one is needed")
+    cpus = len(os.sched_getaffinity(0))
+    workers = options.workers or min(cpus, int(os.environ.get("SLURM_CPUS_ON_NODE", cpus)))
     # TERM ends it as Ctrl-C does; what is finished stays.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     # Workers are processes: threads of the tokenizer beside them would only be in each other's way.

@@ -106,6 +106,17 @@ def test_evaluation_sets_and_perplexity(ranks, toy, tmp_path):
             assert line[f"{prefix}perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
 
 
+def test_sft_watches_other_sets_too(ranks, toy, tmp_path):
+    """The validation set under another name has the same loss; DPO refuses."""
+    watch = {"watch": {"again": str(toy / "sft" / "validation.jsonl")}, "at_start": True}
+    config = t.config(toy, "sft", tmp_path / "s.yaml", train={"max_steps": 1}, validation=watch)
+    line = t.metrics(ranks.run("sft", config, f"{tmp_path.name}-sft").run_dir)[0]
+    assert line["eval_again_loss"] == line["eval_loss"]
+    config = t.config(toy, "dpo", tmp_path / "d.yaml", validation=watch)
+    code, text = ranks.fail("dpo", config, f"{tmp_path.name}-dpo")
+    assert (code, "validation.watch: not for DPO" in text) == (78, True)
+
+
 @pytest.fixture
 def blend(toy, tmp_path):
     """A new source, and a replay of an old one by weight; short epochs."""

@@ -71,6 +71,7 @@ def rows(texts):
 
 
 def test_documents_of_every_format_in_their_order(run, tmp_path):
+    import datasets
     import pyarrow
     import pyarrow.parquet
 
@@ -87,13 +88,14 @@ def test_documents_of_every_format_in_their_order(run, tmp_path):
         "c/sub/three.json": json.dumps(rows([texts[6]])),
         "c/ignored.csv": "x",
     }
-    entries = ["a.txt", "b.jsonl", "c", "d.jsonl.gz", "e.parquet"]
+    datasets.Dataset.from_list(rows(texts[12:])).save_to_disk(tmp_path / "f")
+    entries = ["a.txt", "b.jsonl", "c", "d.jsonl.gz", "e.parquet", "f"]
     got, ledger, made = run(files, entries)
-    order = [0, 1, 2, 3, 4, 6, 5, 7, 8, 9, 10, 11]  # c/one.txt, c/sub/three.json, c/two.md
+    order = [0, 1, 2, 3, 4, 6, 5, *range(7, 14)]  # c/one.txt, c/sub/three.json, c/two.md
     assert got == [texts[i] for i in order]
-    assert [made.row_id(i)[1] for i in range(12)] == [1, 1, 2, 3, 1, 1, 1, 1, 1, 2, 3, 4]
+    assert [made.row_id(i)[1] for i in range(14)] == [1, 1, 2, 3, 1, 1, 1, 1, 1, 2, 3, 4, 1, 2]
     assert made.row_id(5)[0] == str(tmp_path / "c" / "sub" / "three.json")
-    assert [entry.used for entry in ledger.sources.values()] == [1, 3, 3, 1, 4]
+    assert [entry.used for entry in ledger.sources.values()] == [1, 3, 3, 1, 4, 2]
     tokens = sum(len(TOKENIZER(t, add_special_tokens=False)["input_ids"]) + 1 for t in got)
     assert sum(entry.tokens for entry in ledger.sources.values()) == tokens == int(made.offsets[-1])
 
@@ -193,6 +195,14 @@ def test_noise_is_measured_as_defined(run):
     )
     assert got == [text(1)]
     assert reasons(ledger) == {"short": 1, "repetition": 1, "symbols": 1, "long": 1}
+
+
+def test_languages(run):
+    german = "Das ist ein Satz, der ganz und gar auf Deutsch geschrieben wurde, und noch einer dazu."
+    english = "This is a sentence that was written in English from the first word to the last."
+    got, ledger, _ = run({"a.jsonl": rows([german, english])}, language="fr,en")
+    assert got == [english]
+    assert reasons(ledger) == {"language": 1}
 
 
 def test_splits_by_content_and_ranges(run, tmp_path):

@@ -45,18 +45,21 @@ def prepare(
     split: str | None = None,
     workers: int = 1,
     progress: Progress = lambda done, total: None,
+    label: str = "train",
 ) -> Corpus:
     """The corpus of `entries` (name -> its sources): found in the cache, else made.
 
     split: `data.split`, or None where all documents are of one set ("train" in the corpus). progress: parts
-    built, of how many. Raises UserError (key, file or line named) and StorageError; finished parts stay.
+    built, of how many. label: what messages call the set. Raises UserError (key, file or line named) and
+    StorageError; finished parts stay.
     """
     digest = _digest(config, entries, tokenizer_digest, split)
     path = Path(cache_dir) / f"text-{digest[:24]}"
     work = path.with_name(f"{path.name}.partial")
     try:
         if not corpus.is_corpus(path):
-            _make(config, entries, tokenizer, digest, tokenizer_digest, path, work, split, workers, progress)
+            task = _make(config, entries, tokenizer, work, split, workers, progress)
+            _finish(config, entries, task, path, digest, tokenizer_digest, label)
         shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         if corpus.is_corpus(path):  # another process was faster, and has removed the parts
@@ -89,34 +92,44 @@ def _make(
     config: Config,
     entries: dict[str, list[Source]],
     tokenizer: Any,
-    digest: str,
-    tokenizer_digest: str,
-    path: Path,
     work: Path,
     split: str | None,
     workers: int,
     progress: Progress,
-) -> None:
+) -> Task:
+    """Build all parts."""
     noise.build(config.prepare)  # a missing package is said before any work
     found = [source for own in entries.values() for source in own]
     pieces = [p for i, source in enumerate(found) for p in documents.pieces(i, source, config.prepare)]
     task = Task(tuple(found), config.data, config.prepare, tokenizer, split, work, parts.group(pieces))
     work.mkdir(parents=True, exist_ok=True)
     parts.build_all(task, workers, progress)
-    aside = work / f"corpus-{uuid.uuid4().hex[:8]}"
+    return task
+
+
+def _finish(
+    config: Config,
+    entries: dict[str, list[Source]],
+    task: Task,
+    path: Path,
+    digest: str,
+    tokenizer_digest: str,
+    label: str,
+) -> None:
+    """The parts to a corpus at `path`."""
+    aside = task.work / f"corpus-{uuid.uuid4().hex[:8]}"
     aside.mkdir()
     table = _read(task, entries)
     _drop_duplicates(table, task, aside)
-    ledgers = _ledgers(table, entries, task)
-    for name, ledger in ledgers.items():
+    for name, ledger in _ledgers(table, entries, task, label).items():
         ledger.check(config.data.max_dropped_fraction, wanted=noise.REASONS)
         ledger.save(aside / f"ledger-{name}.json")
-    order = _copy(table, task, aside, progress)
+    order = _copy(table, task, aside)
     corpus.write_index(
         aside,
         lengths=table.lengths[order],
         rows=table.rows[order],
-        sources=[source.name for source in found],
+        sources=[source.name for source in task.sources],
         ranges=_ranges(table, order, list(entries)),
         digest=digest,
         tokenizer=tokenizer_digest,
@@ -216,10 +229,10 @@ def _drop_duplicates(table: Table, task: Task, aside: Path) -> None:
         path.unlink()
 
 
-def _ledgers(table: Table, entries: dict[str, list[Source]], task: Task) -> dict[str, Ledger]:
+def _ledgers(table: Table, entries: dict[str, list[Source]], task: Task, label: str) -> dict[str, Ledger]:
     """One for each set. What was left out belongs to no set, and stands in that of the training set."""
     present = [s for i, s in enumerate(SPLITS) if i == 0 or (table.split[~table.gone] == i).any()]
-    ledgers = {name: Ledger(name) for name in present}
+    ledgers = {name: Ledger(label if name == "train" else name) for name in present}
     for entry in entries:
         ledgers["train"].of(entry)  # in their order
     entry_of = [name for name, own in entries.items() for _ in own]
@@ -239,7 +252,7 @@ def _ledgers(table: Table, entries: dict[str, list[Source]], task: Task) -> dict
     return ledgers
 
 
-def _copy(table: Table, task: Task, aside: Path, progress: Progress) -> np.ndarray:
+def _copy(table: Table, task: Task, aside: Path) -> np.ndarray:
     """Write the tokens of the documents that stay, by set and entry; their numbers in that order.
 
     Parts are in the order of the entries, so one pass over them for each set is enough.
@@ -255,7 +268,6 @@ def _copy(table: Table, task: Task, aside: Path, progress: Progress) -> np.ndarr
                 for tokens in _selected(task.file(number, "tokens"), table.lengths[rows], keep):
                     writer.write(tokens)
                 order.append(rows[keep])
-            progress(len(task.parts), len(task.parts))
     writer.close()
     if not order:
         raise UserError("no document is left: all were dropped")

@@ -99,11 +99,11 @@ class Maker:
     def _text(self, name: str) -> tuple[Place, Ledger]:
         found, shared = self.text_sources(name)
         if not shared:
-            made = self._make(found, None)
+            made = self._make(found, None, name)
             return _place([(made, r) for r in made.ranges]), _ledger(name, [(made, "train")])
         stores = self.stores()
         if found:
-            stores |= dict.fromkeys(found, self._make(found, self.config.data.split))
+            stores |= dict.fromkeys(found, self._make(found, self.config.data.split, "train"))
         ordered = {entry: stores[entry] for entry in data_train(self.config.data)}
         ranges = _ranges(ordered, name)
         if name == "train" and self.config.cpt.weights is not None:
@@ -115,7 +115,7 @@ class Maker:
         makers = [(made, name) for made in dict.fromkeys(ordered.values())]
         return _place([(made, r) for _, made, r in ranges]), _ledger(name, makers)
 
-    def _make(self, found: dict[str, list[Source]], split: str | None) -> Corpus:
+    def _make(self, found: dict[str, list[Source]], split: str | None, label: str) -> Corpus:
         return prepare_text.prepare(
             self.config,
             found,
@@ -125,6 +125,7 @@ class Maker:
             split,
             self.workers,
             self.progress,
+            label,
         )
 
     def stores(self) -> dict[str, Corpus]:
