@@ -18,7 +18,15 @@ from tests import toy as t
 from tests.unit.data_helpers import tiny_tokenizer
 
 EOS = tiny_tokenizer().eos_token_id
-GOLDEN = [6.9]
+GOLDEN = [
+    7.3057261037302546,
+    7.176756783817591,
+    7.012004380815484,
+    6.827821731567383,
+    6.227996994777279,
+    6.191290658279504,
+]
+"""fp32 on an x86 CPU; other kernels round the last digits otherwise."""
 
 
 def documents(path):
@@ -64,7 +72,7 @@ def test_loss_and_gradient_of_a_step_equal_plain_fp64(ranks, toy, tmp_path, case
     """whole: one block with all documents uncut, so that the truth runs each document alone. AdamW's first
     moment after one step is (1 - β1) times the gradient of every parameter."""
     docs = documents(toy / "text" / "training.jsonl")
-    length = 500 if case == "whole" else 32
+    length = 600 if case == "whole" else 32
     data = {"train": str(toy / "text"), "max_length": length}
     run_dir = run(
         ranks, toy, tmp_path, "one", 2,
