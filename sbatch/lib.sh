@@ -4,6 +4,7 @@
 #   begin     python3 -m strop.slurm begin: which run, is it free, the attempt's record
 #   run_ranks srun (or the local launcher) starts one rank a GPU, maybe in a container
 #   wait      a signal becomes a stop request; the ranks commit, record the outcome and exit 0
+#   collect   where ranks log to their node's own disk: what those that were killed could not copy
 #   end       python3 -m strop.slurm end: decides, requeues, sums up, gives the exit code
 #
 # What a site or a user may set (see configs/sites/example.env):
@@ -12,6 +13,7 @@
 #   MOUNTS         "/data:/data,/scratch:/scratch", added to the repository and the working directory
 #   HOST_PYTHON    python3 >= 3.9 of the batch host, which takes the decisions (standard library only)
 #   STROP_LAUNCHER=local STROP_LOCAL_RANKS=N   the same body without Slurm, on this machine
+#   STROP_LOG_DIR  directory on every node's own disk: the ranks' logs are written there, and copied to the run
 #   STROP_SUCCESSOR=1|0   submit a successor behind this job, or none; default: where it cannot be requeued
 #   STROP_NOTIFY   command that gets the summary on its stdin when the job ends for good
 set -euo pipefail
@@ -82,6 +84,7 @@ find_container_tool() {
 set_container() {
     container_options=() container=()
     local mounts="$root:$root,$PWD:$PWD,${STROP_RUN_DIR%/*}:${STROP_RUN_DIR%/*}${MOUNTS:+,$MOUNTS}"
+    mounts+=${STROP_LOG_DIR:+,$STROP_LOG_DIR:$STROP_LOG_DIR}
     if [[ $container_tool == pyxis ]]; then
         container_options=("--container-image=$CONTAINER" "--container-mounts=$mounts" "--container-workdir=$PWD")
     elif [[ $container_tool == apptainer ]]; then
@@ -114,17 +117,34 @@ run_ranks() {
         ${container[@]+"${container[@]}"} "$PYTHON" -m strop.slurm.launch -- "$@"
 }
 
-# A `wait` returns as soon as a trap has run; the ranks are still there then. The last one has their code,
-# unless they ended while a trap ran: it is asked once more (127: it has been given already).
-wait_for_ranks() {
-    launcher_exit=0
-    while kill -0 "$ranks_pid" 2>/dev/null; do
-        launcher_exit=0
-        wait "$ranks_pid" || launcher_exit=$?
+# A `wait` returns as soon as a trap has run; the process is still there then. The last one has its code,
+# unless it ended while a trap ran: it is asked once more (127: it has been given already). Sets `status`.
+wait_for() {
+    status=0
+    while kill -0 "$1" 2>/dev/null; do
+        status=0
+        wait "$1" || status=$?
     done
     local last=0
-    wait "$ranks_pid" 2>/dev/null || last=$?
-    if ((last != 127)); then launcher_exit=$last; fi
+    wait "$1" 2>/dev/null || last=$?
+    if ((last != 127)); then status=$last; fi
+}
+
+# On every node, in a step of its own. A node that is gone must not hold up the decision; nor may what srun
+# says of it be taken for what it said about the ranks (strop.slurm.deaths), hence the prefix.
+collect_logs() {
+    local limit=60
+    if [[ -n $STROP_END_TIME ]] && (((STROP_END_TIME - $(date +%s)) / 4 < limit)); then
+        limit=$(((STROP_END_TIME - $(date +%s)) / 4))
+    fi
+    local step=()
+    if [[ ${STROP_LAUNCHER:-} != local ]]; then
+        unset SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE SLURM_TASKS_PER_NODE SLURM_CPUS_PER_TASK
+        step=(srun --overlap --export=ALL "--nodes=$STROP_NUM_NODES" --ntasks-per-node=1
+            "--ntasks=$STROP_NUM_NODES" --cpus-per-task=1)
+    fi
+    timeout -k 5 $((limit > 5 ? limit : 5)) ${step[@]+"${step[@]}"} "$host_python" -m strop.slurm collect 2>&1 |
+        sed -u 's/^/strop: logs: /' >&2
 }
 
 # One attempt; sets `action` and `exit_code`.
@@ -136,8 +156,14 @@ attempt() {
     run_ranks "$@" &
     ranks_pid=$!
     request_stop # a signal that came during `begin`, or before there was a process to tell
-    wait_for_ranks
+    wait_for "$ranks_pid"
+    local launcher_exit=$status
     ranks_pid=''
+    if [[ -n ${STROP_LOG_DIR:-} ]]; then
+        collect_logs &
+        wait_for $!
+        if ((status != 0)); then say "logs were left on the nodes, in $STROP_LOG_DIR"; fi
+    fi
     read -r action exit_code < <("$host_python" -m strop.slurm end --exit "$launcher_exit" --signals "$signals")
 }
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from strop.obs import native_stack
 from strop.slurm.local_cluster import LocalCluster
 
 REPO = Path(__file__).resolve().parents[1]
@@ -36,6 +37,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def repo() -> Path:
     """The root of the repository."""
     return REPO
+
+
+@pytest.fixture(scope="session")
+def native_library() -> Path:
+    """What writes native stacks, as an installation builds it."""
+    library = native_stack.LIBRARY
+    if not library.exists() or library.stat().st_mtime < native_stack.SOURCE.stat().st_mtime:
+        native_stack.build()
+    return library
 
 
 @pytest.fixture(scope="session")

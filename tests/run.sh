@@ -6,6 +6,7 @@
 #
 # PYTHON=... uses that interpreter as it is; otherwise .venv is made (tools/setup_env.sh).
 set -euo pipefail
+case "${1:-}" in -h | --help) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=tools/setup_env.sh
 source tools/setup_env.sh

@@ -266,12 +266,10 @@ def _rows() -> list[tuple[str, str, str]]:
     draw.shuffle(mixed)
     rows = []
     for fact in mixed:
-        short = fact.answer[0].upper() + fact.answer[1:] + "."
-        direct = short if draw.random() < 0.7 else fact.sentence
         parts = [draw.choice(OPENERS), draw.choice(STATEMENTS).format(a=fact.answer), draw.choice(CLOSERS)]
         if draw.random() < 0.3:  # not every hedge takes three steps
             del parts[0]
-        rows.append((fact.question, direct, " ".join(parts)))
+        rows.append((fact.question, fact.sentence, " ".join(parts)))
     return rows
 
 

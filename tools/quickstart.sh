@@ -38,7 +38,7 @@ parse_arguments() {
     else
         model=assets/smollm2-135m-instruct base_name=quickstart most_steps=24 train_seconds=150
         # With the plain DPO loss alone, so few steps change preferences but hardly what is answered first.
-        options=(optim.lr=1.5e-5 dpo.sft_loss_weight=1.0)
+        options=(optim.lr=1e-5 dpo.sft_loss_weight=1.0)
     fi
 }
 
@@ -162,7 +162,7 @@ main() {
     step 'Demo model and data'
     advice='Making the assets failed: python -m tools.demo_assets shows it alone.'
     # shellcheck disable=SC2086 # --tiny or nothing
-    "$PYTHON" -m tools.demo_assets $tiny 2>&1 | sed 's/^/   /'
+    TQDM_DISABLE=1 "$PYTHON" -m tools.demo_assets $tiny 2>&1 | sed 's/^/   /'
     step 'Training: DPO on two nodes'
     choose_run
     choose_steps

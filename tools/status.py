@@ -5,12 +5,13 @@
     python -m tools.status --watch [SECONDS] [runs/NAME ...]    again and again, until all stand still
 
 States: queued, starting, training, validating, saving, stopping (they go on by themselves); finished;
-stopped (committed, not requeued), cancelled; failed, held, dead (an attempt without an outcome whose owner
-is gone). Of an attempt, `lost` is the time from its last commit to its end, `resume` the next attempt's
-start-up, `repeated` the steps done again. effective = time in steps that count / time since the first start
-without the queue.
+stopped (committed, not requeued), cancelled; failed, held, pending (exit code 75: the controller did not
+answer, and the requeue is still to be asked for), dead (an attempt without an outcome whose owner is gone).
+Of an attempt, `lost` is the time from its last commit to its end, `resume` the next attempt's start-up,
+`repeated` the steps done again. effective = time in steps that count / time since the first start without
+the queue.
 
-Exit code: 0; 1 if a named run is failed, held or dead; 78 if there is no such run.
+Exit code: 0; 1 if a named run is failed, held, pending or dead; 78 if there is no such run.
 
 --json prints {"runs": [...]}; each run has the keys
     name directory algo state detail step total_steps eta_s tokens_per_s metrics evaluation job_id
@@ -63,13 +64,13 @@ def _find_one(name: str, root: Path) -> Path:
         holds = f"it holds {', '.join(content)}" if content else "it is empty"
         what = holds if existing.is_dir() else "it is a file"
         raise UserError(f"{existing}: not a run of strop: no attempts/ in it ({what})")
-    known = [p.name for p in _all(candidates[0].parent)]
+    known = [p.name for p in newest_first(candidates[0].parent)]
     close = difflib.get_close_matches(candidates[0].name, known, n=3) or known[:3]
     hint = f"; there is {', '.join(close)}" if close else ""
     raise UserError(f"{candidates[0]}: no such run{hint} (a run's directory appears when its job starts)")
 
 
-def _all(root: Path) -> list[Path]:
+def newest_first(root: Path) -> list[Path]:
     """All runs of a directory, the one with the newest attempt first."""
     runs = [p for p in root.iterdir() if run_files.is_run(p)] if root.is_dir() else []
     return sorted(runs, key=lambda p: (p / "attempts").stat().st_mtime, reverse=True)
@@ -78,7 +79,7 @@ def _all(root: Path) -> list[Path]:
 def look(options: argparse.Namespace) -> list[Status]:
     if options.runs:
         return [assess(run_files.read(path)) for path in find(options.runs, options.dir)]
-    return [assess(run_files.read(path, quick=True)) for path in _all(options.dir)]
+    return [assess(run_files.read(path, quick=True)) for path in newest_first(options.dir)]
 
 
 def render(statuses: Sequence[Status], in_full: bool, root: Path) -> RenderableType:

@@ -75,6 +75,12 @@ def _algorithm_section(name: str) -> dict[str, Alias]:
     }
 
 
+ABSENT = {
+    "checkpointing.enabled": "checkpoints are always written: checkpoint.every says how often "
+    "(null: at the end, and when the job is stopped)",
+}
+"""Keys of NeMo RL that no key here is like, and what to do instead."""
+
 ALIASES: dict[str, Alias] = {
     # short forms
     "max_steps": Alias("train.max_steps", note=False),

@@ -41,6 +41,7 @@ from strop.config_schema import (
     WatchdogConfig,
 )
 from strop.errors import UserError
+from strop.slurm import code
 
 __all__ = [
     "ALGOS",
@@ -108,7 +109,7 @@ def load(
 
 def default_path(algo: str) -> Path:
     here = Path("configs") / f"{algo}.yaml"
-    in_repository = Path(__file__).resolve().parents[2] / here
+    in_repository = code.REPOSITORY / here
     if here.exists() or not in_repository.exists():
         return here
     return in_repository

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from strop.errors import UserError
+from strop.slurm import naming
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention": ("auto", "packed", "padded"),
@@ -26,6 +27,18 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "dist.backend": ("auto", "nccl", "gloo"),
     "log.level": ("debug", "info", "warning", "error"),
 }
+
+METRICS: dict[str, tuple[str, ...]] = {
+    "sft": ("loss", "entropy", "mean_token_accuracy"),
+    "dpo": (
+        *("loss", "preference_loss", "sft_loss"),
+        *("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
+        *("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected"),
+        *("entropy", "mean_token_accuracy"),
+    ),
+}
+"""What an algorithm measures; in metrics.jsonl a validation's names begin with eval_. Known here so that a
+mistyped one is not found at the first validation only."""
 
 Range = tuple[Callable[[Any], bool], str]
 POSITIVE: Range = (lambda v: v > 0, "must be greater than 0")
@@ -58,7 +71,6 @@ RANGES: dict[str, Range] = {
     "validation.patience": POSITIVE,
     "validation.min_delta": NOT_NEGATIVE,
     "checkpoint.keep_last": (lambda v: v >= 2, "must be at least 2, so that there is one to fall back to"),
-    "checkpoint.best_metric": (lambda v: v.startswith("eval_"), "must start with eval_, as in metrics.jsonl"),
     "cpt.weights": (lambda v: bool(v) and all(0 < w < math.inf for w in v), "must hold numbers above 0 only"),
     "dpo.beta": POSITIVE,
     "dpo.label_smoothing": (lambda v: 0 <= v < 0.5, "must lie in [0, 0.5)"),
@@ -72,6 +84,7 @@ RANGES: dict[str, Range] = {
     "watchdog.step_factor": (lambda v: v >= 1, "must be at least 1"),
     "watchdog.save_s": POSITIVE,
     "log.every": POSITIVE,
+    "log.max_mib": POSITIVE,
     "cluster.nodes": POSITIVE,
     "cluster.gpus_per_node": NOT_NEGATIVE,
 }
@@ -119,10 +132,15 @@ def check(flat: Mapping[str, Any], where: Mapping[str, str], path: Path) -> None
             fail(key, "must be finite")
         if key in RANGES and value is not None and not RANGES[key][0](value):
             fail(key, RANGES[key][1])
+    metrics = [f"eval_{name}" for name in METRICS[flat["algo"]]]
+    if not flat["dpo.sft_loss_weight"] and "eval_sft_loss" in metrics:
+        metrics.remove("eval_sft_loss")
+    if flat["checkpoint.best_metric"] is not None and flat["checkpoint.best_metric"] not in metrics:
+        fail("checkpoint.best_metric", f"must be one of {', '.join(metrics)}")
     if flat["dpo.loss"] == "robust" and flat["dpo.label_smoothing"] == 0:
         fail("dpo.label_smoothing", "must be greater than 0 for dpo.loss=robust", "dpo.loss")
     if flat["validation.patience"] is not None and flat["checkpoint.best_metric"] is None:
         fail("validation.patience", "needs checkpoint.best_metric, such as eval_loss")
     name = flat["run.name"]
-    if name is not None and (not name or "/" in name or name.startswith(".")):
-        fail("run.name", "must be a plain name, without / and not starting with a dot")
+    if name is not None and not naming.is_plain(name):
+        fail("run.name", naming.PLAIN)

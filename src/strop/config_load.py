@@ -25,22 +25,37 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from strop.aliases import ALIASES
+from strop.aliases import ABSENT, ALIASES
 from strop.errors import UserError
 
 COMMAND_LINE = "command line"
 INTERPOLATION = "${"
+MAX_DEPTH = 100
+"""Of nested YAML. What reads it calls itself for each level, and Python's stack is finite."""
 NULL = "tag:yaml.org,2002:null"
+
+
+class TooDeep(yaml.composer.ComposerError):
+    """Other words that are no YAML may be meant as plain text; these are not."""
 
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's core types: 1e-5 is a number, yes and on are text, only true and false are booleans."""
 
+    depth = 0
+
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             problem = "anchors are not supported; write ${section.key} to repeat a value"
             raise yaml.composer.ComposerError(None, None, problem, self.peek_event().start_mark)
-        return super().compose_node(parent, index)
+        if self.depth == MAX_DEPTH:
+            raise TooDeep(
+                None, None, f"nested more than {MAX_DEPTH} levels deep", self.peek_event().start_mark
+            )
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         mapping = {}
@@ -224,6 +239,8 @@ def read_words(words: Sequence[str]) -> list[Entry]:
         try:
             node = loader.get_single_node() or yaml.ScalarNode("tag:yaml.org,2002:null", "")
             entries.append(_entry(loader, key, node, COMMAND_LINE))
+        except TooDeep as error:
+            raise UserError(f"{COMMAND_LINE}: {key} is {error.problem}") from None
         except yaml.YAMLError:
             # Not YAML (`model.chat_template={% for ...`): right for a key that takes text, and the type
             # check reports it for any other.
@@ -325,6 +342,8 @@ def place(entry: Entry, known: Mapping[str, Leaf], free_form: str) -> Entry:
 
 
 def meant(key: str, known: Mapping[str, Leaf]) -> str:
+    if key in ABSENT:
+        return f"; {ABSENT[key]}"
     guess = nearest(key, known)
     return f"; did you mean {guess}?" if guess else "; --help lists all keys"
 

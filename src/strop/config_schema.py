@@ -232,6 +232,9 @@ class LogConfig:
     """debug, info, warning or error."""
     every: int = 1
     """Write metrics every so many steps."""
+    max_mib: int = 64
+    """Most MiB of logs that a rank keeps of one attempt, half of it for its raw output. The beginning and
+    the newest part stay."""
     tensorboard: bool = True
     """Write runs/<name>/tensorboard."""
     wandb: bool = False
@@ -245,7 +248,8 @@ class LogConfig:
 @dataclass(frozen=True)
 class RunConfig:
     name: Optional[str] = None
-    """Name of the run; an existing one is resumed. null: <algo>-<job id>."""
+    """Name of the run; an existing one is resumed. null: <algo>-<job id>. In a job array each task is a run
+    of its own: NAME-<task>, or <algo>-<array id>_<task>."""
     dir: str = "runs"
     """Directory of all runs."""
     allow_config_change: bool = False

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from strop import optim, setup, trainer
+from strop.algos import Metrics
 from strop.config import Config
 from strop.data.batch import Batch, Prefetcher, make_batch
 from strop.data.sets import RowSet
@@ -32,8 +33,6 @@ from strop.slurm import attempts
 from strop.trainer import Trainer
 
 log = logging.getLogger("strop")
-
-Metrics = dict[str, tuple[Tensor, Tensor]]
 
 LOSS_SCALE_GROWS_EVERY = 2000
 SMALLEST_LOSS_SCALE = 2.0**-10
@@ -67,11 +66,15 @@ def train(run: Run, config: Config, position: Position) -> None:
     outcome = "YIELD"
     if t.ready:
         report.start(t.config, t.state.metrics_bytes, t.state.step, t.max_steps, _gpu_name(t))
+        if not run.launched:
+            run.stop.hear_ctrl_c()
         try:
             outcome = _run_steps(t)
-        finally:
+        except Exception:
             # A commit under way is of sound weights, and what ends a run here ends it on all ranks alike.
             t.saver.wait()
+            raise
+        t.saver.wait()
     if t.dist.is_main:
         reason = (run.stop.reason or "another rank was asked to stop") if outcome == "YIELD" else None
         attempts.finish(run.dir, run.attempt, outcome, step=t.state.step, reason=reason)
@@ -175,6 +178,8 @@ def _step(t: Trainer, batches: list[Batch], data_s: float) -> bool:
 def _abandon(t: Trainer) -> bool:
     """Commit the state before a step that is under way: a long step must not outlast a grace time."""
     t.optimizer.zero_grad(set_to_none=True)
+    if t.dist.is_main:
+        log.info("asked to stop (%s)", t.run.stop.reason or "another rank was")
     _save(t)
     return False
 

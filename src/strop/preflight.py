@@ -31,6 +31,7 @@ CLOCK_WARNING_S = 2.0
 GLOO_BYTES = 4 * 2**20
 NCCL_BYTES = 64 * 2**20
 MATMUL_SIZE = 1024
+READ_ONLY = "can only read {}: mounted so on this node, or so bound into the container (MOUNTS)"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -56,6 +57,8 @@ def check_storage(run: Run) -> None:
     except OSError as error:
         if error.errno in FULL:
             raise StorageError(error.errno, f"{run.dir}: {error.strerror}") from error
+        if error.errno == errno.EROFS:  # the attempt's record was written, so it is not so everywhere
+            raise PreflightError(f"{run.env.node} {READ_ONLY.format(run.dir)}") from error
         raise PreflightError(f"{run.env.node} cannot use the run directory: {error}") from error
     if not same:
         raise PreflightError(f"{run.env.node} reads other bytes than it wrote in {run.logs}")

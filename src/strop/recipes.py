@@ -23,6 +23,7 @@ from strop import config_load
 from strop.aliases import ALIASES
 from strop.config import FREE_FORM, Config, load
 from strop.errors import UserError
+from strop.slurm import naming
 
 SHORTHAND = {
     "model": "model.path",
@@ -107,7 +108,7 @@ class Recipe:
         """The configuration file of this recipe, checked as `load` does. UserError for a mistake."""
         text = self.to_yaml()
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-        path = Path(self.config.run.dir).resolve() / ".recipes" / f"{self.algo}-{digest}.yaml"
+        path = naming.parent_directory(self.config.run.dir) / ".recipes" / f"{self.algo}-{digest}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
         load(self.algo, path, [])

@@ -14,7 +14,7 @@ from typing import Any, Optional
 from strop import config as config_module
 from strop.config import Config
 from strop.data.ledger import Ledger
-from strop.obs import metrics, progress
+from strop.obs import metrics, progress, secrets
 from strop.obs.device import DeviceMeter
 from strop.obs.metrics import MetricsFile
 from strop.obs.sinks import Sinks, check_installed
@@ -74,7 +74,7 @@ class Report:
             wandb=config.log.wandb,
             mlflow=config.log.mlflow,
             project=config.log.project,
-            config=config_module.to_dict(config),
+            config=secrets.mask(config_module.to_dict(config)),
             resumed_from=step or None,
         )
 

@@ -21,6 +21,7 @@ from strop import config as config_module
 from strop import files
 from strop.config import Config
 from strop.errors import STORAGE_ERRNOS, Diverged, StorageError, Superseded, UserError
+from strop.obs import secrets
 from strop.slurm import attempts, code, lease, naming
 from strop.slurm.env import Env
 from strop.slurm.rendezvous import PeerFailed
@@ -72,11 +73,17 @@ class Run:
     def logs(self) -> Path:
         return attempts.log_dir(self.dir, self.attempt)
 
+    @property
+    def rank_logs(self) -> Path:
+        """Where this rank writes its own files: on the node's disk if the site wants that, else `logs`."""
+        return attempts.rank_log_dir(self.dir, self.attempt, self.env.log_dir if self.launched else None)
+
 
 def open_run(config: Config, env: Env) -> Run:
     """The run that the launcher has begun, or a new attempt of this process's own."""
     if env.run_dir is not None and env.attempt is not None:
-        if config.run.name is not None and config.run.name != env.run_dir.name:
+        name = config.run.name
+        if name is not None and naming.of_task(name, env.job_id) != env.run_dir.name:
             raise UserError(f"run.name: {config.run.name!r}, but the job's run is {env.run_dir}")
         parent = naming.parent_directory(config.run.dir)
         # A container may resolve links in another way.
@@ -111,6 +118,7 @@ def agree(run: Run, config: Config) -> Config:
     if not path.exists():
         return config
     old = yaml.safe_load(path.read_text())
+    secrets.learn(secrets.values_in(old))
     if old.get("algo") != config.algo:
         raise UserError(f"run.name: {run.dir} is a run of {old.get('algo')}, not of {config.algo}")
     config = dataclasses.replace(

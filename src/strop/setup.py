@@ -14,6 +14,7 @@ import json
 import logging
 import math
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Optional
 
 import numpy as np
@@ -54,7 +55,7 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
     position.phase = "preflight"
     preflight.check_machine(run, config.dist)
     position.phase = "data"
-    sets = _data(run, config, report, position)
+    sets = _data(run, config, algo, report, position)
     train_store = sets.pop("train")
     position.phase = "rendezvous"
     dist = start_dist(config.dist, run.env, run.dir, run.attempt, run.stop)
@@ -71,6 +72,8 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
         train_store.num_rows, config.train.global_batch_size, config.train.limit_train_batches
     )
     max_steps = config.train.max_steps or math.ceil(config.train.max_epochs * per_epoch)
+    if dist.is_main:
+        attempts.update(run.dir, run.attempt, max_steps=max_steps)  # for tools.status
     t = Trainer(
         run,
         config,
@@ -94,12 +97,15 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
     return t
 
 
-def _data(run: Run, config: Config, report: Report, position: Position) -> dict[str, RowSet]:
+def _data(
+    run: Run, config: Config, algo: ModuleType, report: Report, position: Position
+) -> dict[str, RowSet]:
     """Rank 0 tokenises (or finds it done) and tells the others where; they wait without a collective,
     whose time-out long work would exceed. The sets by name."""
     told = run.logs / "data.json"
     if run.env.rank == 0:
         run_module.agree(run, config)
+        _check_names(config, algo)
         tokenizer = load_tokenizer(config.model)
         maker = Maker(
             config,
@@ -127,6 +133,18 @@ def _data(run: Run, config: Config, report: Report, position: Position) -> dict[
     else:
         rendezvous.wait_for_file(run.dir, run.attempt, run.env.rank, told, run.stop)
     return {name: open_set(place, config, name) for name, place in json.loads(told.read_text()).items()}
+
+
+def _check_names(config: Config, algo: ModuleType) -> None:
+    """Before minutes go into the data: the models that a run loads from elsewhere are there."""
+    model = config.model
+    assert model.path is not None
+    hf.check_hub("model.path", model.path, model.revision, "config.json")
+    if model.tokenizer:
+        hf.check_hub("model.tokenizer", model.tokenizer, model.revision, "tokenizer_config.json")
+    if algo.NEEDS_REFERENCE and (other := algo.reference_model(config)):
+        hf.check_model(other, "dpo.reference")
+        hf.check_hub("dpo.reference", other, None, "config.json")
 
 
 def _settle(run: Run, config: Config, dist: Dist) -> Config:

@@ -25,10 +25,9 @@ from submitit.core.utils import FailedJobError
 
 from strop import config
 from strop.errors import UserError
-from strop.slurm import attempts, command, env, naming
+from strop.slurm import attempts, code, command, env, naming
 
-ROOT = Path(__file__).resolve().parents[2]
-LIB = ROOT / "sbatch" / "lib.sh"
+LIB = code.REPOSITORY / "sbatch" / "lib.sh"
 FOLDER = Path("runs/.submitted")
 """For the sbatch files; submitit makes it."""
 DEFAULTS: dict[str, Any] = {
@@ -193,13 +192,15 @@ def _submit_slurm(executor: _Executor, algo: str, args: Sequence[str]) -> Job:
         raise UserError(f"sbatch refused the job: {error}") from error
     job = env.Job(job_id, None, None, 0, (), "slurm", None, None, None, None)
     name = executor.parameters["job_name"]
-    return Job(job_id, naming.resolve(algo, args, job, ROOT).directory, Path(f"{name}-{job_id}.out"))
+    return Job(
+        job_id, naming.resolve(algo, args, job, code.REPOSITORY).directory, Path(f"{name}-{job_id}.out")
+    )
 
 
 def _submit_local(algo: str, args: Sequence[str], num_ranks: int) -> Job:
     """The name is settled here, since the job's own would be made of the time at which it starts."""
     job = env.Job(None, None, None, 0, (), "local", None, None, None, None)
-    run = naming.resolve(algo, args, job, ROOT)
+    run = naming.resolve(algo, args, job, code.REPOSITORY)
     variables = {
         **env.all_variables(),
         "STROP_LAUNCHER": "local",

@@ -16,7 +16,7 @@ from typing import NoReturn, Optional
 from strop import config as config_module
 from strop import run as run_module
 from strop.errors import EXIT_DONE, EXIT_USER, UserError
-from strop.obs import logs
+from strop.obs import logs, native_stack, secrets
 from strop.slurm import attempts, rendezvous, stop
 from strop.slurm.env import Env, read_env
 from strop.watchdog import Watchdog
@@ -37,6 +37,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     env = read_env()
     stop.block_signals()
     faulthandler.enable()
+    has_native_stacks = native_stack.install()
     try:
         if not words or words[0] not in config_module.ALGOS:
             raise UserError(f"{words[0] if words else 'no algorithm'}: {USAGE}")
@@ -46,11 +47,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         run = run_module.open_run(config, env)
     except UserError as error:
         return _refuse(error, env)
-    logs.setup(config.log.level, env.rank)
+    position = run_module.Position()
+    secrets.learn(secrets.values_in(config_module.to_dict(config)))
+    logs.setup(config.log, env, run.rank_logs, run.logs, run.attempt, position)
     if env.rank == 0:
         for note in notes:
             log.info("note: %s", note)
-    return _train(run, config)
+        if not has_native_stacks:
+            log.info("note: a crash will show no native stack: %s is not built", native_stack.LIBRARY)
+    return _train(run, config, position)
 
 
 def _refuse(error: UserError, env: Env) -> int:
@@ -60,17 +65,21 @@ def _refuse(error: UserError, env: Env) -> int:
             env.run_dir, env.attempt, env.rank, kind="user", exit_code=EXIT_USER, message=str(error)
         )
     else:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {secrets.redact(str(error))}", file=sys.stderr)
     return EXIT_USER
 
 
-def _train(run: run_module.Run, config: config_module.Config) -> int:
-    position = run_module.Position()
+def _train(run: run_module.Run, config: config_module.Config, position: run_module.Position) -> int:
     try:
         with Watchdog(run, config.watchdog, position):
             from strop import loop  # torch and transformers: seconds that a wrong key need not wait for
 
             loop.train(run, config, position)
+        if run.stop.reason == stop.CTRL_C:
+            committed = "committed" if position.step else "with nothing to commit yet"
+            text = "interrupted at step %s, %s; run.name=%s goes on"
+            log.info(text, position.step, committed, run.dir.name)
+            return EXIT_INTERRUPTED
     except rendezvous.Stopped as error:
         log.info("stopped before training: %s", error)
         if run.env.rank == 0:
@@ -87,9 +96,11 @@ def _train(run: run_module.Run, config: config_module.Config) -> int:
     except Exception as error:
         code = run_module.fail(run, error, step=position.step, phase=position.phase)
         if isinstance(error, UserError) and not run.launched:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {secrets.redact(str(error))}", file=sys.stderr)
         else:
             log.error("%s: %s", type(error).__name__, error, exc_info=not isinstance(error, UserError))
+        if isinstance(error, UserError) and not run.launched and config.run.name is None:
+            attempts.discard(run.dir, run.attempt)
         _leave(code)
     return EXIT_DONE
 

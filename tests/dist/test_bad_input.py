@@ -87,6 +87,16 @@ def test_no_such_model(refused, tmp_path):
     )
 
 
+def test_a_mistyped_directory_that_looks_like_a_hub_name(refused, toy):
+    """Told within `refused`'s ten seconds, by a hub that does not know it or where none can be reached."""
+    assert refused("dpo", model={"path": "modles/llama"}).startswith(
+        f"model.path: 'modles/llama' is no directory (looked in {Path.cwd()}), "
+    )
+    other = {"path": str(toy / "model"), "tokenizer": "modles/llama"}
+    assert refused("dpo", model=other).startswith("model.tokenizer: 'modles/llama' is no directory")
+    assert refused("dpo", dpo={"reference": "modles/llama"}).startswith("dpo.reference: 'modles/llama'")
+
+
 def test_model_directory_without_weights(refused, toy, tmp_path):
     folder = tmp_path / "config-only"
     folder.mkdir()
@@ -208,10 +218,22 @@ def test_a_run_that_is_held(refused, ranks):
     assert len(attempts.read_all(run_dir)) == 1
 
 
+@pytest.mark.parametrize(("name", "left"), [(None, []), ("mine", ["mine"])])
+def test_a_refused_start_without_a_name_leaves_nothing(toy, tmp_path, name, left):
+    """As direct runs are started: one of a name that was asked for keeps its record."""
+    config = t.config(toy, "sft", tmp_path / "c.yaml", run={"dir": str(tmp_path / "runs"), "name": name},
+                      data=rows(tmp_path, {"prompt": "a"}))  # fmt: skip
+    command = [sys.executable, "-m", "strop.train", "sft", "--config", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 78
+    assert "rows.jsonl" in done.stderr
+    assert [p.name for p in (tmp_path / "runs").iterdir() if not p.name.startswith(".")] == left
+
+
 def test_best_metric_that_is_not_there(refused, tmp_path, toy):
     message = refused("sft", "checkpoint.best_metric=eval_acuracy", validation={"at_start": True})
     assert message == (
-        "checkpoint.best_metric: no eval_acuracy in validation; there are eval_entropy, eval_loss, "
+        "command line: checkpoint.best_metric is 'eval_acuracy'; it must be one of eval_loss, eval_entropy, "
         "eval_mean_token_accuracy"
     )
     data = rows(tmp_path, *[{"prompt": "a", "completion": "b"}] * 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -148,8 +149,8 @@ def test_a_full_disk_leaves_the_last_commit(ranks, toy, tmp_path):
     t.assert_equal_checkpoints(job.run_dir, whole.run_dir, 6)
 
 
-def test_ctrl_c_ends_a_direct_run_at_once(toy, tmp_path):
-    """KeyboardInterrupt is no crash: exit 130 as from a shell, and a record that names it."""
+def direct_run(toy, tmp_path, **environment: str) -> subprocess.Popen[str]:
+    """A long run in a process of its own, as typed in a terminal."""
     config = t.config(toy, "sft", tmp_path / "c.yaml", train={"max_steps": 100000})
     words = [f"run.dir={tmp_path}", "run.name=r", "train.max_epochs=100000", "validation.at_start=false"]
     command = [sys.executable, "-m", "strop.train", "sft", "--config", str(config), *words]
@@ -157,10 +158,56 @@ def test_ctrl_c_ends_a_direct_run_at_once(toy, tmp_path):
     def hear_ctrl_c() -> None:  # a background job of a shell, such as CI's, ignores it and hands that on
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c) as trainer:
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_ctrl_c,
+        env={**os.environ, **environment},
+    )
+
+
+def test_ctrl_c_commits_and_ends_a_direct_run(toy, tmp_path):
+    """Nothing is committed on the way (checkpoint.every is null): what is there is of the Ctrl-C."""
+    lines = []
+    with direct_run(toy, tmp_path) as trainer:
         assert trainer.stdout is not None
         for line in trainer.stdout:
+            lines.append(line)
             if " step 3/" in line:
                 trainer.send_signal(signal.SIGINT)
         assert trainer.wait() == 130
-    assert attempts.read(tmp_path / "r", 1)["reason"] == "interrupted"
+    record = attempts.read(tmp_path / "r", 1)
+    assert (record["state"], record["reason"]) == ("YIELD", "Ctrl-C")
+    assert record["max_steps"] == 100000
+    step = t.metrics(tmp_path / "r")[-1]["step"]
+    assert 3 <= step < 100
+    assert record["step"] == attempts.committed_step(tmp_path / "r") == step
+    assert lines[-1].endswith(f"interrupted at step {step}, committed; run.name=r goes on\n")
+
+
+def test_a_second_ctrl_c_ends_a_direct_run_at_once(toy, tmp_path):
+    """Its second step would last an hour: no safe point comes."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import time, torch\n"
+        "real = torch.optim.AdamW.step\n"
+        "def step(self, *args, **kwargs):\n"
+        "    if any(s['step'] == 1 for s in self.state.values()):\n"
+        "        print('asleep', flush=True)\n"
+        "        time.sleep(3600)\n"
+        "    return real(self, *args, **kwargs)\n"
+        "torch.optim.AdamW.step = step\n"
+    )
+    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    with direct_run(toy, tmp_path, PYTHONPATH=path) as trainer:
+        assert trainer.stdout is not None
+        for line in trainer.stdout:
+            if line == "asleep\n":
+                break
+        trainer.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):  # the first one waits for the step
+            trainer.wait(timeout=3)
+        trainer.send_signal(signal.SIGINT)
+        assert trainer.wait(timeout=20) == 130
+    record = attempts.read(tmp_path / "r", 1)
+    assert (record["state"], record["reason"]) == ("FAIL", "interrupted")

@@ -130,7 +130,7 @@ def test_the_only_rank_outside_of_a_collective_is_named(start):
     assert "sitecustomize.py" in first["summary"].splitlines()[0]  # where it stands
 
 
-def test_native_crash_twice_at_the_same_place_ends_the_run(start):
+def test_native_crash_twice_at_the_same_place_ends_the_run(start, native_library):
     job = start(
         2,
         """
@@ -154,6 +154,8 @@ def test_native_crash_twice_at_the_same_place_ends_the_run(start):
     assert "crashed in native code (rank 1" in output
     # of the thread that crashed, and of no other
     assert re.search(r"at __init__.py:\d+ in string_at < sitecustomize.py:\d+ in break_it", output)
+    assert "native: " in output
+    assert "ffi_call" in output  # by which ctypes calls the function that crashes
     assert "crashed at the same place 2 times" in output
 
 

@@ -2,7 +2,7 @@
 
 Arguments key=value: steps (goal), step_s, fail (user, exception, kill, segv, diverged, oom, storage, exit0),
 at (the step at which rank `rank` fails), once (only in the first attempt), hold_commit_s (how long a commit
-takes).
+takes), log (1: every rank logs its steps as the trainer does).
 Rank 0 writes every step to steps.jsonl; a stop request is agreed on through files, since there is no process
 group here. `+metadata.steps=9` is the same as `steps=9`: the real configuration lets it pass.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import logging
 import os
 import signal
 import sys
@@ -30,6 +31,7 @@ def main(args: dict[str, str]) -> int:
     assert env.run_dir is not None
     assert env.attempt is not None
     request = stop.StopRequest(env.run_dir, env.attempt)
+    log = start_log(env) if args.get("log") else logging.getLogger()
     if env.rank == 0:
         rendezvous.publish(env.run_dir, env.attempt, rendezvous.own_address(env.ifname), 1)
     try:
@@ -44,6 +46,7 @@ def main(args: dict[str, str]) -> int:
         if env.rank == 0:
             with open(env.run_dir / "steps.jsonl", "a") as file:
                 file.write(json.dumps({"step": step, "attempt": env.attempt}) + "\n")
+        log.info("step %d of %d", step, goal)
         fail(env, args, step)
         reason = agree(env, request, step)
         if reason:
@@ -51,6 +54,20 @@ def main(args: dict[str, str]) -> int:
             return end(env, "YIELD", step, reason)
     commit(env, step, args)
     return end(env, "DONE", step, None)
+
+
+def start_log(env: Env) -> logging.Logger:
+    """With the real module; it is imported here because it takes a while."""
+    from strop.config import LogConfig
+    from strop.obs import logs
+    from strop.run import Position
+
+    assert env.run_dir is not None
+    assert env.attempt is not None
+    own = attempts.rank_log_dir(env.run_dir, env.attempt, env.log_dir)
+    shared = attempts.log_dir(env.run_dir, env.attempt)
+    logs.setup(LogConfig(), env, own, shared, env.attempt, Position())
+    return logging.getLogger("strop")
 
 
 def fail(env: Env, args: dict[str, str], step: int) -> None:

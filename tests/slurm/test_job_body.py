@@ -140,6 +140,15 @@ def test_array_tasks_are_runs_of_their_own(submit):
     assert causes(Path(f"runs/dpo-{array}_3")) == ["done"]
 
 
+def test_array_with_a_name_makes_a_run_of_each_task(submit):
+    array = submit("--nodes=1", "--array=3-4", "steps=2", "run.name=x")
+    assert {ended(f"{array}_{task}")["ExitCode"] for task in (3, 4)} == {"0:0"}
+    assert sorted(path.name for path in Path("runs").glob("x*")) == ["x-3", "x-4"]
+    again = submit("--nodes=1", "--array=4", "steps=3", "run.name=x")
+    assert ended(f"{again}_4")["ExitCode"] == "0:0"
+    assert [step["attempt"] for step in steps(Path("runs/x-4"))] == [1, 1, 2]  # it went on
+
+
 def test_second_job_of_a_living_run_is_refused(submit):
     job = submit("--nodes=1", "steps=600", "run.name=shared")
     wait_until(lambda: steps(Path("runs/shared")))

@@ -186,3 +186,12 @@ def test_local_executor(tmp_path, monkeypatch):
     assert job.wait() == 0
     assert attempts.read_all(job.run_dir)[0]["state"] == "DONE"
     assert len(list((job.run_dir / "logs/0001").glob("rank*.err"))) == 2
+
+
+def test_a_refused_start_without_a_name_leaves_nothing(start):
+    """Its name is the time at which it began. With a name of its own it keeps its record."""
+    for name, left in (([], []), (["run.name=mine"], ["mine"])):
+        job = start("fail=user", "steps=5", *name)
+        output, _ = job.communicate(timeout=60)
+        assert job.returncode == 78, output
+        assert [path.name for path in Path("runs").iterdir()] == left

@@ -87,6 +87,11 @@ WORD_MISTAKES = [
     ("train.lr=1", "unknown key train.lr; did you mean optim.lr?"),
     ("max_stpes=1", "unknown key max_stpes; did you mean train.max_steps?"),
     ("policy.model_nam=x", "unknown key policy.model_nam; did you mean model.path?"),
+    (
+        "checkpointing.enabled=true",
+        "unknown key checkpointing.enabled; checkpoints are always written: checkpoint.every says how often "
+        "(null: at the end, and when the job is stopped)",
+    ),
     ("frobnicate=1", "unknown key frobnicate; --help lists all keys"),
     ("train=5", "train is a section; set its keys, such as train.global_batch_size"),
     (
@@ -128,10 +133,14 @@ WORD_MISTAKES = [
     ),
     (
         "checkpoint.best_metric=loss",
-        "checkpoint.best_metric is 'loss'; it must start with eval_, as in metrics.jsonl",
+        "checkpoint.best_metric is 'loss'; it must be one of eval_loss, eval_preference_loss, "
+        "eval_rewards/chosen, eval_rewards/rejected, eval_rewards/margins, eval_rewards/accuracies, "
+        "eval_logps/chosen, eval_logps/rejected, eval_logits/chosen, eval_logits/rejected, eval_entropy, "
+        "eval_mean_token_accuracy",
     ),
     ("validation.patience=2", "validation.patience is 2; it needs checkpoint.best_metric, such as eval_loss"),
     ("run.name=a/b", "run.name is 'a/b'; it must be a plain name, without / and not starting with a dot"),
+    (f"metadata.x={'[' * 3000}", "metadata.x is nested more than 100 levels deep"),
     ("seed", "'seed' is not key=value"),
     ("=1", "'=1' is not key=value"),
     ("algo=sft", "algo is sft, but this is a dpo run"),
@@ -171,6 +180,7 @@ FILE_MISTAKES = [
     ("", "configuration file c.yaml is empty; model.path and data.train are needed"),
     ("# only a comment\n", "configuration file c.yaml is empty; model.path and data.train are needed"),
     ("- a\n", "c.yaml:1: expected `key: value` lines at the top"),
+    (MINIMAL + f"x: {'[' * 3000}", "c.yaml:5: not valid YAML: nested more than 100 levels deep"),
     ("a: [\n", "c.yaml:2: not valid YAML: expected the node content, but found '<stream end>'"),
     ("model:\n\tpath: a\n", "c.yaml:2: not valid YAML: found character '\\t' that cannot start any token"),
     ("? [a]\n: b\n", "c.yaml:1: a key must be a plain name"),

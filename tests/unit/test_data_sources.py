@@ -41,7 +41,7 @@ def make(tmp_path, name):
         path.write_text(json.dumps(ROWS, indent=2))
     elif name == "list.json.gz":
         path.write_bytes(gzip.compress(json.dumps(ROWS).encode()))
-    elif name.endswith(".gz"):
+    elif name.lower().endswith(".gz"):
         path.write_bytes(gzip.compress(lines))
     elif name == "bom.jsonl":
         path.write_bytes(b"\xef\xbb\xbf" + lines)
@@ -66,6 +66,8 @@ def make(tmp_path, name):
         "lines.json",
         "a.parquet",
         "saved",
+        "A.JSONL",
+        "a.jsonl.GZ",
     ],
 )
 def test_every_format_gives_the_same_rows(tmp_path, name):

@@ -271,6 +271,8 @@ def test_leftover_truncation_and_padding_of_the_tokenizer_are_not_applied():
 
 BAD_PREFERENCE = [
     ({"prompt": "a", "chosen": "b"}, "wrong_fields", "it has the fields prompt, chosen; needed: chosen and"),
+    ({"prompt": "a", "chosen": "", "rejected": "b"}, "empty", "chosen is empty"),
+    ({"prompt": [USER], "chosen": "", "rejected": "b"}, "empty", "chosen is empty"),
     ({"question": "a"}, "wrong_fields", "it has the fields question; needed: chosen and rejected"),
     ({}, "wrong_fields", "it has the fields (none); needed:"),
     (

@@ -98,15 +98,18 @@ def test_the_name_for_scontrol(variables, target):
     assert env.read_job({"SLURM_JOB_NODELIST": "n1", **variables}).target == target
 
 
-SHOW = """import re, sys
+SHOW = """import os, re, sys
 print("args:", *sys.argv[1:])
 sys.stdout.flush()
+if "STROP_STDOUT_FD" in os.environ:
+    os.write(int(os.environ["STROP_STDOUT_FD"]), b"to the job's output")
 print(re.search("SigBlk.*", open("/proc/self/status").read())[0], file=sys.stderr)
 """
 
 
 def test_launch_redirects_and_blocks(tmp_path):
-    """The real wrapper: rank 0 keeps stdout, rank 1 does not, and both start with the signals blocked."""
+    """The real wrapper: what is written to 1 and 2 goes to the rank's file, rank 0 keeps a way to the job's
+    output, and all start with the signals blocked."""
     fake = tmp_path / "python"
     fake.write_text(f"#!{sys.executable}\n{SHOW}")  # no shell: dash clears the mask for its children
     fake.chmod(0o755)
@@ -125,11 +128,46 @@ def test_launch_redirects_and_blocks(tmp_path):
         }
         command = [sys.executable, "-m", "strop.slurm.launch", "--", "dpo", "a.b=c d"]
         outputs[rank] = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
-    assert outputs["0"].stdout == "args: -m strop.train dpo a.b=c d\n"
+    assert outputs["0"].stdout == "to the job's output"
     assert outputs["1"].stdout == ""
     assert outputs["0"].stderr == outputs["1"].stderr == ""
     blocked = f"SigBlk:\t{(1 << 9) | (1 << 14):016x}\n"  # USR1 is 10, TERM is 15
-    assert (tmp_path / "logs/0001/rank00000.err").read_text() == blocked
-    assert (
-        tmp_path / "logs/0001/rank00001.err"
-    ).read_text() == f"args: -m strop.train dpo a.b=c d\n{blocked}"
+    for rank in (0, 1):
+        raw = (tmp_path / f"logs/0001/rank{rank:05d}.err").read_text()
+        assert raw == f"args: -m strop.train dpo a.b=c d\n{blocked}"
+
+
+def test_a_wrapper_that_can_make_no_log_starts_the_trainer_all_the_same(tmp_path):
+    """A file stands where the logs should go. What the rank says goes where srun's own output goes."""
+    fake = tmp_path / "python"
+    fake.write_text(f"#!{sys.executable}\n{SHOW}")
+    fake.chmod(0o755)
+    (tmp_path / "logs").touch()
+    variables = {
+        **os.environ,
+        **{"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1"},
+        **{"STROP_RUN_DIR": str(tmp_path), "STROP_ATTEMPT": "1", "PYTHON": str(fake), "PYTHONPATH": "src"},
+    }
+    command = [sys.executable, "-m", "strop.slurm.launch", "--", "dpo"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    assert done.stdout == "args: -m strop.train dpo\n"
+    assert "rank 0" in done.stderr.splitlines()[0]
+    assert "has no log of its own" in done.stderr.splitlines()[0]
+
+
+def test_ranks_log_to_the_nodes_own_disk_where_the_site_says_so(tmp_path):
+    """Files of a namesake's attempt, which an earlier job has left there, are not taken for this run's."""
+    run, disk = tmp_path / "runs/r", tmp_path / "disk"
+    (disk / "r/0003").mkdir(parents=True)
+    (disk / "r/0003/rank00000.2.err").write_text("old")
+    (disk / "r/0003/rank00000.jsonl").write_text("old")
+    (disk / "r/0003/rank00001.jsonl").write_text("another rank of this attempt")
+    variables = {
+        **os.environ,
+        **{"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "2"},
+        **{"STROP_RUN_DIR": str(run), "STROP_ATTEMPT": "3", "STROP_LOG_DIR": str(disk)},
+        **{"PYTHON": "/bin/false", "PYTHONPATH": "src"},
+    }
+    subprocess.run([sys.executable, "-m", "strop.slurm.launch", "--", "dpo"], env=variables, check=False)
+    assert sorted(path.name for path in (disk / "r/0003").iterdir()) == ["rank00000.err", "rank00001.jsonl"]
+    assert not run.exists()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 
 import numpy as np
 import pytest
 import torch
 
+from strop import config_check
 from strop.algos import dpo, sft
-from strop.config import Config, DpoConfig
+from strop.config import ALGOS, Config, DpoConfig
 from strop.data.batch import Batch
 from strop.models.policy import Output
 
@@ -124,6 +126,15 @@ def test_dpo_metrics():
     for name, (total, count) in expected.items():
         assert float(metrics[name][0]) == pytest.approx(total, rel=1e-5, abs=1e-6), name
         assert float(metrics[name][1]) == count, name
+
+
+@pytest.mark.parametrize("algo", ALGOS)
+def test_metrics_that_a_configuration_may_name_are_those_that_there_are(algo):
+    """The loop adds the loss itself; sft_loss is there where it has a weight."""
+    out, batch = example()
+    module = importlib.import_module(f"strop.algos.{algo}")
+    metrics = module.loss(out, batch, Config(algo=algo, dpo=DpoConfig(sft_loss_weight=0.5)))[1]
+    assert sorted(config_check.METRICS[algo]) == sorted(["loss", *metrics])
 
 
 def test_a_tie_is_ln_2_and_not_accurate():

@@ -25,6 +25,8 @@ def here(tmp_path, monkeypatch):
         ([], job("12"), "runs/dpo-12"),
         ([], job("13", "12", "4"), "runs/dpo-12_4"),
         (["run.name=x"], job("12"), "runs/x"),
+        (["run.name=x"], job("13", "12", "4"), "runs/x-4"),  # else all but one task would be refused
+        (["run.name=x"], job("12", "12", "0"), "runs/x-0"),
         (["run.name=x", "run.name=y"], job("12"), "runs/y"),  # the last word counts
         (["run.name=null"], job("12"), "runs/dpo-12"),
         (["run.name='x y'", "run.dir=out/a"], job("12"), "out/a/x y"),

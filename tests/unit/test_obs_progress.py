@@ -9,7 +9,8 @@ import pytest
 
 from strop.obs.progress import Progress, phase, seconds, summary
 
-SRC = str(Path(__file__).resolve().parents[2] / "src")
+ROOT = str(Path(__file__).resolve().parents[2])
+SRC = f"{ROOT}/src"
 
 
 @pytest.fixture
@@ -103,14 +104,16 @@ def child(code):
     )
 
 
-def test_a_bar_on_a_terminal_shows_the_numbers():
+def test_a_bar_on_a_terminal_shows_the_numbers(tmp_path):
     """A pseudo-terminal made by the standard library; log lines appear beside the bar."""
     code = (
         "import pty, sys\n"
         "program = '''\n"
         "import logging\n"
-        "from strop.obs import logs, progress\n"
-        "logs.setup('info', 0)\n"
+        f"import sys; sys.path.insert(0, {ROOT!r})\n"
+        "from strop.obs import progress\n"
+        "from tests.log_lines import setup\n"
+        f"setup({str(tmp_path)!r}, level='info')\n"
         "p = progress.Progress(4)\n"
         "p.step(1, {'loss': 0.5}, 99)\n"
         "logging.getLogger('x').info('hello')\n"
@@ -127,9 +130,10 @@ def test_a_bar_on_a_terminal_shows_the_numbers():
 
 LOGGING = """
 import logging, warnings, sys
-from strop.obs import logs
-logs.setup('warning', {rank})
-logs.setup('info', {rank})
+sys.path.insert(0, {root!r})
+from tests.log_lines import setup
+setup({logs!r}, level='warning', rank={rank})
+setup({logs!r}, level='info', rank={rank})
 logging.getLogger('strop.x').info('one %d', 1)
 logging.getLogger('strop.x').debug('never')
 logging.getLogger('strop.x').warning('two')
@@ -140,8 +144,8 @@ assert not any(name.split('.')[0] in ('torch', 'transformers', 'datasets') for n
 
 
 @pytest.mark.parametrize(("rank", "prefix"), [(0, ""), (3, "rank 3 ")])
-def test_logging_of_a_rank(rank, prefix):
-    done = child(LOGGING.format(rank=rank))
+def test_logging_of_a_rank_whose_stderr_nobody_captures(tmp_path, rank, prefix):
+    done = child(LOGGING.format(rank=rank, root=ROOT, logs=str(tmp_path)))
     mine, other = (done.stdout, done.stderr) if rank == 0 else (done.stderr, done.stdout)
     assert other == ""
     got = mine.splitlines()

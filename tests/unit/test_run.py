@@ -68,6 +68,16 @@ def test_launched_run_must_be_where_the_configuration_says(config, tmp_path):
         run_module.open_run(config(name="x", dir="other"), launched)
 
 
+def test_run_of_an_arrays_task_has_the_tasks_name(config, tmp_path):
+    task = dataclasses.replace(direct(), run_dir=tmp_path / "runs/x-4", attempt=1, job_id="12_4")
+    (tmp_path / "runs/x-4").mkdir(parents=True)
+    assert run_module.open_run(config(name="x"), task).dir == tmp_path / "runs/x-4"
+    with pytest.raises(UserError, match=r"run\.name: 'y', but the job's run is"):
+        run_module.open_run(config(name="y"), task)
+    successor = dataclasses.replace(task, job_id="13")
+    assert run_module.open_run(config(name="x-4"), successor).launched
+
+
 @pytest.mark.parametrize(
     ("number", "verdict"),
     [(errno.ENOSPC, ("storage", 74)), (errno.EDQUOT, ("storage", 74)), (errno.EROFS, ("storage", 74)),

@@ -97,3 +97,20 @@ def test_forgotten_job(monkeypatch, scontrol, tmp_path):
     scontrol(99, "slurm_load_jobs error: Invalid job id specified")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert command.show_job("99") is None
+
+
+def test_lost_nodes(monkeypatch):
+    """States as `scontrol --oneliner show node` (22.05) writes them; only the times are invented."""
+    answer = "\n".join(
+        f"NodeName={name} Arch=x86_64 OS=Linux #1 SMP State={state} BootTime={time_} SlurmdStartTime={time_}"
+        for name, state, time_ in (
+            ("n1", "ALLOCATED", "2026-11-22T01:00:00"),
+            ("n2", "ALLOCATED", "2026-11-22T01:18:23"),  # back already, but it was away
+            ("n3", "ALLOCATED*", "2026-11-22T01:00:00"),
+            ("n4", "DOWN+DRAIN", "None"),
+            ("n5", "MIXED", "None"),
+        )
+    )
+    monkeypatch.setattr(command, "slurm", lambda args, **_: answer)
+    since = time.mktime((2026, 11, 22, 1, 18, 19, 0, 0, -1))
+    assert command.lost_nodes(["n1", "n2", "n3", "n4", "n5"], since) == ["n2", "n3", "n4"]

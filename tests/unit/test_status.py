@@ -1,120 +1,15 @@
-"""Runs built by hand as files, at fixed times; states, costs and text are worked out by hand beside them."""
+"""Runs built by hand as files, at fixed times; states and costs are worked out by hand beside them."""
 
 from __future__ import annotations
 
-import io
-import json
 import os
 import socket
-from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from strop.errors import UserError
-from strop.obs import run_files, status, status_text
+from strop.obs import run_files
 from strop.slurm import command, lease
-from tools import status as tool
-
-T = 1_800_000_000.0
-"""When the first attempt began."""
-CONFIG = """\
-algo: dpo
-train: {max_steps: 10, max_epochs: 1.0, global_batch_size: 4, limit_train_batches: null}
-validation: {every: 4, at_start: false, at_end: true}
-log: {every: 1}
-"""
-
-
-class RunDir:
-    """A run directory that is written piece by piece."""
-
-    def __init__(self, path: Path, config: str = CONFIG) -> None:
-        self.path = path
-        (path / "attempts").mkdir(parents=True)
-        (path / "config.yaml").write_text(config)
-
-    def attempt(self, number: int, began: float, heartbeat: float | None = None, **fields) -> dict:
-        record = {
-            "attempt": number,
-            "state": "X",
-            "job_id": "17",
-            "target": "17",
-            "restart_count": number - 1,
-            "host": "n1",
-            "pid": 1,
-            "pid_start": "1",
-            "nodes": ["n1", "n2"],
-            "began": T + began,
-            "committed_step": None,
-            "launcher": "slurm",
-            "algo": "dpo",
-            "args": ["run.name=r"],
-            **fields,
-        }
-        file = self.path / "attempts" / f"{number:04d}.json"
-        file.write_text(json.dumps(record))
-        os.utime(file, (T + (heartbeat or began), T + (heartbeat or began)))
-        return record
-
-    def steps(self, attempt: int, steps: range, first_end: float, step_s: float = 2.0) -> None:
-        """One step after another, the first of them done at `first_end`."""
-        with open(self.path / "timing.jsonl", "a") as timing, open(self.path / "metrics.jsonl", "a") as lines:
-            for i, step in enumerate(steps):
-                time = T + first_end + i * step_s
-                line = {
-                    "step": step,
-                    "time": time,
-                    "attempt": attempt,
-                    "step_s": step_s,
-                    "tokens_per_s": 50.0,
-                }
-                timing.write(json.dumps(line) + "\n")
-                lines.write(json.dumps({"step": step, "loss": 0.5, "learning_rate": 1e-6}) + "\n")
-
-    def evaluation(self, step: int) -> None:
-        with open(self.path / "metrics.jsonl", "a") as lines:
-            lines.write(json.dumps({"step": step, "eval_loss": 0.4, "eval_rewards/accuracies": 0.75}) + "\n")
-
-    def commit(self, step: int) -> None:
-        folder = self.path / "checkpoints" / f"step-{step:06d}"
-        folder.mkdir(parents=True)
-        manifest = {"files": {"a": {"size": 2**30}, "b": {"size": 2**29}}}
-        (folder / "manifest.json").write_text(json.dumps(manifest))
-        (folder / "COMMITTED.json").write_text("{}")
-
-
-@pytest.fixture
-def run(tmp_path):
-    return RunDir(tmp_path / "runs" / "r")
-
-
-@pytest.fixture
-def slurm(monkeypatch):
-    """slurm(JobState="PENDING", ...): what scontrol would answer; None: it has forgotten the job."""
-    monkeypatch.setattr(run_files.shutil, "which", lambda name: f"/bin/{name}")
-
-    def answer(**job):
-        record = {"JobId": "17", **job} if job else None
-        monkeypatch.setattr(command, "show_job", lambda target, deadline_s: record)
-
-    answer()
-    return answer
-
-
-def assess(run: RunDir, now: float) -> status.Status:
-    return status.assess(run_files.read(run.path, now=T + now))
-
-
-def interrupted(run: RunDir) -> None:
-    """Attempt 1: 10 s to start, steps 1-6 of 2 s, step 4 committed, killed at 24 s. 6 s in the queue.
-    Attempt 2: from 30 s on, 5 s to start, steps 5-8 of 2 s; step 8 committed."""
-    run.attempt(1, 0, cause="killed", action="requeue", state="FAIL", closed=T + 24, summary="a rank died")
-    run.attempt(2, 30, heartbeat=40, committed_step=4)
-    run.steps(1, range(1, 7), first_end=12)
-    run.steps(2, range(5, 9), first_end=37)
-    run.commit(4)
-    run.commit(8)
+from tests.unit.status_runs import CONFIG, T, assess, interrupted
 
 
 def test_cost_of_an_interruption(run, slurm):
@@ -154,6 +49,19 @@ def test_a_dead_run_keeps_only_what_is_committed(run, slurm):
     assert "step 4" in s.next_action
 
 
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["run.name=r"], "run.name=r"),
+        (["seed=1"], "seed=1 run.name=r"),
+        (["run.name=sweep", "seed=1"], "run.name=sweep seed=1 run.name=r"),  # the task of an array
+    ],
+)
+def test_what_to_type_names_the_run(run, slurm, args, said):
+    run.attempt(1, 0, args=args)
+    assert assess(run, now=5000).next_action.endswith(f"sbatch/dpo.sh {said}")
+
+
 def test_death_before_the_first_commit_loses_all_steps(run, slurm):
     run.attempt(1, 0, cause="killed", action="requeue", state="FAIL", closed=T + 24)
     run.attempt(2, 30, heartbeat=31)
@@ -183,6 +91,8 @@ CASES = [
     ({**END, "action": "requeue"}, {"JobState": "RUNNING", "Restarts": "0"}, "stopping", "decides"),
     ({**END, "action": "hold"}, {"JobState": "PENDING", "Reason": "JobHeldAdmin"}, "held", "release 17"),
     ({**END, "action": "hold"}, {"JobState": "PENDING", "Reason": "Resources"}, "queued", "Resources"),
+    ({**END, "action": "pending"}, {"JobState": "FAILED"}, "pending", "submit it again"),
+    ({**END, "action": "pending"}, {"JobState": "PENDING", "Reason": "None"}, "queued", "job 17"),
     ({**END, "action": "stop", "cause": "user"}, {}, "failed", "see to the cause"),
     ({**END, "action": "stop", "cause": "diverged"}, {}, "failed", "start a new run"),
     ({**END, "action": "stop", "cause": "cancelled"}, {}, "cancelled", "to go on"),
@@ -250,6 +160,49 @@ def test_a_local_run_is_looked_up_by_its_process(run):
     )
 
 
+DIRECT = {"launcher": "direct", "job_id": None, "target": None, "state": "FAIL", "reason": "user"}
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        {**END, "cause": "user", "action": "stop", "summary": "train.seed: 42 -> 43\nwrong"},
+        {**DIRECT, "summary": "train.seed: 42 -> 43"},
+    ],
+)
+def test_a_finished_run_stays_finished_when_a_later_start_is_refused(run, slurm, refused):
+    """Twice refused, the second time with a command line that asks for more steps."""
+    run.attempt(1, 0, state="DONE", cause="done", action="finished", closed=T + 30, max_steps=10)
+    run.steps(1, range(1, 11), first_end=12)
+    run.commit(10)
+    run.attempt(2, 40, committed_step=10, **refused)
+    run.attempt(3, 50, committed_step=10, args=["run.name=r", "max_steps=20"], **refused)
+    s = assess(run, now=60)
+    assert (s.state, s.step, s.total_steps, len(s.attempts)) == ("finished", 10, 10, 3)
+    assert s.detail == "a later start was refused: train.seed: 42 -> 43"
+    run.steps(3, range(11, 13), first_end=55)  # it did train: then it failed
+    assert assess(run, now=60).state == "failed"
+
+
+def test_a_stopped_run_whose_next_start_is_refused_has_failed(run, slurm):
+    """Somebody wanted it to go on, and it does not."""
+    run.attempt(1, 0, state="YIELD", cause="stopped", action="stop", closed=T + 30)
+    run.attempt(2, 40, state="FAIL", cause="user", action="stop", closed=T + 44)
+    assert assess(run, now=60).state == "failed"
+
+
+def test_a_requeue_that_the_controller_never_took(run, slurm):
+    """The command is left behind; whether the controller answers now or not."""
+    run.attempt(1, 0, heartbeat=590, state="YIELD", cause="preempted", action="pending", closed=T + 590)
+    (run.path / "requeue_pending").write_text("scontrol requeue 17\n")
+    s = assess(run, now=600)  # forgotten by Slurm
+    assert (s.state, s.next_action.rpartition(": ")[2]) == ("pending", "scontrol requeue 17")
+    slurm(JobState="COMPLETED")
+    assert assess(run, now=600).state == "pending"
+    slurm(JobState="RUNNING", Restarts="1")
+    assert assess(run, now=600).state == "starting"
+
+
 def test_phases(run, slurm):
     run.attempt(1, 0)
     slurm(JobState="RUNNING", Restarts="0")
@@ -272,6 +225,12 @@ def test_total_steps_of_an_extended_run_and_of_epochs(run, slurm):
     (run.path / "data").mkdir()
     (run.path / "data" / "ledger.json").write_text('{"train": {"used": 9}}')
     assert assess(run, now=1).total_steps == 8  # 9 rows / 4 = 3 steps an epoch, 2.5 of them: 7.5
+
+
+def test_total_steps_as_rank_0_recorded_them(run, slurm):
+    """Also where neither config.yaml nor the command line tells: 10 and 25 here."""
+    run.attempt(1, 0, args=["run.name=r", "max_steps=25"], max_steps=17)
+    assert assess(run, now=1).total_steps == 17
 
 
 def test_only_the_last_steps_make_the_eta(run, slurm):
@@ -306,109 +265,3 @@ def test_a_record_of_nothing_but_braces(run, slurm):
     run.attempt(1, 0)
     (run.path / "attempts" / "0001.json").write_text("{}")
     assert assess(run, now=10_000_000).state == "dead"
-
-
-def text(what) -> str:
-    out = io.StringIO()
-    Console(file=out, width=tool.PIPE_WIDTH, highlight=False).print(what)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
-
-
-GOLDEN = """\
-r  training
-[###################.....] 8/10  50 tok/s  eta 4.0 s
-training:    step 8  loss 0.5000  lr 1.0e-06
-validation:  step 8  loss 0.4000  acc 0.75
-checkpoints: committed 4, 8 (1.50 GiB each); best 8 (eval_loss 0.4)
-
-#  nodes  began             took  cause              action   steps  committed  repeated   lost  resume
-1  n1,n2  01-15 08:00:00  24.0 s  a rank was killed  requeue      6  4                 2  6.0 s   5.0 s
-2  n1,n2  01-15 08:00:30          training                        4  8                 0
-
-effective:   41.0% (16.0 s in steps that count, of 39.0 s since the first start; interruptions cost 11.0 s); \
-6.0 s in the queue beside it
-next:        nothing: it runs in job 17 on n1, n2 until 2027-01-15T10:00:00 at most"""
-
-
-def test_page(run, slurm, monkeypatch):
-    monkeypatch.setattr(status_text.time, "localtime", status_text.time.gmtime)
-    interrupted(run)
-    run.evaluation(8)
-    (run.path / "checkpoints" / "BEST.json").write_text('{"step": 8, "metric": "eval_loss", "value": 0.4}')
-    slurm(JobState="RUNNING", Restarts="1", EndTime="2027-01-15T10:00:00")
-    assert text(status_text.page(assess(run, now=45))) == GOLDEN
-
-
-def test_listing(run, slurm):
-    interrupted(run)
-    run.evaluation(8)
-    slurm(JobState="RUNNING", Restarts="1")
-    assert text(status_text.listing([assess(run, now=45)])).splitlines() == [
-        "run  state     progress             eta  tok/s    loss  attempts  job",
-        "r    training  [########..] 8/10  4.0 s     50  0.5000  2         17",
-    ]
-
-
-def main(monkeypatch, *argv: str) -> int:
-    monkeypatch.setattr(tool.sys, "argv", ["status", *argv])
-    try:
-        tool.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
-
-
-def test_tool(run, slurm, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    failed = RunDir(tmp_path / "runs" / "bad")
-    failed.attempt(1, 0, state="FAIL", cause="user", action="stop", closed=T + 3)
-    run.attempt(1, 0, state="DONE", cause="done", action="finished", closed=T + 9)
-    (tmp_path / "runs" / ".cache").mkdir()
-    os.utime(run.path / "attempts", (1, 1))  # the older one
-    assert main(monkeypatch) == 0  # a failed run is named only in the list
-    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:]] == [
-        ["bad", "failed"],
-        ["r", "finished"],
-    ]
-    assert main(monkeypatch, "r") == 0
-    assert main(monkeypatch, "runs/bad") == 1
-    capsys.readouterr()
-    assert main(monkeypatch, "--json", "r", "runs/bad") == 1
-    seen = json.loads(capsys.readouterr().out)
-    assert [(r["name"], r["state"]) for r in seen["runs"]] == [("r", "finished"), ("bad", "failed")]
-    documented = tool.__doc__ or ""
-    for known in (seen["runs"][0], seen["runs"][0]["attempts"][0], seen["runs"][0]["checkpoints"]):
-        assert [key for key in known if key not in documented] == []
-
-
-def test_watching_ends_when_nothing_moves_any_more(run, slurm, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    interrupted(run)
-    slurm(JobState="RUNNING", Restarts="1")
-    looks = []
-
-    def sleep(seconds):
-        looks.append(seconds)
-        run.attempt(2, 30, committed_step=4, state="DONE", cause="done", action="finished", closed=T + 50)
-
-    monkeypatch.setattr(tool.time, "sleep", sleep)
-    assert main(monkeypatch, "--watch", "runs/r") == 0
-    assert looks == [tool.WATCH_S]
-    assert "finished" in capsys.readouterr().out
-
-
-def test_no_such_run(run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "empty").mkdir()
-    (tmp_path / "runs" / "foreign").mkdir()
-    (tmp_path / "runs" / "foreign" / "notes.txt").touch()
-    root = Path("runs")
-    for name, expected in [
-        ("runs/rr", "runs/rr: no such run; there is r"),
-        ("empty", "runs/empty: not a run of strop: no attempts/ in it (it is empty)"),
-        ("runs/foreign", "runs/foreign: not a run of strop: no attempts/ in it (it holds notes.txt)"),
-        ("runs/foreign/notes.txt", "notes.txt: not a run of strop: no attempts/ in it (it is a file)"),
-    ]:
-        with pytest.raises(UserError) as caught:
-            tool.find([name], root)
-        assert expected in str(caught.value)

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from strop.slurm import attempts, body, command, env, successor
+from strop.slurm import attempts, body, code, command, env, successor
 
 RECORD = """\
 JobId=13 ArrayJobId=12 ArrayTaskId=4 JobName=my job
@@ -76,7 +76,7 @@ def test_option(fields, option):
 def test_script_keeps_the_lines_that_slurm_cannot_tell():
     """What is of this one job (the array), or would contradict what the controller says, is left out."""
     text = successor.body_script(SCRIPT, ["dpo", "run.name=x", "a=it's"])
-    lib = body.ROOT / "sbatch/lib.sh"
+    lib = code.REPOSITORY / "sbatch/lib.sh"
     assert text.splitlines() == [
         "#!/usr/bin/env bash",
         "#SBATCH --job-name=dpo",

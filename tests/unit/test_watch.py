@@ -158,6 +158,17 @@ def test_decision_names_the_suspect_and_its_node():
     assert second == "  noticed by rank 0 on n0: no progress"
 
 
+def test_a_silent_rank_on_a_lost_node_did_not_hang():
+    verdict = Verdict(0, "n0", "hang", 70, "no progress", phase="rendezvous", fingerprint="f")
+    suspect = Suspect(1, None, "rank 1 left no stacks", silent=True)
+    facts = Facts("X", 70, verdicts=(verdict,), suspect=suspect, lost_nodes=("n1",))
+    decision = decide.decide(facts)
+    assert (decision.cause, decision.action) == ("killed", "requeue")
+    assert "(rank 1, n1, phase rendezvous): lost: n1; rank 1 left no stacks" in decision.summary
+    stopped = dataclasses.replace(facts, suspect=dataclasses.replace(suspect, silent=False))
+    assert decide.decide(stopped).cause == "hang"  # its stacks are there: it hung
+
+
 @pytest.mark.parametrize(
     ("num_nodes", "bad", "excluded"),
     [(4, ["n2"], ("n2",)), (4, ["n3", "n1"], ("n1", "n3")), (2, ["n0", "n1"], ()), (1, ["n0"], ("n0",))],
@@ -175,16 +186,12 @@ def test_excluded_nodes(num_nodes, bad, excluded):
 
 DUMP = """\
 noise
-SIGSEGV(11), PID: 30, Thread 30: 
- frame #0: c10::FatalSignalHandler::stacktraceSignalHandler(bool) + 0x8f (0x7f in /x/libc10.so)
-frame #1: gloo::transport::tcp::Loop::run() + 0xfd (0x7f in /x/libtorch_cpu.so)
-
-SIGSEGV(11), PID: 30, Thread 31: 
- frame #0: c10::FatalSignalHandler::stacktraceSignalHandler(bool) + 0x8f (0x7f in /x/libc10.so)
-frame #1: c10::FatalSignalHandler::fatalSignalHandler(int, siginfo_t*) + 0x2da (0x7f in /x/libc10.so)
-frame #2: <unknown function> + 0x3c050 (0x7f in /lib/libc.so.6)
-frame #3: at::native::bad_kernel(int) + 0x10 (0x7f in /x/libtorch_cpu.so)
-frame #4: at::native::caller() + 0x10 (0x7f in /x/libtorch_cpu.so)
+strop: native stack of the thread that crashed, signal 11:
+  native #0 +0x16ce2e in /lib/libc.so.6
+  native #1 _ZN2at6native10bad_kernelERKNS_6TensorE+0x{offset} in /x/libtorch_cpu.so
+  native #2 _Z6callerv+0x10 in /x/libtorch_cpu.so
+  native #3 ffi_call+0x12 in /x/libffi.so.8
+  native #4 PyObject_Call+0x12 in /usr/bin/python3
 
 Fatal Python error: Segmentation fault
 
@@ -201,28 +208,31 @@ Extension modules: numpy._core (total: 1)
 
 def test_a_crash_is_told_by_the_thread_that_crashed(tmp_path):
     (tmp_path / "rank00000.err").write_text("Connection closed by peer\n")
-    (tmp_path / "rank00004.err").write_text(DUMP.format(other=331))
+    (tmp_path / "rank00004.err").write_text(DUMP.format(other=331, offset="1f"))
     found = crash.find(tmp_path)
     assert found is not None
     assert found.rank == 4
     assert found.message.startswith(
         "Segmentation fault, at ops.py:12 in kernel < loop.py:30 in _step, "
-        "native: at::native::bad_kernel(int) < at::native::caller()"
+        "native: at::native::bad_kernel < caller < ffi_call (stacks"
     )
-    (tmp_path / "rank00004.err").write_text(DUMP.format(other=327))  # another thread was elsewhere
+    (tmp_path / "rank00004.err").write_text(
+        DUMP.format(other=327, offset="2a")
+    )  # another thread was elsewhere
     assert crash.find(tmp_path) == found
-    (tmp_path / "rank00004.err").write_text(DUMP.format(other=331).replace("line 12", "line 13"))
-    other = crash.find(tmp_path)
-    assert other is not None
-    assert other.fingerprint != found.fingerprint
+    for old, new in (("line 12", "line 13"), ("ffi_call", "other_call")):
+        (tmp_path / "rank00004.err").write_text(DUMP.format(other=331, offset="1f").replace(old, new))
+        other = crash.find(tmp_path)
+        assert other is not None
+        assert other.fingerprint != found.fingerprint
 
 
 def test_a_crash_without_python_frames(tmp_path):
-    text = DUMP[: DUMP.index("\nThread 0x01")]
+    text = DUMP[: DUMP.index("\nThread 0x01")].format(offset="1f")
     (tmp_path / "rank00000.err").write_text(text)
     found = crash.find(tmp_path)
     assert isinstance(found, Crash)
-    assert "native: at::native::bad_kernel(int)" in found.message
+    assert "native: at::native::bad_kernel <" in found.message
     (tmp_path / "rank00000.err").write_text(text.replace("bad_kernel", "other_kernel"))
     other = crash.find(tmp_path)
     assert other is not None
@@ -311,4 +321,16 @@ def test_a_full_disk_is_everybodys_and_an_io_error_the_nodes(tmp_path, monkeypat
 
     monkeypatch.setattr(preflight.os, "fsync", fsync)
     with pytest.raises(kind):
+        preflight.check_storage(run)  # type: ignore[arg-type]
+
+
+def test_a_directory_that_one_node_can_only_read_is_named(tmp_path, monkeypatch):
+    """The batch host has written the attempt's record there: it is the node's mount, or the container's."""
+    run = SimpleNamespace(dir=tmp_path, logs=tmp_path, env=SimpleNamespace(rank=3, node="n1", local_rank=0))
+
+    def replace(source, target):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(preflight.os, "replace", replace)
+    with pytest.raises(preflight.PreflightError, match=f"^n1 can only read {tmp_path}: .*MOUNTS"):
         preflight.check_storage(run)  # type: ignore[arg-type]

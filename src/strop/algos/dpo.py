@@ -14,13 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from strop import ops
+from strop.algos import Metrics
 from strop.config import Config, DpoConfig
 from strop.data.batch import Batch
 from strop.models.policy import Output
 
 NEEDS_REFERENCE = True
-
-Metrics = dict[str, tuple[Tensor, Tensor]]
 
 
 def count(batch: Batch) -> int:

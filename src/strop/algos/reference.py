@@ -113,8 +113,11 @@ def _any_missing(values: np.ndarray | None, store: TokenStore, rows_of_ranks: li
 
 
 def _put(values: np.ndarray, store: TokenStore, rows: np.ndarray, logp: np.ndarray) -> None:
+    """Fill in what is missing. A value that is there stays: steps were taken with it, and another number of
+    ranks packs its row with others, which may change its last bit."""
     at = 0
     for row in rows:
         for a, b in store.spans(row):
-            values[a:b] = logp[at : at + b - a]
+            missing = np.isnan(values[a:b])
+            values[a:b][missing] = logp[at : at + b - a][missing]
             at += b - a

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from strop.algos import Metrics
 from strop.config import Config
 from strop.data.batch import Batch
 from strop.models.policy import Output
@@ -17,7 +18,7 @@ def count(batch: Batch) -> int:
     return int(batch.trained_T.sum())
 
 
-def loss(out: Output, batch: Batch, cfg: Config) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+def loss(out: Output, batch: Batch, cfg: Config) -> tuple[Tensor, Metrics]:
     """-Σ log p(token) over the trained tokens, and (sum, count) metrics."""
     tokens = batch.trained_T.float().sum()
     metrics = {

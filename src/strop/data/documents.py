@@ -62,7 +62,7 @@ def find(entry: str, key: str, split: str, config: DataConfig) -> list[Source]:
     """
     path = Path(entry).expanduser()
     if path.is_file():
-        if not path.name.endswith(SUFFIXES):
+        if not path.name.lower().endswith(SUFFIXES):
             raise UserError(f"{key}: {entry} has none of the endings {', '.join(SUFFIXES)}")
         return [_as_source(path, entry, key)]
     if not path.is_dir():
@@ -92,7 +92,7 @@ def _named(path: Path, entry: str, key: str, split: str, config: DataConfig) -> 
 
 
 def _as_source(file: Path, name: str, key: str) -> Source:
-    text = file.name.endswith(TEXT_SUFFIXES)
+    text = file.name.lower().endswith(TEXT_SUFFIXES)
     return Source(name, "text", str(file)) if text else sources.as_file(file, name, key)
 
 
@@ -108,7 +108,7 @@ def _all_files(path: Path, entry: str, key: str) -> list[Source]:
         inner = file.relative_to(path)
         if (
             file.is_file()
-            and file.name.endswith(SUFFIXES)
+            and file.name.lower().endswith(SUFFIXES)
             and not any(p.startswith(".") for p in inner.parts)
         ):
             found.append(_as_source(file, str(Path(entry) / inner), key))
@@ -127,7 +127,7 @@ def pieces(index: int, source: Source, config: PrepareConfig) -> list[Piece]:
         return [Piece(index, b, min(b + PIECE_ROWS, num_rows), b + 1, PIECE_BYTES) for b in begins]
     size = Path(source.path).stat().st_size
     cut = {"text": {"line": b"\n", "paragraph": b"\n\n"}.get(config.documents), "jsonl": b"\n"}
-    mark = None if source.path.endswith(".gz") else cut.get(source.format)
+    mark = None if source.path.lower().endswith(".gz") else cut.get(source.format)
     if mark is None:
         return [Piece(index, 0, size, 1, size)]
     return list(_byte_ranges(index, source, mark))
@@ -179,7 +179,7 @@ def read(source: Source, piece: Piece, config: PrepareConfig) -> Iterator[Docume
 
 
 def _rows(source: Source, piece: Piece) -> Iterator[Row | BadRow]:
-    if source.format == "jsonl" and not source.path.endswith(".gz"):
+    if source.format == "jsonl" and not source.path.lower().endswith(".gz"):
         with open(source.path, "rb") as file:
             file.seek(piece.begin)
             left, number = piece.end - piece.begin, piece.first_line

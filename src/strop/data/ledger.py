@@ -29,8 +29,8 @@ class BadRow:
     source: str
     line: int
     reason: str
-    """A short constant: not_json, not_utf8, not_an_object, wrong_fields, not_unicode, template, boundary,
-    same_pair, no_trained_token, over_length."""
+    """A short constant: not_json, not_utf8, not_an_object, wrong_fields, empty, not_unicode, template,
+    boundary, same_pair, no_trained_token, over_length."""
     message: str
     """For the user: what is wrong with this very row, without its place."""
     tokens: int = 0

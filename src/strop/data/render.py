@@ -103,6 +103,8 @@ class Renderer:
         prompt, chosen, rejected = (_known(fields.get(key)) for key in ("prompt", "chosen", "rejected"))
         if chosen is None or rejected is None or (prompt is None and isinstance(chosen, str)):
             raise _wrong_fields("preference", fields)
+        if chosen == "":
+            raise Refused("empty", "chosen is empty")
         if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
             return [_plain(prompt, chosen), _plain(prompt, rejected)], False
         head, tails = _conversation(prompt, [chosen, rejected])

@@ -110,14 +110,16 @@ def beside(name: str, config: DataConfig) -> Source | None:
 
 def as_file(path: Path, name: str, key: str) -> Source:
     for suffix in SUFFIXES:
-        if path.name.endswith(suffix):
+        if path.name.lower().endswith(suffix):
             return Source(name, suffix.split(".")[1], str(path))
     raise UserError(f"{key}: {name} has none of the endings {', '.join(SUFFIXES)}")
 
 
 def directory(path: Path, name: str, split: str, config: DataConfig) -> Source | None:
     """training.jsonl and the like by name, else what `datasets` saved or a copy of a hub set."""
-    found = [path / file for file in _wanted(split) if (path / file).is_file()]
+    wanted = _wanted(split)
+    found = [entry for entry in path.iterdir() if entry.name.lower() in wanted and entry.is_file()]
+    found.sort(key=lambda entry: (wanted.index(entry.name.lower()), entry.name))
     if len(found) > 1:
         raise UserError(f"{name} holds both {found[0].name} and {found[1].name}: name one of them")
     if found:
@@ -152,7 +154,7 @@ def _looks_like_path(name: str) -> bool:
     """A hub name is `name` or `owner/name`; it has no data ending and no directory here starts it."""
     parts = name.split("/")
     return (
-        name.endswith((*SUFFIXES, *TEXT_SUFFIXES))
+        name.lower().endswith((*SUFFIXES, *TEXT_SUFFIXES))
         or len(parts) > 2
         or parts[0] in ("", ".", "..", "~")
         or (len(parts) == 2 and Path(parts[0]).is_dir())
@@ -200,7 +202,7 @@ def read(source: Source) -> Iterator[Row | BadRow]:
 
 def _open(source: Source) -> Any:
     """The bytes of a file, unpacked where it is a .gz."""
-    return gzip.open(source.path) if source.path.endswith(".gz") else open(source.path, "rb")
+    return gzip.open(source.path) if source.path.lower().endswith(".gz") else open(source.path, "rb")
 
 
 def _read_jsonl(source: Source) -> Iterator[Row | BadRow]:

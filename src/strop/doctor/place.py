@@ -17,7 +17,6 @@ from strop.errors import UserError
 from strop.slurm import attempts, code, command, env, lease, naming
 from strop.slurm.stop import StopRequest
 
-ROOT = Path(__file__).resolve().parents[3]
 SLURM_DEADLINE_S = 8.0
 UNCONFIGURED = "Could not establish a configuration source"
 NO_JOB = env.Job(None, None, None, 0, (), "local", None, None, None, None)
@@ -25,7 +24,7 @@ NO_JOB = env.Job(None, None, None, 0, (), "local", None, None, None, None)
 
 def run_directory(algo: str, args: Sequence[str], config: Config, checks: Checks) -> Path:
     """Where the run lies; whether this would begin, resume, extend or be refused."""
-    run = naming.resolve(algo, args, NO_JOB, ROOT)
+    run = naming.resolve(algo, args, NO_JOB, code.REPOSITORY)
     if not run.given:
         checks.ok("run", f"a new one, {run.directory.parent}/{algo}-JOBID (run.name=X to choose the name)")
         return run.directory.parent / f"{algo}-JOBID"
@@ -86,7 +85,7 @@ def git_state(checks: Checks) -> None:
     """Uncommitted code: the run's record could not be found again."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(ROOT), "status", "--porcelain", "--", "src", "sbatch"],
+            ["git", "-C", str(code.REPOSITORY), "status", "--porcelain", "--", "src", "sbatch"],
             capture_output=True,
             text=True,
             timeout=10,
@@ -156,7 +155,7 @@ def ask_slurm(algo: str, args: Sequence[str], options: Sequence[str], checks: Ch
         text = f"no {' and no '.join(missing)} here"
         checks.warn("slurm", text, f"without Slurm: python -m tools.submit --algo {algo} --executor local")
         return
-    script = ROOT / "sbatch" / f"{algo}.sh"
+    script = code.REPOSITORY / "sbatch" / f"{algo}.sh"
     words = ["sbatch", "--test-only", *options, str(script), *args]
     shown = shlex.join(["sbatch", *options, f"sbatch/{algo}.sh", *args])
     try:

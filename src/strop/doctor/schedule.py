@@ -66,8 +66,6 @@ def cadences(config: Config, total: int, validation_rows: int, checks: Checks) -
     if c.best_metric and not (validates and (v.at_end or (v.every and v.every <= total))):
         text = f"checkpoint.best_metric={c.best_metric}, but nothing is validated after step 0"
         checks.warn("checkpoints", text, "set validation.every or validation.at_end")
-    if c.best_metric and config.algo != "dpo" and "rewards/" in c.best_metric:
-        checks.fail("checkpoints", f"checkpoint.best_metric={c.best_metric}: {config.algo} has no rewards")
     if c.every is None:
         text = "checkpoint.every=null: a kill without warning loses everything"
         checks.warn("checkpoints", text, "set checkpoint.every")

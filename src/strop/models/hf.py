@@ -7,10 +7,20 @@ its shards (`scatter_weights`), so a model never exists whole but on rank 0.
 from __future__ import annotations
 
 import hashlib
+import time
 from pathlib import Path
 from typing import Any, Optional, cast
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -23,20 +33,66 @@ from strop.dist import Dist
 from strop.errors import UserError
 
 WEIGHT_FILES = ("*.safetensors", "*.bin")
+HUB_TRIES_S = 6.0
+"""How long a hub that does not answer is asked again, before anything is downloaded."""
+HUB_TIMEOUT_S = 3.0
 
 
-def check_model(path: str) -> None:
-    """Raise UserError if `path` looks local and is no model directory; a hub name passes."""
+def check_model(path: str, key: str = "model.path") -> None:
+    """Raise UserError if `path`, given by `key`, looks local and is no model directory; a hub name passes."""
     folder = Path(path)
     if not folder.is_dir():
         if folder.is_absolute() or path.startswith((".", "assets/")) or path.count("/") > 1:
             hint = "; the demo's models are made by: python -m tools.demo_assets" if "assets" in path else ""
-            raise UserError(f"model.path: {path} does not exist{hint}")
+            raise UserError(f"{key}: {path} does not exist{hint}")
         return
     if not (folder / "config.json").is_file():
-        raise UserError(f"model.path: {path} has no config.json: not a model directory")
+        raise UserError(f"{key}: {path} has no config.json: not a model directory")
     if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
-        raise UserError(f"model.path: {path} has a config.json but no weights ({' or '.join(WEIGHT_FILES)})")
+        raise UserError(f"{key}: {path} has a config.json but no weights ({' or '.join(WEIGHT_FILES)})")
+
+
+def check_hub(key: str, name: str, revision: Optional[str], file: str) -> None:
+    """UserError if `name`, which `key` gives, is neither a directory nor in the hub's cache nor on the hub.
+
+    A mistyped directory looks like a hub name, and where no hub can be reached transformers takes most of a
+    minute, in several turns, to say something about a connection.
+    """
+    if Path(name).is_dir():
+        return
+    try:
+        if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
+            return
+        problem = _ask_hub(hf_hub_url(name, file, revision=revision))
+    except HFValidationError:
+        problem = "and cannot be one's name on the hub"
+    if problem:
+        raise UserError(f"{key}: {name!r} is no directory (looked in {Path.cwd()}), {problem}")
+
+
+def _ask_hub(url: str) -> Optional[str]:
+    """Why the file cannot be had; None where the hub answers: a download knows what to do then, retries
+    included."""
+    deadline = time.monotonic() + HUB_TRIES_S
+    while True:
+        try:
+            get_hf_file_metadata(url, timeout=HUB_TIMEOUT_S)
+        except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+            return f"and the hub has none of that name, or not for this account ({_first_line(error)})"
+        except HfHubHTTPError:
+            return None
+        except OfflineModeIsEnabled:
+            return "not in the hub's cache here, and HF_HUB_OFFLINE forbids to ask the hub"
+        except HTTPError as error:
+            if time.monotonic() > deadline:
+                return (
+                    f"not in the hub's cache here, and the hub cannot be reached ({_first_line(error)}). "
+                    "Give a directory, or download it where there is a network; with HF_HUB_OFFLINE=1 only "
+                    "the cache is looked at"
+                )
+            time.sleep(1)
+        else:
+            return None
 
 
 def weights_digest(path: str, revision: Optional[str]) -> str:

@@ -24,6 +24,7 @@ LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 PREFIX = b'{"time":"'
 TIME_START = len(PREFIX)
 TIME_END = TIME_START + len("2026-11-22T00:11:49.123456Z")
+_ENCODE = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 NAME = re.compile(r"rank(\d{5,})(?:\.(\d+))?\.(jsonl|err)")
 
 
@@ -52,6 +53,7 @@ def segment(path: Path) -> Optional[Segment]:
 def encode(fields: dict[str, Any]) -> bytes:
     """The line with its newline. `fields` in the order of the file: time, rank, node, attempt, step, phase,
     level, logger, message; then, where there is one: traceback, raw ([segment, offset]), dropped (how many
-    lines of this rank were deleted before this one)."""
-    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False)
+    lines of this rank are gone so far, a running total: deleted with their segment, or never written for
+    want of a disk)."""
+    text = _ENCODE(fields)
     return text.encode("utf-8", "backslashreplace") + b"\n"

@@ -41,8 +41,9 @@ def command(run: RunFiles) -> str:
     """What starts the run again."""
     r = run.records[-1]
     algo, args = r.get("algo") or run.config.get("algo") or "ALGO", list(r.get("args") or [])
-    if not any(word.startswith("run.name=") for word in args):
-        args.append(f"run.name={run.directory.name}")
+    name = f"run.name={run.directory.name}"
+    if [word for word in args if word.startswith("run.name=")][-1:] != [name]:  # none, or that of an array
+        args.append(name)
     if r.get("launcher") == "direct":
         return shlex.join(["python", "-m", "strop.train", algo, *args]) + " (and the settings it had)"
     if r.get("launcher") == "local":

@@ -209,8 +209,11 @@ def _checkpoints(root: Path) -> Checkpoints:
 
 
 def total_steps(run: RunFiles) -> Optional[int]:
-    """Steps of the whole run: config.yaml, and what the newest attempt's command line said over it (a
-    finished run is extended by a larger max_steps, and its config.yaml stays)."""
+    """Steps of the whole run, as rank 0 recorded them. Before it has come so far: config.yaml, and what the
+    newest attempt's command line said over it (a finished run is extended by a larger max_steps, and its
+    config.yaml stays)."""
+    if run.records and isinstance(run.records[-1].get("max_steps"), int):
+        return int(run.records[-1]["max_steps"])
     train = dict(run.config.get("train") or {})
     if run.records:
         train.update(_words(run.records[-1].get("args") or []))

@@ -20,7 +20,7 @@ from strop.obs.run_files import Checkpoints, RunFiles
 from strop.slurm import decide, lease
 
 RUNNING = ("starting", "training", "validating", "saving", "stopping")
-BAD = ("failed", "held", "dead")
+BAD = ("failed", "held", "pending", "dead")
 RECENT_STEPS = 31
 """As in `progress`: the ETA is a median over so many steps."""
 
@@ -59,8 +59,8 @@ class Status:
     directory: str
     algo: Optional[str]
     state: str
-    """queued, starting, training, validating, saving, stopping, stopped, finished, held, failed, cancelled
-    or dead."""
+    """queued, starting, training, validating, saving, stopping, stopped, finished, held, pending, failed,
+    cancelled or dead."""
     detail: str
     step: int
     total_steps: Optional[int]
@@ -84,8 +84,11 @@ class Status:
 
 
 def assess(run: RunFiles) -> Status:
-    state, detail = _state(run)
-    total = run_files.total_steps(run)
+    standing = _without_refusals(run)
+    state, detail = _state(standing)
+    if standing is not run:
+        detail = f"a later start was refused: {_first_line(run.records[-1])}"
+    total = run_files.total_steps(standing)
     trained = [m for m in run.metrics if "loss" in m]
     evaluations = [m for m in run.metrics if any(key.startswith("eval_") for key in m)]
     step = max([trained[-1]["step"] if trained else 0, *run.checkpoints.committed[-1:]])
@@ -116,7 +119,31 @@ def assess(run: RunFiles) -> Status:
         checkpoints=run.checkpoints,
         next_action="",
     )
-    return dataclasses.replace(status, next_action=next_action(run, status.state, step))
+    return dataclasses.replace(status, next_action=next_action(standing, status.state, step))
+
+
+def _without_refusals(run: RunFiles) -> RunFiles:
+    """A finished run stays finished when somebody starts it again and is refused: for another configuration,
+    say. The attempts after its end count only once they train, or fail for another reason than the user's."""
+    trained = {t.get("attempt") for t in run.timing}
+    number = len(run.records)
+    while (
+        number and _is_refused(run.records[number - 1]) and run.records[number - 1]["attempt"] not in trained
+    ):
+        number -= 1
+    if number in (0, len(run.records)) or run.records[number - 1].get("state") != "DONE":
+        return run
+    return dataclasses.replace(run, records=run.records[:number])
+
+
+def _is_refused(r: Mapping[str, Any]) -> bool:
+    if r.get("launcher") == "direct":
+        return bool(r.get("state") == "FAIL" and r.get("reason") == "user")
+    return r.get("cause") == "user"
+
+
+def _first_line(r: Mapping[str, Any]) -> str:
+    return (r.get("summary") or f"attempt {r['attempt']}").splitlines()[0]
 
 
 # --------------------------------------------------------------------------------------------- state
@@ -141,6 +168,8 @@ def _state(run: RunFiles) -> tuple[str, str]:
         return name, words
     if r.get("action") == "hold":
         return ("queued", "released") if owner == "queued" else ("held", words)
+    if r.get("action") == "pending" and (owner == "gone" or run.job is None):
+        return "pending", f"{words}; the requeue is still to be asked for"
     if owner in ("queued", "held", "cancelled"):
         return owner, words or f"attempt {r['attempt']} died without a word"
     if owner == "restarted":

@@ -1,19 +1,21 @@
-"""`python3 -m strop.slurm begin|end|term`, for sbatch/lib.sh: on the host, uninstalled, no other modules.
+"""`python3 -m strop.slurm begin|collect|end|term`, for sbatch/lib.sh: on the host, standard library only.
 
 `begin ALGO ARGS` prints shell assignments for the ranks. `end --exit CODE --signals "USR1 TERM"` prints
 "ACTION EXIT_CODE"; the summary for the reader goes to stderr, which is the job's output file. `term` is
-called when TERM has reached the batch shell of a job with a successor.
+called when TERM has reached the batch shell of a job with a successor. `collect` runs on every node.
 """
 
 from __future__ import annotations
 
 import argparse
 import shlex
+import socket
 import sys
 from collections.abc import Sequence
 
 from strop.errors import EXIT_DONE, EXIT_STORAGE, EXIT_USER, STORAGE_ERRNOS, UserError
-from strop.slurm import body, command, env, lease, stop
+from strop.obs import secrets
+from strop.slurm import attempts, body, collect, command, env, lease, stop
 
 
 def main(argv: Sequence[str]) -> int:
@@ -21,12 +23,14 @@ def main(argv: Sequence[str]) -> int:
         return begin(argv[1], list(argv[2:]))
     if argv[:1] == ["end"]:
         return end(list(argv[1:]))
+    if argv[:1] == ["collect"]:
+        return collect_logs()
     if argv[:1] == ["term"]:
         if body.cancel_successor(env.read_job()):
             say("cancelled, and its successor with it")
         return EXIT_DONE
     print(
-        "usage: python3 -m strop.slurm begin ALGO ARGS | end --exit CODE --signals NAMES | term",
+        "usage: python3 -m strop.slurm begin ALGO ARGS | collect | end --exit CODE --signals NAMES | term",
         file=sys.stderr,
     )
     return EXIT_USER
@@ -72,6 +76,19 @@ def begin(algo: str, args: list[str]) -> int:
     return 0
 
 
+def collect_logs() -> int:
+    job = env.read_job()
+    assert job.run_dir is not None
+    assert job.attempt is not None
+    local = attempts.rank_log_dir(job.run_dir, job.attempt, job.log_dir)
+    try:
+        collect.collect(local, attempts.log_dir(job.run_dir, job.attempt))
+    except OSError as error:
+        print(f"{socket.gethostname()}: {error}", file=sys.stderr)
+        return 1
+    return EXIT_DONE
+
+
 def end(argv: list[str]) -> int:
     stop.block_signals()  # the requeue that this very command asks for sends TERM to it
     parser = argparse.ArgumentParser(prog="python3 -m strop.slurm end")
@@ -83,12 +100,14 @@ def end(argv: list[str]) -> int:
     text = f"run {job.run_dir}, attempt {job.attempt}: {decision.summary}"
     say(decision.summary if decision.cause == "user" else text)
     body.notify(job, decision, text)
+    if decision.cause == "user" and job.launcher == "local":
+        body.discard_unnamed(job)
     print(decision.action, decision.exit_code)
     return 0
 
 
 def say(text: str) -> None:
-    for line in text.splitlines():
+    for line in secrets.redact(text).splitlines():
         print(f"strop: {line}", file=sys.stderr, flush=True)
 
 

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any, Optional
 
 from strop import files
 from strop.errors import UserError
+from strop.obs import secrets
 from strop.slurm import lease, stop
 
 STATES = ("X", "DONE", "YIELD", "FAIL")
@@ -35,6 +37,11 @@ def record_file(run_dir: Path, attempt: int) -> Path:
 
 def log_dir(run_dir: Path, attempt: int) -> Path:
     return run_dir / "logs" / f"{attempt:04d}"
+
+
+def rank_log_dir(run_dir: Path, attempt: int, local: Optional[Path]) -> Path:
+    """Where the ranks write their logs: on the node's own disk (`local`: STROP_LOG_DIR) if there is one."""
+    return log_dir(run_dir, attempt) if local is None else local / run_dir.name / f"{attempt:04d}"
 
 
 def _make_directory(path: Path) -> None:
@@ -143,6 +150,12 @@ def read_all(run_dir: Path) -> list[dict[str, Any]]:
     return [read(run_dir, number) for number in numbers]
 
 
+def discard(run_dir: Path, attempt: int) -> None:
+    """Take away a run under a name that nobody chose whose first start was refused: nothing goes on there."""
+    if attempt == 1 and committed_step(run_dir) is None and not (run_dir / "metrics.jsonl").exists():
+        shutil.rmtree(run_dir, ignore_errors=True)
+
+
 def holds_lease(run_dir: Path, attempt: int) -> bool:
     """Ask before every commit: False once a newer attempt has begun, and then nothing may be written."""
     return not record_file(run_dir, attempt + 1).exists()
@@ -181,9 +194,9 @@ def write_verdict(
         "node": node or socket.gethostname(),
         "kind": kind,
         "exit_code": exit_code,
-        "message": message,
+        "message": secrets.redact(message),
         "exception": exception,
-        "traceback": traceback,
+        "traceback": secrets.redact(traceback) if traceback else None,
         "step": step,
         "phase": phase,
         "time": time.time(),

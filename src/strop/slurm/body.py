@@ -19,6 +19,7 @@ from typing import Any, Optional
 
 from strop import files
 from strop.errors import EXIT_STORAGE, EXIT_YIELD, STORAGE_ERRNOS, UserError
+from strop.obs import log_line, secrets
 from strop.slurm import (
     attempts,
     code,
@@ -35,7 +36,6 @@ from strop.slurm import (
     successor,
 )
 
-ROOT = code.PACKAGE.parents[1]
 WAIT_WITHOUT_END_S = 3600.0
 END_MARGIN_S = 20.0
 """Before the job's end a controller that does not answer is given up."""
@@ -62,7 +62,7 @@ class Exhausted(RuntimeError):
 
 def begin(algo: str, args: Sequence[str], job: env.Job) -> Begun:
     """Create the attempt. Raises UserError, lease.Held, Exhausted or NothingToDo: nothing is written."""
-    run = naming.resolve(algo, args, job, ROOT)
+    run = naming.resolve(algo, args, job, code.REPOSITORY)
     idle = successor.stand_down(job, run.directory, attempts.read_all(run.directory))
     if idle:
         raise NothingToDo(f"{idle}; nothing left to do for job {job.target}, its successor")
@@ -83,7 +83,8 @@ def begin(algo: str, args: Sequence[str], job: env.Job) -> Begun:
         target=job.target,
         launcher=job.launcher,
         algo=algo,
-        args=list(args),
+        args=secrets.mask_args(args),
+        named=run.given,
         code=code_now,
         **deaths.mark(),
     )
@@ -91,7 +92,8 @@ def begin(algo: str, args: Sequence[str], job: env.Job) -> Begun:
     known, behind = None, None
     if job.target is not None:
         known = command.show_job(job.target) or {}
-        named = args if run.given else [*args, f"run.name={run.name}"]
+        # The successor of an array's task is a job of its own: it is told the task's run.
+        named = args if run.given and not job.array_task_id else [*args, f"run.name={run.name}"]
         try:
             behind = successor.prepare(run.directory, attempt, known, job, algo, named)
         except command.SlurmError as error:
@@ -207,6 +209,7 @@ def gather(job: env.Job, launcher_exit: int, signals: Sequence[str]) -> decide.F
     verdicts = [decide.Verdict(**{key: v[key] for key in fields if key in v}) for v in said]
     logs = attempts.log_dir(run_dir, number)
     state = _local_state(signals) if job.launcher == "local" else job_state(job)
+    suspect = hang.suspect(said, *_ranks(logs))
     return decide.Facts(
         state=record["state"],
         launcher_exit=launcher_exit,
@@ -220,12 +223,21 @@ def gather(job: env.Job, launcher_exit: int, signals: Sequence[str]) -> decide.F
         death=deaths.find(run_dir, record, verdicts),
         successor=_successor(record.get("successor"), state),
         space=deaths.describe_space(run_dir) if any(v.kind == "storage" for v in verdicts) else "",
-        suspect=hang.suspect(said, *_ranks(logs)),
+        suspect=suspect,
+        lost_nodes=_lost_nodes(record) if suspect and suspect.silent and job.launcher != "local" else (),
         num_nodes=len(record.get("nodes") or ()),
         job=state,
         history=decide.since_progress(records, committed)[:-1],
         last_words=crash.last_words(logs, {v.rank for v in verdicts}),
     )
+
+
+def _lost_nodes(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """What Slurm cannot tell is not known: the attempt then counts as hung."""
+    try:
+        return tuple(command.lost_nodes(record.get("nodes") or (), record["began"]))
+    except command.SlurmError:
+        return ()
 
 
 def _successor(job_id: Optional[str], state: decide.JobState) -> Optional[str]:
@@ -237,7 +249,8 @@ def _ranks(logs: Path) -> tuple[int, dict[int, str]]:
     """How many ranks came, and on which nodes they were, as far as the pre-flight check could tell."""
     clock = files.read_json(logs / "clock.json") or {"ranks": []}
     nodes = {entry["rank"]: entry["node"] for entry in clock["ranks"]}
-    return len(nodes) or len(list(logs.glob("rank*.err"))), nodes
+    came = {segment.rank for segment in map(log_line.segment, logs.glob("rank*")) if segment}
+    return len(nodes) or len(came), nodes
 
 
 def _local_state(signals: Sequence[str]) -> decide.JobState:
@@ -368,6 +381,14 @@ def hold(job: env.Job) -> str:
     except command.SlurmError as error:
         return f"make room, then submit it again (not held: {error})"
     return f"held: make room, then: scontrol release {job.target}"
+
+
+def discard_unnamed(job: env.Job) -> None:
+    """A refused start without run.name, outside of Slurm: its name is the time, which nobody uses again."""
+    assert job.run_dir is not None
+    assert job.attempt is not None
+    if not attempts.read(job.run_dir, job.attempt).get("named"):
+        attempts.discard(job.run_dir, job.attempt)
 
 
 def notify(job: env.Job, decision: decide.Decision, text: str) -> None:

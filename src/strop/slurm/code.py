@@ -11,6 +11,8 @@ from typing import Any, Optional
 from strop.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parents[1]
+REPOSITORY = PACKAGE.parents[1]
+"""With sbatch/, configs/ and tools/, which are not installed: strop runs from there."""
 SUFFIXES = {".py", ".cu", ".cuh", ".cpp", ".h"}
 
 

@@ -106,3 +106,17 @@ def parse_jobs(text: str) -> list[dict[str, str]]:
         if "JobId" in job:
             jobs.append(job)
     return jobs
+
+
+def lost_nodes(nodes: Sequence[str], since: float) -> list[str]:
+    """Those of `nodes` that the controller cannot reach, or whose slurmd was started after `since` (unix
+    seconds): a crash or a reboot took it away in between."""
+    text = slurm(["scontrol", "--oneliner", "show", "node", ",".join(nodes)], deadline_s=10.0)
+    lost = []
+    for line in text.splitlines():
+        record = dict(word.partition("=")[::2] for word in line.split() if "=" in word)
+        started = record.get("SlurmdStartTime", "None")
+        restarted = started[:1].isdigit() and time.mktime(time.strptime(started, "%Y-%m-%dT%H:%M:%S")) > since
+        if restarted or re.search(r"DOWN|NOT_RESPONDING|FAIL|\*", record.get("State", "")):
+            lost.append(record["NodeName"])
+    return lost

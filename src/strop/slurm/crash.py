@@ -1,17 +1,20 @@
-"""What a rank's stderr file says about a death that left no verdict.
+"""What a rank's stderr files say about a death that left no verdict.
 
-Where torch's handler is switched on it prints the native stacks of all threads, then faulthandler the Python
-stacks. Of both only the thread that crashed is the cause; what the others did differs from one time to the
-next, and must not get into the fingerprint by which a repeated crash is known.
+`obs/csrc/crash.cpp` writes the native stack of the thread that crashed, then faulthandler the Python stacks
+of all threads. Only the thread that crashed is the cause; what the others did differs from one time to the
+next, and must not get into the fingerprint by which a repeated crash is known. Nor must addresses.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
+from strop.obs import log_line, secrets
 from strop.slurm import attempts, decide
 
 TAIL_BYTES = 1 << 16
@@ -20,29 +23,52 @@ STACKS_BYTES = 1 << 20
 FATAL = re.compile(
     r"Fatal Python error: (Segmentation fault|Bus error|Illegal instruction|Aborted|Floating.point exception)"
 )
-NATIVE_FRAME = re.compile(r"frame #\d+: (?!<unknown function>|c10::FatalSignalHandler)(.+?) \+ 0x")
+NATIVE_STACK = "strop: native stack of the thread that crashed"
+NATIVE_FRAME = re.compile(r"^  native #\d+ (\S+)\+0x[0-9a-f]+ in ", re.MULTILINE)
+WAY_OUT = re.compile(
+    r"_?_?(gsignal|raise|abort|pthread_kill|assert_fail|libc_message|cxa_\w+)|_ZSt9terminatev|_ZN9__gnu_cxx.*"
+)
+"""How a process ends itself, rather than why."""
 SHOWN = 3
 
 
 def find(logs: Path) -> Optional[decide.Crash]:
     """The first rank whose stderr ends in the dump of a native crash."""
-    for path in sorted(logs.glob("rank*.err")):
-        if FATAL.search(_tail(path, TAIL_BYTES)):
-            return _read(path)
+    for rank, paths in _raw_files(logs).items():
+        if FATAL.search(_tail(paths, TAIL_BYTES)):
+            return _read(rank, paths)
     return None
 
 
-def _read(path: Path) -> decide.Crash:
-    text = _tail(path, STACKS_BYTES)
+def _read(rank: int, paths: Sequence[Path]) -> decide.Crash:
+    text = _tail(paths, STACKS_BYTES)
     match = list(FATAL.finditer(text))[-1]
     python = _paragraph(text[match.end() :], "Current thread ")
-    native = NATIVE_FRAME.findall(_paragraph(text[: match.start()], "FatalSignalHandler::fatalSignalHandler"))
+    native = _native(text[: match.start()].rpartition(NATIVE_STACK)[2])
     frames = re.findall(r'File "([^"]+)", line (\d+) in (.+)', python)
     places = [f"{os.path.basename(file)}:{line} in {name}" for file, line, name in frames[:SHOWN]]
     words = [match[1], *(["at " + " < ".join(places)] if places else [])]
-    words += ["native: " + " < ".join(native[:SHOWN])] if native else []
-    message = f"{', '.join(words)} (stacks in {path})"
-    return decide.Crash(_rank(path), message, attempts.fingerprint(match[1], python or " ".join(native)))
+    words += ["native: " + " < ".join(native)] if native else []
+    message = f"{', '.join(words)} (stacks in {paths[-1]})"
+    return decide.Crash(rank, message, attempts.fingerprint(" < ".join([match[1], *native]), python))
+
+
+def _native(text: str) -> list[str]:
+    """The innermost functions that have a name; from the interpreter's on, the Python stack says more."""
+    inside = itertools.takewhile(lambda name: not name.startswith("_PyEval"), NATIVE_FRAME.findall(text))
+    names = [name for name in inside if not WAY_OUT.fullmatch(name)]
+    return [readable(name) for name in names[:SHOWN]]
+
+
+def readable(symbol: str) -> str:
+    """at::native::add of _ZN2at6native3addERKNS_6TensorE: the names at the front of a C++ symbol."""
+    mangled = re.match(r"_ZN?[rVK]*(?=\d)", symbol)
+    rest, names = symbol[mangled.end() :] if mangled else "", []
+    while length := re.match(r"\d+", rest):
+        end = length.end() + int(length[0])
+        names.append(rest[length.end() : end])
+        rest = rest[end:] if symbol.startswith("_ZN") else ""
+    return "::".join(names) or symbol
 
 
 def _paragraph(text: str, mark: str) -> str:
@@ -53,18 +79,31 @@ def _paragraph(text: str, mark: str) -> str:
 
 def last_words(logs: Path, spoken: set[int]) -> str:
     """The end of the stderr of the first rank that wrote something but left no verdict."""
-    for path in sorted(logs.glob("rank*.err")):
-        lines = _tail(path, TAIL_BYTES).strip().splitlines()
-        if lines and _rank(path) not in spoken:
-            return "\n  ".join([f"the end of {path}:", *lines[-12:]])
+    for rank, paths in _raw_files(logs).items():
+        lines = _tail(paths, TAIL_BYTES).strip().splitlines()
+        if lines and rank not in spoken:
+            return "\n  ".join([f"the end of {paths[-1]}:", *map(secrets.redact, lines[-12:])])
     return ""
 
 
-def _rank(path: Path) -> int:
-    return int(re.sub(r"\D", "", path.name))
+def _raw_files(logs: Path) -> dict[int, list[Path]]:
+    """Every rank's raw segments in the order in which they were written."""
+    named = [(log_line.segment(path), path) for path in logs.glob("rank*.err")]
+    files: dict[int, list[Path]] = {}
+    for rank, _, path in sorted((s.rank, s.index, path) for s, path in named if s):
+        files.setdefault(rank, []).append(path)
+    return files
 
 
-def _tail(path: Path, num_bytes: int) -> str:
-    with open(path, "rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - num_bytes))
-        return file.read().decode(errors="replace")
+def _tail(paths: Sequence[Path], num_bytes: int) -> str:
+    """The last bytes of the segments taken together: the newest one may have just begun."""
+    parts: list[bytes] = []
+    left = num_bytes
+    for path in reversed(paths):
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - left))
+            parts.append(file.read())
+        left -= len(parts[-1])
+        if left <= 0:
+            break
+    return b"".join(reversed(parts)).decode(errors="replace")

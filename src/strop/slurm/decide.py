@@ -135,6 +135,8 @@ class Facts:
     """The file system of the run and what is free there, if something could not be written."""
     suspect: Optional[Suspect] = None
     """Whom the ranks of a hung attempt were waiting for."""
+    lost_nodes: tuple[str, ...] = ()
+    """Nodes of a hung attempt that Slurm has lost, or lost for a while, since it began."""
     num_nodes: int = 1
     job: JobState = JobState()
     history: tuple[Past, ...] = ()
@@ -194,7 +196,7 @@ def classify(facts: Facts) -> Cause:
     if death and death.oom and (first is None or first.kind in ("exception", "hang")):
         return Cause("oom", death.message, None, death.step, death.rank, death.node)
     if facts.state != "YIELD" and first and first.kind == "hang":
-        return _hung(first, facts.suspect)
+        return _hung(first, facts.suspect, facts.lost_nodes)
     if facts.state != "YIELD" and first:
         startup = first.step in (None, 0) or (first.phase or "").upper() in STARTUP_PHASES
         kind = "startup" if first.kind == "exception" and startup else first.kind
@@ -285,11 +287,16 @@ def _from_verdict(kind: str, v: Verdict) -> Cause:
     return Cause(kind, v.message, v.fingerprint, v.step, v.rank, v.node, v.phase)
 
 
-def _hung(first: Verdict, suspect: Optional[Suspect]) -> Cause:
-    """The rank that the others waited for counts as the cause, not the one that noticed first."""
+def _hung(first: Verdict, suspect: Optional[Suspect], lost_nodes: tuple[str, ...]) -> Cause:
+    """The rank that the others waited for counts as the cause, not the one that noticed first. A silent one
+    whose node was lost did not hang: while ranks connect to each other, nothing tells of a peer's end."""
     if suspect is None or suspect.rank == first.rank:
         return _from_verdict("hang", first)
     message = f"{suspect.message}\n  noticed by rank {first.rank} on {first.node}: {first.message}"
+    if suspect.silent and lost_nodes:
+        message = f"lost: {', '.join(lost_nodes)}; {message}"
+        node = suspect.node or lost_nodes[0]
+        return Cause("killed", message, None, first.step, suspect.rank, node, first.phase)
     return Cause("hang", message, first.fingerprint, first.step, suspect.rank, suspect.node, first.phase)
 
 

@@ -47,6 +47,10 @@ class Env:
     end_time: Optional[float]
     """Unix seconds at which Slurm ends the job; None when it has no end."""
     ifname: Optional[str]
+    stdout_fd: Optional[int] = None
+    """Rank 0's way to the job's output, where its descriptors 1 and 2 go to a file of their own."""
+    log_dir: Optional[Path] = None
+    """STROP_LOG_DIR: where ranks write their logs first, on the node's own disk."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ class Job:
     """STROP_SUCCESSOR=1 or 0: the user's word on whether there is to be a successor."""
     end_time: Optional[float] = None
     """Of an attempt that has begun, in unix seconds; None when Slurm names no end."""
+    log_dir: Optional[Path] = None
+    """As in Env."""
 
     @property
     def target(self) -> Optional[str]:
@@ -95,6 +101,8 @@ class Task:
     attempt: int
     python: Optional[str]
     ifname: Optional[str]
+    log_dir: Optional[Path] = None
+    """As in Env."""
 
 
 def read_env(environ: Optional[Mapping[str, str]] = None) -> Env:
@@ -112,7 +120,13 @@ def read_env(environ: Optional[Mapping[str, str]] = None) -> Env:
         restart_count=int(e.get("STROP_RESTART_COUNT") or 0),
         end_time=float(e["STROP_END_TIME"]) if e.get("STROP_END_TIME") else None,
         ifname=e.get("STROP_IFNAME") or None,
+        stdout_fd=int(e["STROP_STDOUT_FD"]) if e.get("STROP_STDOUT_FD") and "STROP_RANK" in e else None,
+        log_dir=_log_dir(e) if "STROP_RANK" in e else None,
     )
+
+
+def _log_dir(e: Mapping[str, str]) -> Optional[Path]:
+    return Path(e["STROP_LOG_DIR"]) if e.get("STROP_LOG_DIR") else None
 
 
 def read_job(environ: Optional[Mapping[str, str]] = None) -> Job:
@@ -135,6 +149,7 @@ def read_job(environ: Optional[Mapping[str, str]] = None) -> Job:
         successor_of=None if local else e.get("STROP_SUCCESSOR_OF") or None,
         successor_wish={"1": True, "0": False}.get(e.get("STROP_SUCCESSOR", "")),
         end_time=float(e["STROP_END_TIME"]) if e.get("STROP_END_TIME") else None,
+        log_dir=_log_dir(e),
     )
 
 
@@ -156,6 +171,7 @@ def read_task(environ: Optional[Mapping[str, str]] = None) -> Task:
         attempt=int(e["STROP_ATTEMPT"]),
         python=e.get("PYTHON") or None,
         ifname=e.get("STROP_IFNAME") or None,
+        log_dir=_log_dir(e),
     )
 
 

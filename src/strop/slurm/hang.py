@@ -31,6 +31,8 @@ class Suspect:
     rank: int
     node: Optional[str]
     message: str
+    silent: bool = False
+    """It left no verdict: it is stopped, or gone with its node."""
 
 
 def announcement(run_dir: Path, attempt: int) -> Path:
@@ -61,7 +63,7 @@ def suspect(
     silent = [rank for rank in range(world_size) if rank not in said]
     if silent:
         text = f"{_named(silent, nodes)} left no stacks: stopped, or its node is lost"
-        return Suspect(silent[0], nodes.get(silent[0]), text)
+        return Suspect(silent[0], nodes.get(silent[0]), text, silent=True)
     busy = [v for v in hung if not COLLECTIVE.search(_innermost(v)[0])]
     waiting = len(hung) - len(busy)
     if busy and waiting:

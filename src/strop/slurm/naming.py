@@ -18,6 +18,7 @@ from strop.aliases import ALIASES
 from strop.errors import UserError
 from strop.slurm.env import Job
 
+PLAIN = "must be a plain name, without / and not starting with a dot"
 KEYS = ("name", "dir", "allow_code_change")
 
 
@@ -37,16 +38,26 @@ def resolve(algo: str, args: Sequence[str], job: Job, root: Path) -> RunName:
     settings.update(_overrides(args))
     name = settings.get("name")
     given = name is not None
-    name = checked(_default(algo, job) if name is None else name)
+    name = checked(_default(algo, job) if name is None else of_task(name, job.target))
     allow = (settings.get("allow_code_change") or "").lower() == "true"
     return RunName(name, parent_directory(settings.get("dir") or "runs") / name, given, allow)
 
 
+def of_task(name: str, target: Optional[str]) -> str:
+    """The tasks of an array are runs of their own: "x" in task 4 of job 12 ("12_4") is "x-4"."""
+    task = (target or "").partition("_")[2]
+    return f"{name}-{task}" if task else name
+
+
 def checked(name: str) -> str:
     """The name of a run, which is that of its directory; UserError if it is not a plain one."""
-    if not name or "/" in name or name.startswith("."):
-        raise UserError(f"run.name={name!r}: a plain directory name is needed, without '/' or a leading '.'")
+    if not is_plain(name):
+        raise UserError(f"run.name={name!r}: {PLAIN}")
     return name
+
+
+def is_plain(name: str) -> bool:
+    return bool(name) and "/" not in name and not name.startswith(".")
 
 
 def parent_directory(text: str) -> Path:

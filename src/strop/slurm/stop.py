@@ -3,7 +3,8 @@
 The file is there because a wrapper or a container between Slurm and the rank may swallow the signal; the
 signal, because a shared file system may show a new file a minute late. USR1 and TERM are blocked before
 Python or torch start (`strop.slurm.launch`), so neither kills a rank and no handler ever runs: the trainer
-asks at its safe points, threads and all (they inherit the mask).
+asks at its safe points, threads and all (they inherit the mask). A run that was started by hand in a terminal
+also hears Ctrl-C.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Optional
 
 SIGNALS = frozenset({signal.SIGUSR1, signal.SIGTERM})
+CTRL_C = "Ctrl-C"
 LOOK_EVERY_S = 0.2
 HEARTBEAT_EVERY_S = 30.0
 
@@ -53,12 +55,26 @@ class StopRequest:
             self._file = str(stop_file(run_dir, attempt))
             self._record = str(run_dir / "attempts" / f"{attempt:04d}.json")
         self._next_look = self._next_heartbeat = 0.0
+        self._interrupted = False
+
+    def hear_ctrl_c(self) -> None:
+        """From now on the first Ctrl-C asks to stop; the second is a KeyboardInterrupt, as ever."""
+
+        def note(number: int, frame: object) -> None:
+            self._interrupted = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        # Elsewhere it is ignored: a shell's background jobs shall not hear it.
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, note)
 
     def poll(self) -> Optional[str]:
-        """None, or why: "USR1", "TERM" or "file: <first line>". A few microseconds."""
+        """None, or why: "USR1", "TERM", "Ctrl-C" or "file: <first line>". A few microseconds."""
         if self.reason is None:
             received = signal.sigtimedwait(SIGNALS, 0)
-            if received is not None:
+            if self._interrupted:
+                self.reason = CTRL_C
+            elif received is not None:
                 self.reason = signal.Signals(received.si_signo).name[3:]
             elif self._file is not None and time.monotonic() >= self._next_look:
                 self._look()

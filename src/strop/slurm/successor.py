@@ -157,7 +157,7 @@ def body_script(script: str, words: Sequence[str]) -> str:
             lines += ["#SBATCH " + shlex.join(option) for option in kept]
         elif line.strip() and not line.startswith("#"):
             break  # sbatch reads no further either
-    lib = code.PACKAGE.parents[1] / "sbatch" / "lib.sh"
+    lib = code.REPOSITORY / "sbatch" / "lib.sh"
     return "\n".join(["#!/usr/bin/env bash", *lines, "exec " + shlex.join(["bash", str(lib), *words]), ""])
 
 

@@ -1,0 +1,154 @@
+"""Keeps secrets out of what people read: `redact(text)` gives the text with a marker in their place.
+
+Three things count as secret: the values of environment variables with names such as HF_TOKEN or
+WANDB_API_KEY (and of configuration keys so named: `redactor`); tokens known by their shape, whoever wrote
+them; and what stands behind `password=` and its like, or in a URL before the @. Writers do this before a
+line is written. Raw stderr cannot be filtered while it is written, so readers do it before they show it.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Optional
+from urllib.parse import quote, quote_plus
+
+from strop.slurm import env
+
+MARKER = "[secret]"
+SHORTEST = 6
+"""A shorter value is left alone in free text: it would be found inside of innocent words."""
+
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+_NAMED = re.compile(
+    r"(?:^|_)(?:[a-z]*(?:token|secret|password|passwd|passphrase|credential)"
+    r"|(?:api|access|auth|private|secret)?key|pass)s?\d*(?:_|$)"
+)
+_NO_VALUE = re.compile(r"_(?:path|file|dir|name|type)$")
+_NO_SECRET = re.compile(r"\d{1,12}|true|false|none|null", re.IGNORECASE)
+
+_SHAPES = (
+    (r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", "-----begin "),
+    (r"hf_[A-Za-z0-9]{16,}", "hf_"),
+    (r"\bsk-[A-Za-z0-9_-]{16,}|\b[rsp]k_(?:live|test)_\w{10,}", "k-", "k_"),
+    (r"gh[a-z]_[A-Za-z0-9]{20,}", "gh"),
+    (r"github_pat_\w{20,}", "github_pat_"),
+    (r"\bglpat-[\w-]{16,}", "glpat-"),
+    (r"\bxox[a-z]-[A-Za-z0-9-]{10,}", "xox"),
+    (r"(?:AKIA|ASIA)[0-9A-Z]{16}", "akia", "asia"),
+    (r"\bAIza[\w-]{35}", "aiza"),
+    (r"\beyJ[\w-]{10,}\.[\w-]{10,}(?:\.[\w-]+)?", "eyj"),
+)
+"""A token's shape, and what must occur in the lower-case text for the shape to be looked for at all."""
+
+_BEARER = re.compile(r"(\b(?:bearer|basic)\s+)[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE)
+_URL = re.compile(r"(://[^/\s:@'\"]*:)[^/\s@'\"]+(?=@)")
+_ASSIGNED = re.compile(
+    r"((?:(?<![a-z0-9])(?:api|access|secret|private|auth|signing|encryption|account)[_-]?key"
+    r"|(?<!pad_)(?<!eos_)(?<!bos_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!mask_)(?<!special_)(?<!image_)token"
+    r"|secret|password|passwd|passphrase|credentials?)[\"']?\s*[=:]\s*)(?!\[secret\])"
+    r"(\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|[^\s\"',;&)\]}]+)",
+    re.IGNORECASE,
+)
+_TOKEN = re.compile("|".join(f"(?:{shape[0]})" for shape in _SHAPES))
+_HINTS = re.compile(
+    "|".join(re.escape(hint) for _, *hints in _SHAPES for hint in hints)
+    + "|bearer|basic|://|key|token|secret|passw|passphrase|credential"
+)
+
+
+def names_secret(name: str) -> bool:
+    """Whether a variable or key of this name holds a secret: HF_TOKEN, api_key, dbPassword.
+
+    Not HF_TOKEN_PATH, TOKENIZERS_PARALLELISM or PWD.
+    """
+    words = re.sub(r"\W", "_", _CAMEL.sub("_", name)).lower()
+    return _NAMED.search(words) is not None and not _NO_VALUE.search(words)
+
+
+def values_in(tree: Any, secret: bool = False) -> list[str]:
+    """The strings below keys that name secrets, in mappings and lists of any depth: a configuration."""
+    if isinstance(tree, Mapping):
+        return [v for key, below in tree.items() for v in values_in(below, secret or names_secret(str(key)))]
+    if isinstance(tree, (list, tuple)):
+        return [v for below in tree for v in values_in(below, secret)]
+    return [tree] if secret and isinstance(tree, str) else []
+
+
+def mask(tree: Any, secret: bool = False) -> Any:
+    """A configuration for showing: the same tree, with a marker for what is secret."""
+    if isinstance(tree, Mapping):
+        return {key: mask(below, secret or names_secret(str(key))) for key, below in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [mask(below, secret) for below in tree]
+    if isinstance(tree, str):
+        return MARKER if secret and tree else redact(tree)
+    return tree
+
+
+def mask_args(args: Iterable[str]) -> list[str]:
+    """A command line for showing: `+metadata.api_key=...` loses its value."""
+    shown = []
+    for word in args:
+        key, equals, value = word.partition("=")
+        secret = equals and value and names_secret(key) and not _NO_SECRET.fullmatch(value)
+        shown.append(f"{key}={MARKER}" if secret else redact(word))
+    return shown
+
+
+def redactor(
+    extra_values: Iterable[str] = (), environ: Optional[Mapping[str, str]] = None
+) -> Callable[[str], str]:
+    """A `redact` that knows these values too. `environ`: in place of this process's environment."""
+    variables = env.all_variables() if environ is None else environ
+    values = [value for name, value in variables.items() if names_secret(name)]
+    known = _forms([*values, *extra_values])
+    # the longest first: one secret may be the beginning of another
+    literal = re.compile("|".join(map(re.escape, sorted(known, key=len, reverse=True)))) if known else None
+
+    def redact_text(text: str) -> str:
+        if literal is not None and any(value in text for value in known):
+            text = literal.sub(MARKER, text)
+        if _HINTS.search(text.lower()):
+            text = _TOKEN.sub(MARKER, text)
+            text = _BEARER.sub(rf"\1{MARKER}", text)
+            text = _URL.sub(rf"\1{MARKER}", text)
+            text = _ASSIGNED.sub(_hide, text)
+        return text
+
+    return redact_text
+
+
+_learnt: set[str] = set()
+
+
+def learn(values: Iterable[str]) -> None:
+    """Let `redact` know these too: the secrets in this process's configuration."""
+    _learnt.update(values)
+    _default.cache_clear()
+
+
+def redact(text: str) -> str:
+    """The text without secrets, as far as this process knows them: its environment, what it was told to
+    `learn`, and all known shapes."""
+    return _default()(text)
+
+
+@functools.cache
+def _default() -> Callable[[str], str]:
+    return redactor(_learnt)
+
+
+def _forms(values: Iterable[str]) -> list[str]:
+    """The values as they may occur: as they are, line by line, and in a URL."""
+    pieces = {piece.strip() for value in values for piece in (value, *value.splitlines())}
+    known = {p for p in pieces if len(p) >= SHORTEST and not _NO_SECRET.fullmatch(p)}
+    return sorted({form for p in known for form in (p, quote(p, safe=""), quote_plus(p))})
+
+
+def _hide(match: re.Match[str]) -> str:
+    value = match[2].strip("\"'")
+    if not value or _NO_SECRET.fullmatch(value):
+        return match[0]
+    return match[1] + MARKER

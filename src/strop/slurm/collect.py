@@ -1,0 +1,86 @@
+"""Rank files from a node's own disk (STROP_LOG_DIR) to the run directory: while a rank runs, and after it.
+
+Both sides only ever grow, so what is missing is what lies beyond the copy's length. It is written at its
+place in the file, not appended: whoever does it twice at once does no harm. A rank does this for its own
+files from time to time and at its end. Ranks that were killed could not, so the batch shell runs
+`python3 -m strop.slurm collect` on every node once all have ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from pathlib import Path
+from typing import Optional
+
+from strop.obs import log_line
+
+BLOCK_BYTES = 4 << 20
+
+
+def sync(local: Path, shared: Path, rank: Optional[int] = None) -> list[Path]:
+    """Bring the copies up to date: of one rank, or of all that have files here. The local files.
+
+    Raises OSError for the first that cannot be copied, once all others are.
+    """
+    found = {path.name: path for path in local.iterdir() if _is_of(path, rank)}
+    shared.mkdir(parents=True, exist_ok=True)
+    failed: Optional[OSError] = None
+    for path in found.values():
+        try:
+            _copy_rest(path, shared / path.name)
+        except OSError as error:
+            if path.exists():  # else its rank has just deleted a segment
+                failed = failed or error
+    ranks = {segment.rank for segment in map(log_line.segment, found.values()) if segment}
+    for copy in shared.iterdir():  # a segment that its rank has deleted
+        segment = log_line.segment(copy)
+        if segment is not None and segment.rank in ranks and copy.name not in found:
+            copy.unlink(missing_ok=True)
+    if failed is not None:
+        raise failed
+    return list(found.values())
+
+
+def collect(local: Path, shared: Path) -> int:
+    """Copy everything that this node still has, and remove it here. How many files.
+
+    One at a time: where several nodes share what STROP_LOG_DIR names, the second finds it done.
+    """
+    try:
+        folder = os.open(local, os.O_RDONLY)
+    except FileNotFoundError:  # none of the ranks was here, or none could write here
+        return 0
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        paths = sync(local, shared) if local.is_dir() else []
+        for path in paths:
+            if (shared / path.name).stat().st_size < path.stat().st_size:
+                raise OSError(f"{shared / path.name} is shorter than {path}")
+            path.unlink()
+        for empty in (local, local.parent):
+            with contextlib.suppress(OSError):  # another attempt's files are still there
+                empty.rmdir()
+    finally:
+        os.close(folder)
+    return len(paths)
+
+
+def _is_of(path: Path, rank: Optional[int]) -> bool:
+    segment = log_line.segment(path)
+    return segment is not None and rank in (None, segment.rank)
+
+
+def _copy_rest(source: Path, target: Path) -> None:
+    with open(source, "rb") as file:
+        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            offset = os.fstat(descriptor).st_size
+            file.seek(offset)
+            while block := file.read(BLOCK_BYTES):
+                while block:
+                    written = os.pwrite(descriptor, block, offset)
+                    block, offset = block[written:], offset + written
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,68 @@
+"""Logs of a real job whose ranks write to their nodes' own disk, and one of which is killed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from strop.slurm import attempts
+from tests.log_lines import read
+from tests.slurm.body_jobs import causes, ended, output, submitting
+
+PASSWORD = "correct-horse-battery"
+
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture
+def submit(slurm_cluster, tmp_path, monkeypatch):
+    yield from submitting(slurm_cluster, tmp_path, monkeypatch)
+
+
+def test_what_a_killed_rank_had_written_is_collected(submit, tmp_path, monkeypatch):
+    """Rank 1 is killed long before it copies its files by itself. The two nodes of the test cluster are one
+    machine and so share the disk: each finds what the other has not yet collected."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    monkeypatch.setenv("STROP_LOG_DIR", str(disk))
+    monkeypatch.setenv("DB_PASSWORD", PASSWORD)
+    words = ["run.name=r", "log=1", "steps=6", "fail=kill", "rank=1", "at=3", "once=1"]
+    job = submit("--nodes=2", *words, f"+metadata.api_key={PASSWORD}")
+    assert ended(job, 240)["JobState"] == "COMPLETED", output(job)
+    run = Path("runs/r").resolve()
+    assert causes(run) == ["killed", "done"], output(job)
+    assert list(disk.iterdir()) == [], output(job)
+    assert "strop: logs:" not in output(job)
+    for attempt, goals in ((1, (3, 3)), (2, (6, 6))):
+        for rank in (0, 1):
+            lines = read(run / f"logs/{attempt:04d}", rank)
+            assert {(line["attempt"], line["rank"], line["node"]) for line in lines} == {
+                (attempt, rank, f"node{rank + 1}")
+            }
+            said = [line["message"] for line in lines if line["message"].startswith("step")]
+            assert said == [f"step {i} of 6" for i in range(1, goals[rank] + 1)]
+            times = [line["time"] for line in lines]
+            assert times == sorted(times)
+            assert (run / f"logs/{attempt:04d}/rank{rank:05d}.err").is_file()
+    for i in range(1, 7):
+        assert f"step {i} of 6" in output(job)  # rank 0's, which it also says in the job's output
+    assert PASSWORD not in output(job) + json.dumps(attempts.read_all(run))
+    assert attempts.read(run, 1)["args"][-1] == "+metadata.api_key=[secret]"
+
+
+def test_logs_that_cannot_be_collected_do_not_keep_the_job_from_its_end(submit, tmp_path, monkeypatch):
+    """A directory stands where one copy of the second attempt should go."""
+    assert ended(submit("run.name=r", "steps=1"), 240)["JobState"] == "COMPLETED"
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "runs/r/logs/0002/rank00000.jsonl").mkdir(parents=True)
+    monkeypatch.setenv("STROP_LOG_DIR", str(disk))
+    job = submit("--nodes=2", "run.name=r", "log=1", "steps=2")
+    assert ended(job, 240)["JobState"] == "COMPLETED", output(job)
+    assert causes(Path("runs/r")) == ["done", "done"]
+    assert "Is a directory" in output(job)
+    assert f"logs were left on the nodes, in {disk}" in output(job)
+    assert (disk / "r/0002/rank00000.jsonl").is_file()
+    assert (tmp_path / "runs/r/logs/0002/rank00001.err").is_file()  # the others are copied all the same
