@@ -29,6 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 METRICS: dict[str, tuple[str, ...]] = {
+    "cpt": ("loss", "perplexity", "entropy", "mean_token_accuracy"),
     "sft": ("loss", "entropy", "mean_token_accuracy"),
     "dpo": (
         *("loss", "preference_loss", "sft_loss"),
@@ -132,7 +133,8 @@ def check(flat: Mapping[str, Any], where: Mapping[str, str], path: Path) -> None
             fail(key, "must be finite")
         if key in RANGES and value is not None and not RANGES[key][0](value):
             fail(key, RANGES[key][1])
-    metrics = [f"eval_{name}" for name in METRICS[flat["algo"]]]
+    watched = [key.split(".", 2)[2] + "_" for key in flat if key.startswith("validation.watch.")]
+    metrics = [f"eval_{own}{name}" for own in ("", *watched) for name in METRICS[flat["algo"]]]
     if not flat["dpo.sft_loss_weight"] and "eval_sft_loss" in metrics:
         metrics.remove("eval_sft_loss")
     if flat["checkpoint.best_metric"] is not None and flat["checkpoint.best_metric"] not in metrics:
