@@ -2,6 +2,9 @@
 
     python -m tools.logs [runs/NAME]          all of it; without a name, of the run that began last
     python -m tools.logs runs/NAME --follow   what comes from now on, over requeues, until the run ends
+    python -m tools.logs runs/NAME --why      why it failed last (or attempt N of --attempt N): which rank
+                                              failed first, who only followed, and what was decided
+    python -m tools.logs runs/NAME --html report.html    the whole run as one page, to hand around
 
 Which lines:
     --rank 37   --rank 0-7,12   --node gpu[01-04]   --attempt 2|last|all   --level warning
@@ -44,8 +47,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Optional, Union
 
+from strop import files
 from strop.errors import UserError
-from strop.obs import log_files, log_follow
+from strop.obs import html, log_files, log_follow, why
 from strop.obs.log_files import Logs
 from strop.obs.log_text import FOREVER_US, Selection, View
 from strop.obs.merge import Merge
@@ -66,6 +70,8 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add = parser.add_argument
     add("run", nargs="?", metavar="runs/NAME")
     add("--dir", type=Path, default=Path("runs"), help="where all runs are")
+    add("--why", action="store_true")
+    add("--html", type=Path, metavar="FILE")
     add("-f", "--follow", action="store_true")
     add("--rank", metavar="RANKS")
     add("--node", metavar="NODES")
@@ -169,16 +175,37 @@ def selection(options: argparse.Namespace, newest_us: int) -> Selection:
     )
 
 
-def find_logs(options: argparse.Namespace, run_dir: Path) -> Logs:
-    attempt: Union[str, int] = options.attempt
+def attempt_of(options: argparse.Namespace) -> Union[str, int]:
     if options.attempt.isdigit():
-        attempt = int(options.attempt)
-    elif options.attempt not in ("last", "all"):
+        return int(options.attempt)
+    if options.attempt not in ("last", "all"):
         raise UserError(f"--attempt {options.attempt}: expected a number, last or all")
+    return options.attempt
+
+
+def in_colour(options: argparse.Namespace) -> bool:
+    return options.color == "always" or (options.color == "auto" and os.isatty(1))
+
+
+def explain(options: argparse.Namespace, run_dir: Path) -> None:
+    """--why and --html."""
+    if options.why:
+        attempt = attempt_of(options)
+        found = why.explain(run_dir, attempt if isinstance(attempt, int) else None)
+        sys.stdout.write(why.text(found, in_colour(options)))
+    if options.html is not None:
+        try:
+            files.write_atomic(options.html, html.report(run_dir))
+        except OSError as error:
+            raise UserError(f"--html {options.html}: {error.strerror or error}") from error
+        print(options.html)
+
+
+def find_logs(options: argparse.Namespace, run_dir: Path) -> Logs:
     ranks = ranges_of("--rank", options.rank) if options.rank is not None else None
     nodes = nodes_of(options.node) if options.node is not None else None
     logs = log_files.find(
-        run_dir, attempts=attempt, ranks=ranks, nodes=nodes, raw=options.raw, live=options.follow
+        run_dir, attempts=attempt_of(options), ranks=ranks, nodes=nodes, raw=options.raw, live=options.follow
     )
     return log_follow.up_to_last_newlines(logs) if options.follow else logs
 
@@ -208,9 +235,8 @@ def tail_of(options: argparse.Namespace) -> Optional[int]:
 
 def show(options: argparse.Namespace, run_dir: Path) -> None:
     logs = find_logs(options, run_dir)
-    colour = options.color == "always" or (options.color == "auto" and os.isatty(1))
     several = len(logs.attempts) > 1 and options.attempt == "all"
-    view = View(options.json, options.collapse, options.ranges, colour, several)
+    view = View(options.json, options.collapse, options.ranges, in_colour(options), several)
     now_us = int(1e6 * time.time())
     selected = selection(options, logs.newest_us or now_us)
     tail = tail_of(options)
@@ -244,7 +270,11 @@ def follow(options: argparse.Namespace, logs: Logs, selected: Selection, view: V
 def main() -> None:
     options = parse()
     try:
-        show(options, find_run(options.run, options.dir))
+        run_dir = find_run(options.run, options.dir)
+        if options.why or options.html is not None:
+            explain(options, run_dir)
+        else:
+            show(options, run_dir)
     except KeyboardInterrupt:  # the usual end of --follow
         sys.exit(130)
 

@@ -163,7 +163,7 @@ class CheckpointConfig:
     best_metric: Optional[str] = None
     """Validation metric, as in metrics.jsonl (eval_loss, eval_rewards/accuracies, ...)."""
     best_mode: str = "auto"
-    """min, max, or auto: min for a metric that ends in loss, else max."""
+    """min, max, or auto: min for a loss or perplexity, else max."""
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Optional[Any]:
     """None where the file is missing, or was cut off by the death of its writer."""
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+    with contextlib.suppress(FileNotFoundError, ValueError):  # no JSON, or no UTF-8
         return json.loads(path.read_text())
     return None
 

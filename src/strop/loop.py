@@ -129,7 +129,8 @@ def _step(t: Trainer, batches: list[Batch], data_s: float) -> bool:
     """One optimiser step. False if asked to stop before its end; then the state before it is committed."""
     c, state = t.config, t.state
     begin = time.monotonic()
-    t.position.phase, t.position.step = "train", state.step
+    t.position.step = state.step
+    t.position.enter("train")
     count, tokens, stops, failures = t.dist.sum(
         [
             sum(t.algo.count(b) for b in batches),
@@ -268,7 +269,7 @@ def _validate(t: Trainer) -> bool:
     if not sets:
         t.state.validated = True
         return True
-    t.position.phase = "validation"
+    t.position.enter("validation")
     means: dict[str, float] = {}
     for prefix, store, ref in sets:
         own = _means(t, store, ref)
@@ -307,7 +308,7 @@ def _note_best(t: Trainer, means: dict[str, float]) -> None:
     if state.step == 0:
         return
     value = means[c.best_metric]
-    falls = c.best_mode == "min" or (c.best_mode == "auto" and c.best_metric.endswith("loss"))
+    falls = c.best_mode == "min" or (c.best_mode == "auto" and c.best_metric.endswith(("loss", "perplexity")))
     gain = (
         math.inf
         if state.best_value is None
@@ -328,6 +329,6 @@ def _save(t: Trainer) -> None:
     """Begin to commit the state as it stands (nothing to do at step 0, or where it is committed already)."""
     if t.state.step == 0:
         return
-    t.position.phase = "save"
+    t.position.enter("save")
     t.state.metrics_bytes = t.report.sync()
     t.saver.start(trainer.tensors(t), dataclasses.asdict(t.state))

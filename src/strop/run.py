@@ -11,6 +11,7 @@ import logging
 import platform
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -20,24 +21,13 @@ import yaml
 from strop import config as config_module
 from strop import files
 from strop.config import Config
-from strop.errors import STORAGE_ERRNOS, Diverged, StorageError, Superseded, UserError
+from strop.errors import STORAGE_ERRNOS, Diverged, StorageError, UserError
 from strop.obs import secrets
-from strop.slurm import attempts, code, lease, naming
+from strop.slurm import attempts, code, lease, naming, peers
 from strop.slurm.env import Env
-from strop.slurm.rendezvous import PeerFailed
 from strop.slurm.stop import StopRequest
 
 log = logging.getLogger(__name__)
-
-PEER_SIGNS = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "gloo",
-    "NCCL",
-    "TCPStore",
-)
-"""What a collective's error says when the cause is another rank's end."""
 
 
 @dataclass
@@ -50,6 +40,14 @@ class Position:
     """Counts micro batches, rows and the like: progress inside a phase."""
     warm: set[str] = field(default_factory=set)
     """The phases that have had a beat: what takes long only once is behind them."""
+    on_phase: Optional[Callable[[str], None]] = None
+    """Told of every phase that begins: each rank's log has a line of it, by which its life can be drawn."""
+
+    def enter(self, phase: str) -> None:
+        if phase != self.phase:
+            self.phase = phase
+            if self.on_phase is not None:
+                self.on_phase(phase)
 
     def beat(self) -> None:
         self.beats += 1
@@ -162,14 +160,15 @@ def classify(error: BaseException) -> tuple[str, int]:
     """(kind of verdict, exit code) of what ended this rank."""
     if isinstance(error, (UserError, Diverged, StorageError)):
         return error.kind, error.exit_code
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    name, text = type(error).__name__, str(error)
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError":
+        return "oom", 1
+    if isinstance(error, (RuntimeError, OSError)) and peers.is_out_of_memory(text):
         return "oom", 1
     if isinstance(error, OSError) and error.errno in STORAGE_ERRNOS:
         return StorageError.kind, StorageError.exit_code
-    follows = isinstance(error, RuntimeError) and any(sign in str(error) for sign in PEER_SIGNS)
-    if isinstance(error, (PeerFailed, Superseded)) or follows:
-        return "peer", 1
-    return "exception", 1
+    trace = "".join(traceback.format_exception(error))
+    return ("peer" if peers.reason(name, text, trace) else "exception"), 1
 
 
 def fail(run: Run, error: BaseException, *, step: Optional[int], phase: str) -> int:

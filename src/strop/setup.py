@@ -52,15 +52,15 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
     algo = importlib.import_module(f"strop.algos.{config.algo}")
     assert config.model.path is not None
     hf.check_model(config.model.path)
-    position.phase = "preflight"
+    position.enter("preflight")
     preflight.check_machine(run, config.dist)
-    position.phase = "data"
+    position.enter("data")
     sets = _data(run, config, algo, report, position)
     train_store = sets.pop("train")
-    position.phase = "rendezvous"
+    position.enter("rendezvous")
     dist = start_dist(config.dist, run.env, run.dir, run.attempt, run.stop)
     nodes = preflight.check_together(run, dist)
-    position.phase = "model"
+    position.enter("model")
     config = _settle(run, config, dist)
     with report.phase("building the model"):
         policy = Policy(hf.build_empty(config.model))
@@ -173,7 +173,7 @@ def _cpu_name() -> str:
 def _load(t: Trainer) -> bool:
     """Layout, weights, reference and the newest checkpoint, each only where needed; False if stopped."""
     root = t.run.checkpoints
-    t.position.phase = "resume"
+    t.position.enter("resume")
     if t.dist.is_main:
         root.mkdir(exist_ok=True)
         checkpoint.remove_rubble(root)
@@ -230,7 +230,7 @@ def _choices(t: Trainer) -> dict[str, Any]:
 
 def _set_layout(t: Trainer, choices: dict[str, Any]) -> None:
     """Layout, head and reference files, as chosen before or now."""
-    t.position.phase = "probe"
+    t.position.enter("probe")
     before = dict(choices)
     if choices:
         t.policy.head = choices["head"]
@@ -319,7 +319,7 @@ def _reference_bins(t: Trainer, name: str) -> reference.Bins:
 
 def _reference_pass(t: Trainer, choices: dict[str, Any], *, again: bool) -> bool:
     """Compute what is missing; False if stopped. `again`: the policy's own weights are needed afterwards."""
-    t.position.phase = "reference"
+    t.position.enter("reference")
     other = t.algo.reference_model(t.config)
     if other is not None:
         hf.scatter_weights(t.policy.lm, t.config.model, t.dist, path=other)

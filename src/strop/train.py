@@ -49,7 +49,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return _refuse(error, env)
     position = run_module.Position()
     secrets.learn(secrets.values_in(config_module.to_dict(config)))
-    logs.setup(config.log, env, run.rank_logs, run.logs, run.attempt, position)
+    rank_log = logs.setup(config.log, env, run.rank_logs, run.logs, run.attempt, position)
+    position.on_phase = lambda phase: rank_log.write("DEBUG", "strop", f"phase {phase}")
     if env.rank == 0:
         for note in notes:
             log.info("note: %s", note)

@@ -31,7 +31,8 @@ PEER = decide.Verdict(0, "node1", "peer", 1, "Connection closed by peer", step=1
     [
         ("", None),
         ("srun: error: node1: task 0: Terminated\n", None),
-        (FAILED_THEN_KILLED, None),  # srun's own kill, after a failure that has a verdict
+        (FAILED_THEN_KILLED, (1, "node2", False, "rank 1 on node2: Killed")),  # rank 0 says that it followed
+        (FAILED_THEN_KILLED.replace("task 0", "task 2"), None),  # srun's own kill, after another's failure
         (KILLED, (1, "node2", False, "rank 1 on node2: Killed")),
         (STARVED, (4, "node2", True, f"ranks 4-5 on node2: Out Of Memory; {EVENT}")),
         (KILLED + EVENT + "\n", (1, "node2", True, f"rank 1 on node2: Killed; {EVENT}")),

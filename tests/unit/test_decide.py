@@ -175,6 +175,21 @@ def test_the_cause_among_its_consequences():
     assert decide.first_failure(verdicts[:1]) is None
 
 
+def test_whom_srun_names_first_ended_first():
+    """Of two exceptions, and between an exception and a rank that crashed without a word: clocks may differ,
+    and an error that nobody knows as a follower's may be one."""
+    early, late = said("exception", rank=1, time=1.0), said("exception", rank=2, time=9.0)
+    assert decide.first_failure([early, late], (2, 3)) == late
+    assert decide.first_failure([early, late], (7,)) == early
+    crash = decide.Crash(5, "Segmentation fault", "f")
+    for ended_first, cause in [((5,), "segfault"), ((1,), "exception"), ((), "exception")]:
+        facts = Facts("X", 139, verdicts=(early,), crash=crash, ended_first=ended_first)
+        assert decide.classify(facts).name == cause
+    spoken = said("exception", rank=5)
+    facts = Facts("X", 139, verdicts=(early, spoken), crash=crash, ended_first=(5,))
+    assert (decide.classify(facts).name, decide.classify(facts).rank) == ("exception", 5)
+
+
 def test_the_users_message_comes_first():
     verdict = said("user", message="optim.lrr: unknown key; did you mean optim.lr?", step=None)
     summary = decide.decide(Facts("X", 78, verdicts=(verdict,))).summary

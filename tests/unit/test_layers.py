@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS = (
-    ("strop", "strop.errors", "strop.aliases", "strop.files"),
+    ("strop", "strop.errors", "strop.aliases", "strop.files", "strop.libraries"),
     (
         "strop.config",
         "strop.config_check",

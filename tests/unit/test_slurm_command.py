@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from strop.slurm import body, command
+from strop.slurm import command, decide, evidence
 
 RUNNING = """\
 JobId=13 ArrayJobId=12 ArrayTaskId=4 JobName=my job
@@ -48,12 +48,12 @@ def test_the_right_task_of_an_array(monkeypatch, target, job):
 
 def test_state_of_the_job():
     running, completing = command.parse_jobs(RUNNING)
-    assert body.read_state(running, 0) == body.decide.JobState()
-    state = body.read_state(completing, 2)
+    assert evidence.read_state(running, 0) == decide.JobState()
+    state = evidence.read_state(completing, 2)
     assert (state.ended, state.time_limit, state.can_requeue, state.requeued) == (True, True, False, False)
-    assert body.read_state(completing, 1).requeued
+    assert evidence.read_state(completing, 1).requeued
     grace = {**running, "PreemptTime": "2026-11-21T21:24:30"}
-    assert body.read_state(grace, 0).preempted
+    assert evidence.read_state(grace, 0).preempted
 
 
 @pytest.fixture

@@ -84,8 +84,15 @@ def is_run(directory: Path) -> bool:
     return (directory / "attempts").is_dir()
 
 
-def read(directory: Path, *, quick: bool = False, now: Optional[float] = None) -> RunFiles:
-    """Read one run. `quick` reads only the ends of files, enough for a line of a list."""
+def read(
+    directory: Path,
+    *,
+    quick: bool = False,
+    now: Optional[float] = None,
+    slurm_deadline_s: float = SLURM_DEADLINE_S,
+) -> RunFiles:
+    """Read one run. `quick` reads only the ends of files, enough for a line of a list. A controller that
+    does not answer is asked again until `slurm_deadline_s`; with 0 once."""
     now = time.time() if now is None else now
     numbers = sorted(int(p.stem) for p in (directory / "attempts").glob("*.json") if p.stem.isdigit())
     records = [_record(directory, number, now) for number in numbers]
@@ -96,11 +103,11 @@ def read(directory: Path, *, quick: bool = False, now: Optional[float] = None) -
         records=tuple(records),
         config=_config(directory / "config.yaml"),
         rows=_rows(ledger),
-        timing=tuple(_lines(directory / "timing.jsonl", TAIL_BYTES if quick else None)),
-        metrics=tuple(_lines(directory / "metrics.jsonl", TAIL_BYTES)),
+        timing=tuple(json_lines(directory / "timing.jsonl", TAIL_BYTES if quick else None)),
+        metrics=tuple(json_lines(directory / "metrics.jsonl", TAIL_BYTES)),
         loop_began=(directory / "timing.jsonl").exists(),
         checkpoints=_checkpoints(directory / "checkpoints"),
-        job=_ask_slurm(records[-1]) if records else None,
+        job=_ask_slurm(records[-1], slurm_deadline_s) if records else None,
         requeue_pending=_text(directory / "requeue_pending"),
     )
 
@@ -122,17 +129,17 @@ def _record(directory: Path, number: int, now: float) -> dict[str, Any]:
     return {**record, "heartbeat": heartbeat, "alive": alive, "stop_reason": stop}
 
 
-def _ask_slurm(record: Mapping[str, Any]) -> Optional[Mapping[str, str]]:
+def _ask_slurm(record: Mapping[str, Any], deadline_s: float) -> Optional[Mapping[str, str]]:
     """Only about a job that may still come to something, and only where Slurm is."""
     target = record.get("target") or record.get("job_id")
     final = record.get("action") in ("stop", "finished")
     if target is None or final or shutil.which("scontrol") is None:
         return None
     try:
-        own = command.show_job(str(target), deadline_s=SLURM_DEADLINE_S) or {}
+        own = command.show_job(str(target), deadline_s=deadline_s) or {}
         if not record.get("successor") or own.get("JobState", "COMPLETED") not in command.ENDED:
             return own
-        behind = command.show_job(str(record["successor"]), deadline_s=SLURM_DEADLINE_S) or {}
+        behind = command.show_job(str(record["successor"]), deadline_s=deadline_s) or {}
         return own if behind.get("JobState", "COMPLETED") in command.ENDED else behind
     except command.SlurmError:
         return None
@@ -167,7 +174,7 @@ def _rows(ledger: Any) -> Optional[int]:
         return None
 
 
-def _lines(path: Path, tail: Optional[int]) -> list[dict[str, Any]]:
+def json_lines(path: Path, tail: Optional[int] = None) -> list[dict[str, Any]]:
     """The records of a JSONL file (of its last `tail` bytes); torn and foreign lines are left out."""
     try:
         with open(path, "rb") as file:

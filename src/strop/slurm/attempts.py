@@ -24,7 +24,7 @@ from typing import Any, Optional
 
 from strop import files
 from strop.errors import UserError
-from strop.obs import secrets
+from strop.obs import log_line, secrets
 from strop.slurm import lease, stop
 
 STATES = ("X", "DONE", "YIELD", "FAIL")
@@ -206,9 +206,28 @@ def write_verdict(
 
 
 def read_verdicts(run_dir: Path, attempt: int) -> list[dict[str, Any]]:
-    """All verdicts of an attempt, by rank."""
+    """All verdicts of an attempt, by rank, without those that were cut off."""
     paths = sorted(log_dir(run_dir, attempt).glob("verdict-*.json"))
-    return [verdict for verdict in map(files.read_json, paths) if isinstance(verdict, dict)]
+    return [verdict for verdict in map(read_verdict, paths) if verdict is not None]
+
+
+def read_verdict(path: Path) -> Optional[dict[str, Any]]:
+    """None for a file that was cut off, or is no verdict."""
+    value = files.read_json(path)
+    needed = {"rank", "node", "exit_code", "message", "time"}
+    whole = isinstance(value, dict) and needed <= value.keys() and value.get("kind") in KINDS
+    return value if whole else None
+
+
+def read_clocks(run_dir: Path, attempt: int) -> dict[int, tuple[str, float]]:
+    """Node and clock offset in seconds from rank 0's, of every rank; {} if the ranks did not come so far."""
+    told = files.read_json(log_dir(run_dir, attempt) / "clock.json")
+    entries = told.get("ranks", []) if isinstance(told, dict) else []
+    return {entry["rank"]: (entry["node"], entry["offset_s"]) for entry in entries}
+
+
+def ranks_with_logs(logs: Path) -> set[int]:
+    return {segment.rank for segment in map(log_line.segment, logs.glob("rank*")) if segment}
 
 
 def fingerprint(kind: str, trace: str) -> str:

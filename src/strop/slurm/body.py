@@ -2,7 +2,7 @@
 
 `begin` finds the run's directory, refuses what is not ours or not free, and creates the record. `end`
 gathers the facts, lets `decide` decide, records the decision and then acts on it: it is recorded first,
-because a requeue kills this very process.
+because a requeue kills this very process. What it goes by is read by `strop.slurm.evidence`.
 """
 
 from __future__ import annotations
@@ -17,22 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from strop import files
 from strop.errors import EXIT_STORAGE, EXIT_YIELD, STORAGE_ERRNOS, UserError
-from strop.obs import log_line, secrets
+from strop.obs import secrets
 from strop.slurm import (
     attempts,
     code,
     command,
-    crash,
     deaths,
     decide,
     env,
-    hang,
+    evidence,
     hostlist,
-    lease,
     naming,
-    stop,
     successor,
 )
 
@@ -138,13 +134,13 @@ def end(job: env.Job, launcher_exit: int, signals: Sequence[str]) -> decide.Deci
     """Decide, record, act. The decision's exit code is the job's."""
     assert job.run_dir is not None
     assert job.attempt is not None
-    facts = gather(job, launcher_exit, signals)
+    facts = evidence.gather(job, launcher_exit, signals)
     decision = _record(job, facts, decide.decide(facts))
     if job.launcher != "slurm":
         return decision
     if not facts.job.known and decision.action in ("requeue", "hold"):
         pending = _leave_pending(job, decision)
-        facts = dataclasses.replace(facts, job=job_state(job, deadline_s=_left_s(job)))
+        facts = dataclasses.replace(facts, job=evidence.job_state(job, deadline_s=_left_s(job)))
         decision = _record(job, facts, decide.decide(facts))  # somebody may have cancelled it meanwhile
         pending.unlink(missing_ok=True)
     before = decision
@@ -171,6 +167,10 @@ def _record(job: env.Job, facts: decide.Facts, decision: decide.Decision) -> dec
             fingerprint=decision.fingerprint,
             exclude=list(decision.exclude),
             summary=decision.summary,
+            rank=decision.rank,
+            node=decision.node,
+            launcher_exit=facts.launcher_exit,
+            signals=list(facts.signals),
             closed=time.time(),
         )
     except OSError as error:
@@ -194,91 +194,6 @@ def _left_s(job: env.Job) -> float:
     if job.end_time is None:
         return WAIT_WITHOUT_END_S
     return max(job.end_time - time.time() - END_MARGIN_S, 5.0)
-
-
-def gather(job: env.Job, launcher_exit: int, signals: Sequence[str]) -> decide.Facts:
-    """Read what the ranks left behind, and ask Slurm about the job."""
-    assert job.run_dir is not None
-    assert job.attempt is not None
-    run_dir, number = job.run_dir, job.attempt
-    records = attempts.read_all(run_dir)
-    record = attempts.read(run_dir, number)
-    committed = attempts.committed_step(run_dir)
-    fields = decide.Verdict.__dataclass_fields__
-    said = attempts.read_verdicts(run_dir, number)
-    verdicts = [decide.Verdict(**{key: v[key] for key in fields if key in v}) for v in said]
-    logs = attempts.log_dir(run_dir, number)
-    state = _local_state(signals) if job.launcher == "local" else job_state(job)
-    suspect = hang.suspect(said, *_ranks(logs))
-    return decide.Facts(
-        state=record["state"],
-        launcher_exit=launcher_exit,
-        step=record.get("step"),
-        committed_step=committed,
-        reason=record.get("reason"),
-        signals=tuple(signals),
-        stop_requested=stop.stop_file(run_dir, number).exists(),
-        verdicts=tuple(verdicts),
-        crash=crash.find(logs),
-        death=deaths.find(run_dir, record, verdicts),
-        successor=_successor(record.get("successor"), state),
-        space=deaths.describe_space(run_dir) if any(v.kind == "storage" for v in verdicts) else "",
-        suspect=suspect,
-        lost_nodes=_lost_nodes(record) if suspect and suspect.silent and job.launcher != "local" else (),
-        num_nodes=len(record.get("nodes") or ()),
-        job=state,
-        history=decide.since_progress(records, committed)[:-1],
-        last_words=crash.last_words(logs, {v.rank for v in verdicts}),
-    )
-
-
-def _lost_nodes(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """What Slurm cannot tell is not known: the attempt then counts as hung."""
-    try:
-        return tuple(command.lost_nodes(record.get("nodes") or (), record["began"]))
-    except command.SlurmError:
-        return ()
-
-
-def _successor(job_id: Optional[str], state: decide.JobState) -> Optional[str]:
-    """The job that waits behind this one, unless its owner has taken it out of the queue."""
-    return job_id if job_id and (not state.known or successor.waiting(job_id)) else None
-
-
-def _ranks(logs: Path) -> tuple[int, dict[int, str]]:
-    """How many ranks came, and on which nodes they were, as far as the pre-flight check could tell."""
-    clock = files.read_json(logs / "clock.json") or {"ranks": []}
-    nodes = {entry["rank"]: entry["node"] for entry in clock["ranks"]}
-    came = {segment.rank for segment in map(log_line.segment, logs.glob("rank*")) if segment}
-    return len(nodes) or len(came), nodes
-
-
-def _local_state(signals: Sequence[str]) -> decide.JobState:
-    """Without Slurm, Ctrl-C or TERM is the user who wants the prompt back; USR1 asks for a restart."""
-    return decide.JobState(ended=bool({"TERM", "INT"} & set(signals)))
-
-
-def job_state(job: env.Job, *, deadline_s: float = 10.0) -> decide.JobState:
-    assert job.target is not None
-    try:
-        record = command.show_job(job.target, deadline_s=deadline_s)
-    except command.NoController:
-        record = None
-    return decide.JobState(known=False) if record is None else read_state(record, job.restart_count)
-
-
-def read_state(record: dict[str, str], restart_count: int) -> decide.JobState:
-    """As measured without accounting: after scancel COMPLETING with Restarts unchanged, on a requeue with
-    one more, at the time limit with Reason=TimeLimit; in a preemption's grace time RUNNING with PreemptTime.
-    """
-    ended = record["JobState"] not in lease.ALIVE  # SIGNALING: it is RUNNING, and gets a signal just now
-    return decide.JobState(
-        can_requeue=record.get("Requeue") == "1" and record.get("BatchFlag") != "0",
-        requeued=int(record.get("Restarts", 0)) > restart_count,
-        ended=ended,
-        time_limit=ended and record.get("Reason") == "TimeLimit",
-        preempted=record.get("PreemptTime", "None") not in ("None", "Unknown"),
-    )
 
 
 def _put_back(job: env.Job, decision: decide.Decision, facts: decide.Facts) -> decide.Decision:
@@ -353,7 +268,7 @@ def cancel_successor(job: env.Job) -> bool:
     assert job.run_dir is not None
     assert job.attempt is not None
     waiting = attempts.read(job.run_dir, job.attempt).get("successor")
-    if not waiting or not decide.is_cancelled(job_state(job), waiting):
+    if not waiting or not decide.is_cancelled(evidence.job_state(job), waiting):
         return False
     successor.cancel(waiting)
     return True

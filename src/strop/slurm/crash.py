@@ -12,10 +12,10 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Union
 
 from strop.obs import log_line, secrets
-from strop.slurm import attempts, decide
+from strop.slurm import attempts, decide, peers
 
 TAIL_BYTES = 1 << 16
 """faulthandler's list of extension modules alone takes some thousand."""
@@ -33,15 +33,26 @@ SHOWN = 3
 
 
 def find(logs: Path) -> Optional[decide.Crash]:
-    """The first rank whose stderr ends in the dump of a native crash."""
-    for rank, paths in _raw_files(logs).items():
-        if FATAL.search(_tail(paths, TAIL_BYTES)):
-            return _read(rank, paths)
+    """The first rank whose stderr ends in the dump of a native crash that stands for itself."""
+    for rank, paths in raw_files(logs).items():
+        found = of_rank(rank, paths)
+        if isinstance(found, decide.Crash):
+            return found
     return None
 
 
+def of_rank(rank: int, paths: Sequence[Path]) -> Union[decide.Crash, str, None]:
+    """The native crash that a rank's stderr ends in. A string: why that abort only follows another rank's
+    end (NCCL's watchdog aborts the process after a time-out)."""
+    found = list(FATAL.finditer(text := tail(paths, TAIL_BYTES)))
+    if not found:
+        return None
+    follows = peers.reason(None, text[: found[-1].start()]) if found[-1][1] == "Aborted" else None
+    return follows or _read(rank, paths)
+
+
 def _read(rank: int, paths: Sequence[Path]) -> decide.Crash:
-    text = _tail(paths, STACKS_BYTES)
+    text = tail(paths, STACKS_BYTES)
     match = list(FATAL.finditer(text))[-1]
     python = _paragraph(text[match.end() :], "Current thread ")
     native = _native(text[: match.start()].rpartition(NATIVE_STACK)[2])
@@ -79,14 +90,14 @@ def _paragraph(text: str, mark: str) -> str:
 
 def last_words(logs: Path, spoken: set[int]) -> str:
     """The end of the stderr of the first rank that wrote something but left no verdict."""
-    for rank, paths in _raw_files(logs).items():
-        lines = _tail(paths, TAIL_BYTES).strip().splitlines()
+    for rank, paths in raw_files(logs).items():
+        lines = tail(paths, TAIL_BYTES).strip().splitlines()
         if lines and rank not in spoken:
             return "\n  ".join([f"the end of {paths[-1]}:", *map(secrets.redact, lines[-12:])])
     return ""
 
 
-def _raw_files(logs: Path) -> dict[int, list[Path]]:
+def raw_files(logs: Path) -> dict[int, list[Path]]:
     """Every rank's raw segments in the order in which they were written."""
     named = [(log_line.segment(path), path) for path in logs.glob("rank*.err")]
     files: dict[int, list[Path]] = {}
@@ -95,7 +106,7 @@ def _raw_files(logs: Path) -> dict[int, list[Path]]:
     return files
 
 
-def _tail(paths: Sequence[Path], num_bytes: int) -> str:
+def tail(paths: Sequence[Path], num_bytes: int) -> str:
     """The last bytes of the segments taken together: the newest one may have just begun."""
     parts: list[bytes] = []
     left = num_bytes

@@ -13,13 +13,14 @@ kills on the batch host is the second witness.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-from strop.slurm import attempts, decide
+from strop.slurm import attempts, decide, hostlist
 
 TAIL_BYTES = 1 << 18
 TASK = re.compile(r"^(?:srun|local_launch): error: (\S+): tasks? ([\d,-]+): (.+?)\s*$", re.MULTILINE)
@@ -55,18 +56,21 @@ def oom_kills(root: Path = Path("/")) -> int:
 
 
 def find(
-    run_dir: Path, record: Mapping[str, Any], verdicts: Sequence[decide.Verdict]
+    run_dir: Path,
+    record: Mapping[str, Any],
+    verdicts: Sequence[decide.Verdict],
+    until: Optional[int] = None,
 ) -> Optional[decide.Death]:
-    """The rank that was killed first in the attempt with this record; None if none was."""
-    text = _written_since(record["output"]) if "output" in record else ""
-    named = TASK.findall(text)
+    """The rank that was killed first in the attempt with this record; None if none was. until: `written`."""
+    text = written(record, until)
+    named = _after_followers(TASK.findall(text), verdicts)
     starved = [task for task in named if task[2].startswith(OOM_WORDS)]
     event = OOM_EVENT.search(text)
     killed = named[:1] if named and named[0][2].startswith("Killed") else []
     counted = bool(killed) and oom_kills() > record.get("oom_kills", 0)
     if not (starved or event or killed):
         return None
-    node, ranks, words = (starved or killed or [("", "", event and event[0].strip())])[0]
+    node, ranks, words = (starved or killed or [("", "", event[0].strip() if event else "")])[0]
     lines = [words] if not event or event[0].strip() == words else [words, event[0].strip()]
     first = re.match(r"\d+", ranks)
     return decide.Death(
@@ -91,14 +95,41 @@ def _step(run_dir: Path, verdicts: Sequence[decide.Verdict]) -> Optional[int]:
     return int(steps[-1]) if steps else attempts.committed_step(run_dir)
 
 
-def _written_since(output: Sequence[Any]) -> str:
-    path, offset = output
+def written(record: Mapping[str, Any], until: Optional[int] = None) -> str:
+    """What the attempt left in the job's output file, at most the last TAIL_BYTES; until: where the next
+    attempt's part begins."""
+    path, offset = record.get("output") or ("", 0)
     if not os.path.isfile(path):
         return ""
     with open(path, "rb") as file:
         end = os.fstat(file.fileno()).st_size
-        file.seek(max(offset, end - TAIL_BYTES) if offset <= end else 0)
-        return file.read().decode(errors="replace")
+        start = max(offset, end - TAIL_BYTES) if offset <= end else 0
+        if until is not None and offset <= until <= end:
+            start, end = max(offset, until - TAIL_BYTES), until
+        file.seek(start)
+        return file.read(end - start).decode(errors="replace")
+
+
+def ended_first(
+    record: Mapping[str, Any], verdicts: Sequence[decide.Verdict], until: Optional[int] = None
+) -> tuple[int, ...]:
+    """The ranks of the first line in which srun names any that did not merely follow: it learns of the
+    culprit's end before it ends the others. One clock, whatever those of the nodes say."""
+    named = _after_followers(TASK.findall(written(record, until)), verdicts)
+    return tuple(_ranks(named[0][1])) if named else ()
+
+
+def _after_followers(
+    named: Sequence[tuple[str, str, str]], verdicts: Sequence[decide.Verdict]
+) -> list[tuple[str, str, str]]:
+    """srun's lines from the first one that names a rank of which no verdict says that it only followed:
+    sixteen ranks end within milliseconds, and the nodes report that in any order."""
+    followers = {v.rank for v in verdicts if v.kind == "peer"}
+    return list(itertools.dropwhile(lambda line: followers.issuperset(_ranks(line[1])), named))
+
+
+def _ranks(text: str) -> list[int]:
+    return [int(rank) for rank in hostlist.expand(f"[{text}]")]
 
 
 def describe_space(run_dir: Path) -> str:

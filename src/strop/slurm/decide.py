@@ -129,6 +129,8 @@ class Facts:
     verdicts: tuple[Verdict, ...] = ()
     crash: Optional[Crash] = None
     death: Optional[Death] = None
+    ended_first: tuple[int, ...] = ()
+    """The ranks that srun named first as ended."""
     successor: Optional[str] = None
     """The job that waits behind this one, to go on in its place."""
     space: str = ""
@@ -167,6 +169,9 @@ class Decision:
     """Nodes that failed the pre-flight check: the next attempt shall not get them."""
     step: Optional[int] = None
     """Where it failed."""
+    rank: Optional[int] = None
+    """Who failed first."""
+    node: Optional[str] = None
 
 
 def decide(facts: Facts) -> Decision:
@@ -181,13 +186,15 @@ def decide(facts: Facts) -> Decision:
         cause.fingerprint,
         _to_exclude(facts, cause),
         cause.step,
+        cause.rank,
+        cause.node,
     )
 
 
 def classify(facts: Facts) -> Cause:
     if facts.state == "DONE":
         return Cause("done")
-    first = first_failure(facts.verdicts)
+    first = first_failure(facts.verdicts, facts.ended_first)
     if first and first.kind in ("user", "diverged"):
         return _from_verdict(first.kind, first)
     if is_cancelled(facts.job, facts.successor):
@@ -197,7 +204,7 @@ def classify(facts: Facts) -> Cause:
         return Cause("oom", death.message, None, death.step, death.rank, death.node)
     if facts.state != "YIELD" and first and first.kind == "hang":
         return _hung(first, facts.suspect, facts.lost_nodes)
-    if facts.state != "YIELD" and first:
+    if facts.state != "YIELD" and first and not _died_before(first, facts):
         startup = first.step in (None, 0) or (first.phase or "").upper() in STARTUP_PHASES
         kind = "startup" if first.kind == "exception" and startup else first.kind
         return _from_verdict(kind, first)
@@ -232,14 +239,25 @@ def is_cancelled(job: JobState, successor: Optional[str]) -> bool:
     return job.ended and not (job.requeued or job.time_limit or preempted)
 
 
-def first_failure(verdicts: Sequence[Verdict]) -> Optional[Verdict]:
-    """The cause among the consequences: what is certain first, then what is specific, then the earliest.
+def _died_before(first: Verdict, facts: Facts) -> bool:
+    """A rank without a verdict that was killed or crashed ended first, by srun's word: the exception is of
+    a rank that noticed, in words that strop.slurm.peers does not know."""
+    silent = {x.rank for x in (facts.crash, facts.death) if x is not None and x.rank is not None}
+    silent -= {v.rank for v in facts.verdicts}
+    return first.kind == "exception" and bool(silent.intersection(facts.ended_first))
+
+
+def first_failure(verdicts: Sequence[Verdict], ended_first: Sequence[int] = ()) -> Optional[Verdict]:
+    """The cause among the consequences: what is certain first, then what is specific, then who ended first
+    by srun's word, then the earliest.
 
     Clocks of nodes differ, so time only breaks ties; "peer" verdicts follow somebody else's end.
     """
     rank_of_kind = {"user": 0, "diverged": 1, "storage": 2, "oom": 3, "exception": 4, "hang": 4}
     causes = [v for v in verdicts if v.kind in rank_of_kind]
-    return min(causes, key=lambda v: (rank_of_kind[v.kind], v.time, v.rank), default=None)
+    return min(
+        causes, key=lambda v: (rank_of_kind[v.kind], v.rank not in ended_first, v.time, v.rank), default=None
+    )
 
 
 def since_progress(records: Sequence[Mapping[str, Any]], committed_now: Optional[int]) -> tuple[Past, ...]:

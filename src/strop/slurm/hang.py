@@ -64,7 +64,7 @@ def suspect(
     if silent:
         text = f"{_named(silent, nodes)} left no stacks: stopped, or its node is lost"
         return Suspect(silent[0], nodes.get(silent[0]), text, silent=True)
-    busy = [v for v in hung if not COLLECTIVE.search(_innermost(v)[0])]
+    busy = [v for v in hung if not waits(v.get("traceback"))]
     waiting = len(hung) - len(busy)
     if busy and waiting:
         return _apart(busy, "not inside a collective, which the others wait in", nodes)
@@ -88,10 +88,10 @@ def _named(ranks: Sequence[int], nodes: Mapping[int, str]) -> str:
     return ", ".join(shown) + (f" and {len(ranks) - SHOWN} more" if len(ranks) > SHOWN else "")
 
 
-def _innermost(verdict: Mapping[str, Any]) -> tuple[str, str]:
-    """(file, line) of the last frame of the main thread's stack."""
-    frames = re.findall(r'File "([^"]+)", line (\d+)', verdict.get("traceback") or "")
-    return frames[-1] if frames else ("", "")
+def waits(stack: Optional[str]) -> bool:
+    """Whether the main thread is inside a collective: it waits for others."""
+    frames = re.findall(r'File "([^"]+)", line \d+', stack or "")
+    return bool(frames) and COLLECTIVE.search(frames[-1]) is not None
 
 
 def _place(verdict: Mapping[str, Any]) -> tuple[Any, ...]:
