@@ -43,7 +43,7 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "src")]  # run uninstalled
 
 from bench.log_writing import write_us  # noqa: E402
-from strop.obs import log_files, log_line, merge_native  # noqa: E402
+from strop.obs import log_files, log_line  # noqa: E402
 from strop.obs.log_text import Selection, View  # noqa: E402
 from strop.obs.merge import Merge  # noqa: E402
 from strop.slurm import attempts  # noqa: E402
@@ -295,7 +295,7 @@ def bench_merge(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
         f"{'':20}{'ranks':>7}{'lines/s':>12}{'seconds':>9}{'CPU s':>8}{'peak MB':>9}{'lines out':>12}",
         flush=True,
     )
-    merge_native.build()
+    subprocess.run([sys.executable, "-m", "tools.build_kernels", "--log", "--quiet"], check=True)
     few = min(SUBSET, args.ranks)
     jobs = [(name, args.ranks) for name in VIEWS]
     jobs += [("python merge", few), ("python collapse", few), ("heapq.merge", few)]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from strop.obs import native_stack
 from strop.slurm.local_cluster import LocalCluster
 
 REPO = Path(__file__).resolve().parents[1]
@@ -39,13 +39,10 @@ def repo() -> Path:
     return REPO
 
 
-@pytest.fixture(scope="session")
-def native_library() -> Path:
-    """What writes native stacks, as an installation builds it."""
-    library = native_stack.LIBRARY
-    if not library.exists() or library.stat().st_mtime < native_stack.SOURCE.stat().st_mtime:
-        native_stack.build()
-    return library
+def pytest_sessionstart() -> None:
+    """The native libraries as an installation builds them; quick where they are there."""
+    words = ("--cpu", "--log", "--crash", "--quiet")
+    subprocess.run([sys.executable, "-m", "tools.build_kernels", *words], check=True, cwd=REPO)
 
 
 @pytest.fixture(scope="session")

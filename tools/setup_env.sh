@@ -6,6 +6,7 @@
 #
 # setup_venv makes .venv in the repository (elsewhere: STROP_VENV) and sets PYTHON to its interpreter. With PYTHON
 # set already, that interpreter is used as it is. A second call does nothing, unless the dependencies have changed.
+# Either way the native libraries are compiled where their sources are newer (tools/build_kernels.py).
 # ensure_slurm installs Debian's or Ubuntu's packages, as root or through a sudo that asks no password.
 
 STROP_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -112,17 +113,34 @@ setup_venv() {
     if [[ -n ${PYTHON:-} ]]; then
         echo "using $PYTHON as it is"
         export PYTHON
+        build_kernels --quiet
         return
     fi
-    local venv=${STROP_VENV:-$STROP_ROOT/.venv} base stamp
+    local venv=${STROP_VENV:-$STROP_ROOT/.venv} base stamp news=--quiet
     base=$(find_python) || return 1
     stamp=$({ "$base" --version && has_gpu && echo gpu; echo "$STROP_ROOT"
         cat "$STROP_ROOT"/{setup.cfg,pyproject.toml,tools/setup_env.sh}; } | sha256sum)
     if [[ ! -f $venv/strop-stamp || $(<"$venv/strop-stamp") != "$stamp" ]]; then
         make_venv "$base" "$venv" || return 1
         echo "$stamp" >"$venv/strop-stamp"
+        news=''
     fi
     export PYTHON=$venv/bin/python
+    build_kernels $news
+}
+
+# build_kernels ARGUMENT...: the native libraries, of what this machine has compilers for
+build_kernels() {
+    (cd "$STROP_ROOT" && "$PYTHON" -m tools.build_kernels "$@")
+}
+
+# ensure_nvcc: CUDA's compiler into the environment, where there is none
+ensure_nvcc() {
+    if ! (cd "$STROP_ROOT" && "$PYTHON" -c 'from tools import build_kernels; build_kernels.find_compiler("nvcc")') \
+        2>/dev/null; then
+        SETUP_LOG=${SETUP_LOG:-$(mktemp /tmp/strop-setup.XXXXXX.log)}
+        run_step "nvcc" "$PYTHON" -m pip install -e "${STROP_ROOT}[nvcc]" || { show_failure && return 1; }
+    fi
 }
 
 make_venv() {

@@ -23,7 +23,18 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train.activation_checkpointing": ("none", "selective", "full"),
     "optim.schedule": ("constant", "linear", "cosine"),
     "checkpoint.best_mode": ("auto", "min", "max"),
-    "dpo.loss": ("sigmoid", "hinge", "ipo", "robust"),
+    "dpo.loss": (
+        "sigmoid",
+        "hinge",
+        "ipo",
+        "robust",
+        "exo_pair",
+        "nca_pair",
+        "sppo_hard",
+        "apo_zero",
+        "apo_down",
+        "sigmoid_norm",
+    ),
     "dist.backend": ("auto", "nccl", "gloo"),
     "log.level": ("debug", "info", "warning", "error"),
 }
@@ -112,6 +123,8 @@ def check(flat: Mapping[str, Any], where: Mapping[str, str], path: Path) -> None
     for key, what in REQUIRED.items():
         if not flat[key]:
             raise UserError(f"{path}: {key} is not set; give {what} there or as {key}=...")
+    if flat["dpo.loss"] == "bco_pair":
+        fail("dpo.loss", "needs a running mean of rewards over all ranks, which no checkpoint holds yet")
     for key, allowed in CHOICES.items():
         if flat[key] not in allowed:
             fail(key, f"must be one of {', '.join(allowed)}")
@@ -139,8 +152,8 @@ def check(flat: Mapping[str, Any], where: Mapping[str, str], path: Path) -> None
         metrics.remove("eval_sft_loss")
     if flat["checkpoint.best_metric"] is not None and flat["checkpoint.best_metric"] not in metrics:
         fail("checkpoint.best_metric", f"must be one of {', '.join(metrics)}")
-    if flat["dpo.loss"] == "robust" and flat["dpo.label_smoothing"] == 0:
-        fail("dpo.label_smoothing", "must be greater than 0 for dpo.loss=robust", "dpo.loss")
+    if flat["dpo.loss"] in ("robust", "exo_pair") and flat["dpo.label_smoothing"] == 0:
+        fail("dpo.label_smoothing", f"must be greater than 0 for dpo.loss={flat['dpo.loss']}", "dpo.loss")
     if flat["validation.patience"] is not None and flat["checkpoint.best_metric"] is None:
         fail("validation.patience", "needs checkpoint.best_metric, such as eval_loss")
     name = flat["run.name"]

@@ -171,15 +171,17 @@ class DpoConfig:
     beta: float = 0.1
     """How strongly the policy is held to the reference (`reference_policy_kl_penalty` in NeMo RL)."""
     loss: str = "sigmoid"
-    """sigmoid, hinge, ipo or robust."""
+    """sigmoid, sigmoid_norm (per token), hinge, ipo, robust, exo_pair, nca_pair, sppo_hard, apo_zero or
+    apo_down; formulas in strop/ops/preference.py."""
     label_smoothing: float = 0.0
-    """Share of pairs assumed to be labelled the wrong way round: [0, 0.5)."""
+    """Share of pairs assumed to be labelled the wrong way round: [0, 0.5); robust and exo_pair need one.
+    Used by sigmoid, sigmoid_norm, robust and exo_pair."""
     sft_loss_weight: float = 0.0
     """Weight of the negative log-likelihood of the chosen completion, per token."""
     preference_loss_weight: float = 1.0
     """Weight of the preference loss."""
     average_log_probs: bool = False
-    """Mean instead of sum of a completion's token log-probs (ipo: always the mean)."""
+    """Mean instead of sum of a completion's token log-probs (ipo and sigmoid_norm: always the mean)."""
     reference: Optional[str] = None
     """Reference model; null: the model itself before training."""
 

@@ -20,7 +20,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
-from strop import checkpoint, files, optim, parallel, preflight
+from strop import checkpoint, files, ops, optim, parallel, preflight
 from strop import config as config_module
 from strop import run as run_module
 from strop.algos import reference
@@ -156,6 +156,7 @@ def _settle(run: Run, config: Config, dist: Dist) -> Config:
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "ranks": dist.world_size,
+            "kernels": ops.backend(dist.device, torch.float32),
         }
         run_module.record_machine(run, facts)
     config = dist.broadcast(config)
@@ -277,6 +278,7 @@ def _reference_files(t: Trainer) -> dict[str, str]:
         "device": t.dist.device.type,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "kernels": ops.backend(t.dist.device, parallel.DTYPES[c.train.precision]),
         "ranks": t.dist.world_size,
         "plan": [
             c.train.seed,

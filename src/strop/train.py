@@ -55,7 +55,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         for note in notes:
             log.info("note: %s", note)
         if not has_native_stacks:
-            log.info("note: a crash will show no native stack: %s is not built", native_stack.LIBRARY)
+            log.info("note: a crash will show no native stack (python -m tools.build_kernels --crash)")
     return _train(run, config, position)
 
 

@@ -130,7 +130,7 @@ def test_the_only_rank_outside_of_a_collective_is_named(start):
     assert "sitecustomize.py" in first["summary"].splitlines()[0]  # where it stands
 
 
-def test_native_crash_twice_at_the_same_place_ends_the_run(start, native_library):
+def test_native_crash_twice_at_the_same_place_ends_the_run(start):
     job = start(
         2,
         """

@@ -111,7 +111,11 @@ WORD_MISTAKES = [
     ("log.wandb=1", "log.wandb is '1', expected true or false"),
     ("run.name=[a]", "run.name is ['a'], expected text or null"),
     ("train.seed={%", "train.seed is '{%', expected a whole number"),
-    ("dpo.loss=kto", "dpo.loss is 'kto'; it must be one of sigmoid, hinge, ipo, robust"),
+    (
+        "dpo.loss=kto",
+        "dpo.loss is 'kto'; it must be one of sigmoid, hinge, ipo, robust, "
+        "exo_pair, nca_pair, sppo_hard, apo_zero, apo_down, sigmoid_norm",
+    ),
     ("train.precision=bf61", "train.precision is 'bf61'; it must be one of auto, bf16, fp16, fp32"),
     ("data.train=3", "data.train is 3; it must be text or a list of texts"),
     ("data.train={a: 1}", "data.train is {'a': 1}, expected text or a list of texts"),

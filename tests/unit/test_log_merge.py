@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from strop.obs import log_files, log_text, merge_native
+from strop.obs import log_files, log_text
 from strop.obs.log_text import Selection, View
 from strop.obs.merge import Merge, lines
 from tests.unit.log_helpers import BEGAN_S, LogRun, at, line
@@ -27,13 +27,6 @@ VIEWS = (
     View(ranges=True),
     View(colour=True, show_attempt=True),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def library() -> None:
-    newest = max(path.stat().st_mtime for path in merge_native.SOURCES.glob("*.?pp"))
-    if not merge_native.LIBRARY.exists() or merge_native.LIBRARY.stat().st_mtime < newest:
-        merge_native.build()
 
 
 def both(directory: Path, view: View = VIEWS[1], selection: Selection = Selection()) -> tuple[str, list[str]]:  # noqa: B008

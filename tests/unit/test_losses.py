@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from strop import config_check
+from strop import config_check, ops
 from strop.algos import dpo, sft
 from strop.config import ALGOS, Config, DpoConfig
 from strop.data.batch import Batch
 from strop.models.policy import Output
+from strop.ops import native
+from strop.ops import preference as preference_module
 
 LENGTHS = [(4, 1), (9, 6), (5, 2), (12, 11), (3, 1), (8, 3)]
 """(tokens, of them trained at the end) of chosen, rejected, chosen, ...: three pairs of unlike lengths."""
@@ -44,13 +46,68 @@ def log_sigmoid(z):
     return -math.log1p(math.exp(-z))
 
 
-def preference(kind, h, beta, eps):
+def sigma(z):
+    return 1 / (1 + math.exp(-z))
+
+
+def preference(kind, c, d, beta, eps, delta=0.0):
+    """The papers' formulas in Python's floats."""
+    h, win, lose = c - d, beta * c, beta * d
     return {
-        "sigmoid": -(1 - eps) * log_sigmoid(beta * h) - eps * log_sigmoid(-beta * h),
-        "robust": (-(1 - eps) * log_sigmoid(beta * h) + eps * log_sigmoid(-beta * h)) / (1 - 2 * eps),
-        "hinge": max(0.0, 1 - beta * h),
-        "ipo": (h - 1 / (2 * beta)) ** 2,
-    }[kind]
+        "sigmoid": lambda: -(1 - eps) * log_sigmoid(beta * h) - eps * log_sigmoid(-beta * h),
+        "sigmoid_norm": lambda: -(1 - eps) * log_sigmoid(beta * h) - eps * log_sigmoid(-beta * h),
+        "robust": lambda: (-(1 - eps) * log_sigmoid(beta * h) + eps * log_sigmoid(-beta * h)) / (1 - 2 * eps),
+        "hinge": lambda: max(0.0, 1 - beta * h),
+        "ipo": lambda: (h - 1 / (2 * beta)) ** 2,
+        # reverse KL between the model's preference and the smoothed label
+        "exo_pair": lambda: (
+            sigma(beta * h) * math.log(sigma(beta * h) / (1 - eps))
+            + sigma(-beta * h) * math.log(sigma(-beta * h) / eps)
+        ),
+        "nca_pair": lambda: -log_sigmoid(win) - (log_sigmoid(-win) + log_sigmoid(-lose)) / 2,
+        "bco_pair": lambda: -log_sigmoid(win - delta) - log_sigmoid(-(lose - delta)),
+        "sppo_hard": lambda: (c - 1 / (2 * beta)) ** 2 + (d + 1 / (2 * beta)) ** 2,
+        "apo_zero": lambda: (1 - sigma(win)) + sigma(lose),
+        "apo_down": lambda: sigma(win) + (1 - sigma(beta * h)),
+    }[kind]()
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("kind", preference_module.KINDS)
+def test_every_preference_loss_and_its_derivative(monkeypatch, kind, backend):
+    """P: no pair, one, some; ratios on both sides of every kink; derivatives by central differences."""
+    if backend == "reference":
+        monkeypatch.setattr(native, "is_loaded", lambda device: False)
+    assert ops.dpo_loss(torch.zeros(0, 2), kind, 0.3, 0.1).shape == (0,)
+    pairs = [(0.0, 0.0), (3.0, -2.0), (-4.0, 1.5), (0.3, 0.4), (20.0, 9.0), (2.0, -9.0)]
+    for chosen in (pairs, pairs[:1]):
+        ratio = torch.tensor(chosen, requires_grad=True)
+        losses = ops.dpo_loss(ratio, kind, 0.3, 0.1, 0.25)
+        (losses * torch.arange(1.0, len(chosen) + 1)).sum().backward()
+        for p, (c, d) in enumerate(chosen):
+            c, d = ratio[p].tolist()
+
+            def f(c, d):
+                return preference(kind, c, d, 0.3, 0.1, 0.25)
+
+            assert float(losses[p].detach()) == pytest.approx(f(c, d), rel=2e-6, abs=2e-7)
+            slopes = [(f(c + s, d) - f(c - s, d)) / (2 * s) for s in (1e-5,)]
+            slopes += [(f(c, d + s) - f(c, d - s)) / (2 * s) for s in (1e-5,)]
+            assert (ratio.grad[p] / (p + 1)).tolist() == pytest.approx(slopes, rel=1e-4, abs=1e-6)
+
+
+def test_bad_preference_arguments_are_named():
+    ratio = torch.zeros(3, 2)
+    for bad, message in (
+        ((ratio[:, :1], "sigmoid", 0.1), r"ratio must be \[P,2\], not \(3, 1\)"),
+        ((ratio, "kto", 0.1), "kind must be one of sigmoid, .*, not kto"),
+        ((ratio, "sigmoid", 0.0), "beta must be above 0, not 0"),
+        ((ratio, "sigmoid", math.inf), "beta must be above 0, not inf"),
+        ((ratio, "sigmoid", 0.1, 0.5), "label_smoothing must be at least 0 and below 0.5 for sigmoid"),
+        ((ratio, "exo_pair", 0.1), "label_smoothing must be above 0 and below 0.5 for exo_pair, not 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.dpo_loss(*bad)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +118,12 @@ def preference(kind, h, beta, eps):
         {"loss": "robust", "label_smoothing": 0.1},
         {"loss": "hinge", "beta": 0.3},
         {"loss": "ipo", "beta": 0.5},
+        {"loss": "sigmoid_norm", "beta": 2.0},
+        {"loss": "exo_pair", "label_smoothing": 0.05},
+        {"loss": "nca_pair"},
+        {"loss": "sppo_hard", "beta": 0.5},
+        {"loss": "apo_zero"},
+        {"loss": "apo_down", "average_log_probs": True},
         {"average_log_probs": True},
         {"loss": "hinge", "average_log_probs": True},
         {"sft_loss_weight": 0.7, "preference_loss_weight": 0.4},
@@ -79,11 +142,11 @@ def test_dpo_loss_and_gradient(options):
         policy, ref = pieces(logp, batch), pieces(batch.ref_logp_T, batch)
         losses, prefs, nlls = [], [], []
         for c, d in ((0, 1), (2, 3), (4, 5)):
-            means = cfg.average_log_probs or cfg.loss == "ipo"
+            means = cfg.average_log_probs or cfg.loss in ("ipo", "sigmoid_norm")
             ratios = [
                 (math.fsum(policy[s]) - math.fsum(ref[s])) / (len(policy[s]) if means else 1) for s in (c, d)
             ]
-            prefs.append(preference(cfg.loss, ratios[0] - ratios[1], cfg.beta, cfg.label_smoothing))
+            prefs.append(preference(cfg.loss, *ratios, cfg.beta, cfg.label_smoothing))
             nlls.append(-math.fsum(policy[c]) / len(policy[c]))
             losses.append(cfg.preference_loss_weight * prefs[-1] + cfg.sft_loss_weight * nlls[-1])
         return math.fsum(losses), math.fsum(prefs), math.fsum(nlls)
@@ -146,11 +209,11 @@ def test_a_tie_is_ln_2_and_not_accurate():
     assert float(metrics["rewards/margins"][0]) == 0.0
 
 
-@pytest.mark.parametrize("kind", sorted(dpo.LOSSES))
+@pytest.mark.parametrize("kind", preference_module.KINDS)
 def test_extreme_ratios_give_finite_losses_and_gradients(kind):
     """A margin of ±2000 nats: a sigmoid written out would overflow."""
     c = torch.tensor([1000.0, -1000.0], requires_grad=True)
-    value = dpo.LOSSES[kind](c, -c.detach(), DpoConfig(beta=1.0, loss=kind, label_smoothing=0.1)).sum()
+    value = ops.dpo_loss(torch.stack([c, -c.detach()], 1), kind, 1.0, 0.1).sum()
     value.backward()
     assert math.isfinite(float(value.detach()))
     assert c.grad.isfinite().all()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
@@ -43,7 +42,7 @@ culprit = ctypes.CDLL(sys.argv[1])
 
 
 @pytest.fixture(scope="module")
-def culprit(tmp_path_factory: pytest.TempPathFactory, native_library: Path) -> Path:
+def culprit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("culprit")
     (folder / "culprit.cpp").write_text(CULPRIT)
     library = folder / "libculprit.so"
@@ -90,7 +89,7 @@ def test_a_jump_to_nowhere_still_ends_the_process(culprit):
     assert "Current thread" in ended.stderr
 
 
-def test_no_other_signal_is_caught(native_library):
+def test_no_other_signal_is_caught():
     """SigCgt of /proc: one bit a signal, from 1."""
     caught = "print(next(l.split()[1] for l in open('/proc/self/status') if l.startswith('SigCgt')))\n"
     shown = python(f"{caught}from strop.obs import native_stack; native_stack.install()\n{caught}").stdout
@@ -102,5 +101,5 @@ def test_no_other_signal_is_caught(native_library):
 def test_without_the_library_there_is_no_native_stack(tmp_path, monkeypatch):
     from strop.obs import native_stack
 
-    monkeypatch.setattr(native_stack, "LIBRARY", tmp_path / f"none-{os.getpid()}.so")
+    monkeypatch.setattr(native_stack, "PLACES", [tmp_path / "none.so"])
     assert not native_stack.install()

@@ -28,15 +28,19 @@ BATCH_CHARS = 4_000_000
 """A batch is encoded when it has so many rows or characters, which bounds the memory."""
 
 
-def load_tokenizer(config: ModelConfig) -> Any:
-    """The tokenizer, with the configured chat template. Raises UserError naming the key."""
-    name = config.tokenizer or config.path
-    key = "model.tokenizer" if config.tokenizer else "model.path"
+def load_tokenizer(config: ModelConfig, *, only_here: bool = False) -> Any:
+    """The tokenizer, with the configured chat template. `only_here`: the hub is not asked. Raises UserError
+    naming the key."""
     from transformers import AutoTokenizer
 
+    name = config.tokenizer or config.path
+    key = "model.tokenizer" if config.tokenizer else "model.path"
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=config.revision, trust_remote_code=config.trust_remote_code
+            name,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            local_files_only=only_here,
         )
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

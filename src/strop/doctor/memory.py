@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from strop.doctor.model import Shape
-from strop.ops.reference import CHUNK_BYTES
+from strop.ops.head import CHUNK_BYTES, KEPT_BYTES
 from strop.parallel import WHOLE_GRADIENT_BYTES
 
 COMPUTE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -39,7 +39,7 @@ class Memory:
     gathered: int
     activations: int
     head: int
-    """Chunks of logits, see ops.linear_logprob."""
+    """What the forward keeps of the logits, and a chunk of them, see ops.linear_logprob."""
     framework: int
     host_staging: int
     """Main memory for an asynchronous checkpoint: a copy of this rank's shards. On a CPU part of the rank."""
@@ -77,11 +77,18 @@ def estimate(
         gradients=4 * share + (4 * p if whole else (c + 4) * block),
         gathered=c * (shape.root_params + 2 * shape.block_params),
         activations=tokens * activation_bytes(shape, c, activation_checkpointing),
-        head=4 * CHUNK_BYTES + 2 * 4 * tokens * shape.hidden,
+        head=_head_bytes(shape, tokens, c, gpu),
         framework=GPU_FRAMEWORK_BYTES if gpu else CPU_FRAMEWORK_BYTES,
         host_staging=12 * share,
         loading=shape.file_bytes + 4 * shape.vocab_size * shape.hidden,
     )
+
+
+def _head_bytes(shape: Shape, tokens: int, c: int, gpu: bool) -> int:
+    """All tokens may be trained ones. Beside the exponentials stands a maximum for every 12 of them."""
+    kept = c * tokens * shape.vocab_size
+    kept = kept + kept * 4 // (12 * c) if kept <= KEPT_BYTES else 0
+    return kept + 2 * CHUNK_BYTES["cuda" if gpu else "cpu"] + 2 * 4 * tokens * shape.hidden
 
 
 def activation_bytes(shape: Shape, c: int, mode: str) -> int:

@@ -57,7 +57,10 @@ def look(config: ModelConfig, checks: Checks, offline: bool) -> Optional[Shape]:
     folder = _folder(config)
     try:
         hf_config = AutoConfig.from_pretrained(
-            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+            config.path,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            local_files_only=True,
         )
     except (OSError, ValueError, KeyError) as error:
         _not_here(config.path, error, checks, offline)

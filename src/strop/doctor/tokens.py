@@ -24,7 +24,7 @@ ENDING = 3
 def load(config: Config, checks: Checks, offline: bool) -> Optional[Any]:
     """The tokenizer as the trainer loads it; None if it is not here. `offline`: jobs do not ask the hub."""
     try:
-        tokenizer = load_tokenizer(config.model)
+        tokenizer = load_tokenizer(config.model, only_here=True)
         template = chat_template(config.model.chat_template, tokenizer)
     except UserError as error:
         name = config.model.tokenizer or config.model.path or ""

@@ -37,7 +37,7 @@ class Merge:
         """`native`: None for the library if it is there, False for Python, True for an error without it."""
         library = None if native is False else merge_native.load()
         if native and library is None:
-            raise FileNotFoundError(f"{merge_native.LIBRARY} has not been built, or is of another version")
+            raise FileNotFoundError(f"{merge_native.PLACES[0]} has not been built, or is of another version")
         self.native = library is not None
         self.logs = logs
         self.counted: list[Counted] = [new_counted(stream) for stream in logs.streams]

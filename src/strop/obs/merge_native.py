@@ -1,6 +1,7 @@
 """The merge by lib/libstrop_log.so (csrc/merge.cpp, log_text.cpp) through its C interface, csrc/merge.hpp.
 
-`build` compiles it; `load` gives None where that was not done, and `strop.obs.merge` goes on in Python.
+tools/build_kernels.py compiles it; `load` gives None where that was not done, and `strop.obs.merge` goes
+on in Python.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import ctypes
 import os
 import re
 import resource
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
@@ -21,8 +21,7 @@ from strop.obs.log_files import Logs, Stream
 from strop.obs.log_text import Selection, View
 from strop.obs.merge_python import COUNTS, Counted
 
-SOURCES = Path(__file__).parent / "csrc"
-LIBRARY, _IN_PREFIX = libraries.places(Path(__file__).parent, "log")
+PLACES = libraries.places(Path(__file__).parent, "log")
 ABI = 1
 BUFFERS_BYTES = 64 << 20
 """For all streams together."""
@@ -64,19 +63,9 @@ class _Options(ctypes.Structure):
     )  # fmt: skip
 
 
-def build() -> Path:
-    """Compile the library for this checkout. Raises FileNotFoundError without g++, CalledProcessError."""
-    LIBRARY.parent.mkdir(exist_ok=True)
-    aside = LIBRARY.with_suffix(f".{os.getpid()}.tmp")
-    sources = [str(SOURCES / name) for name in ("merge.cpp", "log_text.cpp")]
-    subprocess.run(["g++", "-std=c++17", "-O3", "-shared", "-fPIC", *sources, "-o", str(aside)], check=True)
-    os.replace(aside, LIBRARY)
-    return LIBRARY
-
-
 def load() -> Optional[ctypes.CDLL]:
     """None if it was not built, or of another version."""
-    for path in (LIBRARY, _IN_PREFIX):
+    for path in PLACES:
         with contextlib.suppress(OSError, AttributeError):
             library = ctypes.CDLL(str(path))
             if library.strop_log_abi() == ABI:

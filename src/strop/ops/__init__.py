@@ -1,8 +1,18 @@
-"""The operations that a loss is made of, one function each, in plain torch for any device.
+"""The operations that a loss is made of, one function each, for any device.
 
-Shapes: N trained tokens, H hidden size, V vocabulary, T packed tokens, S sequences, P pairs.
+Each has a reference in plain torch and native kernels (csrc/, one shared library a device type) behind the
+one function, which takes what fits its tensors; see `functional` for the functions, `head` for how the
+logits [N, V] are avoided, `native` for the libraries.
 """
 
-from strop.ops.reference import TokenStats, linear_logprob, logprob, segment_sum
+from strop.ops.functional import (
+    TokenStats,
+    backend,
+    dpo_loss,
+    linear_logprob,
+    linear_loss,
+    logprob,
+    segment_sum,
+)
 
-__all__ = ["TokenStats", "linear_logprob", "logprob", "segment_sum"]
+__all__ = ["TokenStats", "backend", "dpo_loss", "linear_logprob", "linear_loss", "logprob", "segment_sum"]

@@ -3,6 +3,8 @@
 //
 // Shapes: N rows (trained tokens), V columns (vocabulary, or a chunk of it), P pairs, T packed tokens.
 // Every function returns 0, or a STROP_E* code without having written anything; strop_error says it in words.
+// What a GPU cannot know without waiting for it is said in the numbers there: a target outside the vocabulary
+// and cu_seqlens that do not add up give NaN where the CPU returns STROP_ETARGET and STROP_ESHAPE.
 // Sums run in a fixed order, so the same input gives the same bits. Nothing here allocates.
 #pragma once
 #include <stdint.h>
@@ -41,12 +43,14 @@ typedef struct {
 // One chunk of the forward: x [N, V] with rows `stride` elements apart, whose column 0 is word `first`.
 // target int64 [N]: indices into the whole vocabulary of `vocab` words. exact fp32 [N] or NULL: the target's
 // matmul output in fp32, which then stands for x's rounded one *everywhere* (sum and numerator alike).
-// On the CPU a target outside [0, vocab) is STROP_ETARGET; on a GPU it gives NaN in at_target.
+// On the CPU a target outside [0, vocab) is STROP_ETARGET; on a GPU it gives NaN in at_target. A softcap below
+// 0, an inv_temperature not above 0, and either if not finite, is STROP_ESHAPE.
 int strop_walk_chunk(const void* x, int dtype, int64_t num_rows, int64_t num_cols, int64_t stride,
                      int64_t first, int64_t vocab, const int64_t* target, const float* exact,
                      const strop_head* head, const strop_walk* walk, void* stream);
 
-// One chunk of the backward: out = grad[n] * (1[target] - softmax(z)) * dz/dx, in x's dtype. out may be x.
+// One chunk of the backward: out = grad[n] * (1[target] - softmax(z)) * dz/dx, in x's dtype. out may be x, with
+// the same stride.
 // lse fp32 [N] in nats, grad fp32 [N]: derivative of the loss by the row's log-prob. A row whose grad is 0
 // gives exactly 0, whatever x holds.
 // bias_grad fp32 [V] or NULL: the column sums of what is written (before rounding), added to.
@@ -70,6 +74,7 @@ enum strop_dpo_kind {
 
 // Preference losses on log-ratios c, d fp32 [P, 2] (policy minus reference, chosen first; summed or averaged
 // by the caller): loss fp32 [P] and its derivatives by c and d, fp32 [P, 2]. delta: bco_pair's running mean.
+// STROP_EKIND if beta is not above 0, or label_smoothing not in [0, 0.5) (exo_pair: above 0).
 int strop_dpo_loss(const float* ratio, int64_t num_pairs, int kind, float beta, float label_smoothing,
                    float delta, float* loss, float* d_ratio, void* stream);
 

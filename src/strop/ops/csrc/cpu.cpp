@@ -1,0 +1,447 @@
+// strop's kernels for CPUs: strop_ops.h in portable C++ (vectorised by the compiler, three variants on x86 of
+// which the running CPU picks one), and strop_cpu.h where there is AVX-512.
+//
+// A row, a segment or a pair is one thread's work from beginning to end and sums run in one order, so results
+// do not depend on the number of threads. OpenMP's library is the one that torch has loaded.
+#include "strop_cpu.h"
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define STROP_FUSED 1
+#include "cpu_avx512.h"
+#define VARIANTS __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define VARIANTS
+#endif
+#undef INLINE
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+constexpr int64_t BLOCK = 512;  // columns of a row that are worked on at a time: they stay in L1
+
+INLINE float widen(float x) { return x; }
+INLINE float widen(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+
+INLINE void narrow(float x, float* out) { *out = x; }
+INLINE void narrow(float x, uint16_t* out) {  // to nearest, ties to even; NaN stays NaN
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    *out = (uint16_t)(x != x ? 0x7fc0 : rounded);
+}
+
+// exp(x) for x <= 0 or a little above, within 2 units of the last place; 0 below -87; NaN stays NaN.
+INLINE float exp_fast(float x) {
+    float y = x < -87.0f ? -87.0f : x;
+    y = y > 88.0f ? 88.0f : y;
+    float n = (y * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounds to an integer
+    float r = y - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + (r + 1.0f);
+    int32_t power = ((int32_t)(n == n ? n : 0.0f) + 127) << 23;
+    float scale;
+    std::memcpy(&scale, &power, 4);
+    return x < -87.0f ? 0.0f : p * scale;
+}
+
+INLINE float tanh_fast(float x) {
+    float q = exp_fast(-2.0f * std::fabs(x));
+    return std::copysign((1.0f - q) / (1.0f + q), x);
+}
+
+struct Chunk {
+    int64_t cols, stride, out_stride, first;
+    const int64_t* target;
+    const float* exact;
+    strop_head head;
+};
+
+// z of columns j .. j + n - 1 of a row, and with SLOPE dz/dx.
+template <class T, bool SLOPE>
+INLINE void load_logits(const Chunk& c, const T* x, int64_t row, int64_t j, int64_t n, float* z, float* slope) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) z[i] = widen(x[row * c.stride + j + i]);
+    const int64_t at = c.target[row] - c.first - j;
+    if (c.exact != nullptr && at >= 0 && at < n) z[at] = c.exact[row];
+    if (c.head.bias != nullptr) {
+        const float* bias = c.head.bias + j;
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++) z[i] += bias[i];
+    }
+    const float cap = c.head.softcap, inv = c.head.inv_temperature;
+    if (cap != 0.0f) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++) {
+            float t = tanh_fast(z[i] / cap);
+            z[i] = cap * t * inv;
+            if (SLOPE) slope[i] = (1.0f - t * t) * inv;
+        }
+        return;
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        z[i] *= inv;
+        if (SLOPE) slope[i] = inv;
+    }
+}
+
+template <class T>
+INLINE void walk_row_of(const Chunk& c, const T* x, int64_t row, const strop_walk& walk) {
+    float z[BLOCK];
+    float top = walk.top[row], total = walk.total[row];
+    float weighted = walk.weighted ? walk.weighted[row] : 0.0f, plain = walk.plain ? walk.plain[row] : 0.0f;
+    for (int64_t j = 0; j < c.cols; j += BLOCK) {
+        const int64_t n = std::min(BLOCK, c.cols - j), at = c.target[row] - c.first - j;
+        load_logits<T, false>(c, x, row, j, n, z, nullptr);
+        if (at >= 0 && at < n) walk.at_target[row] = z[at];
+        float high = top, e = 0.0f, ez = 0.0f, s = 0.0f;
+#pragma omp simd reduction(max : high)
+        for (int64_t i = 0; i < n; i++) high = z[i] > high ? z[i] : high;
+        const float safe = high == -INFINITY ? 0.0f : high;
+#pragma omp simd reduction(+ : e, ez, s)
+        for (int64_t i = 0; i < n; i++) {
+            float p = exp_fast(z[i] - safe);
+            e += p;
+            ez += p * (z[i] >= -FLT_MAX ? z[i] : 0.0f);  // 0 * -inf is not NaN here
+            s += z[i];
+        }
+        const float shrink = std::exp(top - safe);
+        total = total * shrink + e;
+        weighted = weighted * shrink + ez;
+        plain += s;
+        top = high;
+    }
+    walk.top[row] = top;
+    walk.total[row] = total;
+    if (walk.weighted) walk.weighted[row] = weighted;
+    if (walk.plain) walk.plain[row] = plain;
+}
+
+VARIANTS void walk_row(const Chunk& c, const uint16_t* x, int64_t row, const strop_walk& walk) {
+    walk_row_of(c, x, row, walk);
+}
+VARIANTS void walk_row(const Chunk& c, const float* x, int64_t row, const strop_walk& walk) {
+    walk_row_of(c, x, row, walk);
+}
+
+// Columns j .. j + n - 1 (at most BLOCK) of one row; bias_grad of these columns or NULL.
+template <class T>
+INLINE void grad_block_of(const Chunk& c, const T* x, T* out, int64_t row, int64_t j, int64_t n, float lse,
+                          float grad, float* bias_grad) {
+    T* to = out + row * c.out_stride + j;
+    if (grad == 0.0f) {
+        std::fill(to, to + n, T(0));
+        return;
+    }
+    float z[BLOCK], slope[BLOCK];
+    load_logits<T, true>(c, x, row, j, n, z, slope);
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) z[i] = -grad * exp_fast(z[i] - lse);
+    const int64_t at = c.target[row] - c.first - j;
+    if (at >= 0 && at < n) z[at] += grad;
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        z[i] *= slope[i];
+        narrow(z[i], to + i);
+    }
+    if (bias_grad != nullptr) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++) bias_grad[i] += z[i];
+    }
+}
+
+VARIANTS void grad_block(const Chunk& c, const uint16_t* x, uint16_t* out, int64_t row, int64_t j, int64_t n,
+                         float lse, float grad, float* bias_grad) {
+    grad_block_of(c, x, out, row, j, n, lse, grad, bias_grad);
+}
+VARIANTS void grad_block(const Chunk& c, const float* x, float* out, int64_t row, int64_t j, int64_t n, float lse,
+                         float grad, float* bias_grad) {
+    grad_block_of(c, x, out, row, j, n, lse, grad, bias_grad);
+}
+
+template <class T>
+void walk_chunk(const Chunk& c, const void* x, int64_t num_rows, const strop_walk& walk) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < num_rows; row++) walk_row(c, (const T*)x, row, walk);
+}
+
+template <class T>
+void grad_chunk(const Chunk& c, const void* x, void* out, int64_t num_rows, const float* lse, const float* grad,
+                float* bias_grad) {
+    const int64_t blocks = (c.cols + BLOCK - 1) / BLOCK;
+    // A block of columns is one thread's, all rows in turn: so a bias gradient has its fixed order too.
+#pragma omp parallel for schedule(static)
+    for (int64_t b = 0; b < blocks; b++) {
+        const int64_t j = b * BLOCK, n = std::min(BLOCK, c.cols - j);
+        for (int64_t row = 0; row < num_rows; row++)
+            grad_block(c, (const T*)x, (T*)out, row, j, n, lse[row], grad[row], bias_grad ? bias_grad + j : nullptr);
+    }
+}
+
+bool is_dtype(int dtype) { return dtype == STROP_F32 || dtype == STROP_BF16; }
+
+bool fits(const strop_head& head) {
+    return head.softcap >= 0.0f && std::isfinite(head.softcap) && head.inv_temperature > 0.0f &&
+           std::isfinite(head.inv_temperature);
+}
+
+bool targets_fit(const int64_t* target, int64_t num_rows, int64_t vocab) {
+    return std::all_of(target, target + num_rows, [=](int64_t t) { return t >= 0 && t < vocab; });
+}
+
+int check_chunk(const void* x, int dtype, int64_t num_rows, int64_t num_cols, int64_t stride, int64_t first,
+                int64_t vocab, const int64_t* target, const strop_head* head) {
+    if (!is_dtype(dtype)) return STROP_EDTYPE;
+    if (num_rows < 0 || num_cols < 0 || first < 0 || num_cols > vocab - first) return STROP_ESHAPE;
+    if (num_rows == 0 || num_cols == 0) return STROP_OK;
+    if (x == nullptr || target == nullptr || head == nullptr) return STROP_ENULL;
+    if ((num_rows > 1 && stride < num_cols) || !fits(*head)) return STROP_ESHAPE;
+    return targets_fit(target, num_rows, vocab) ? STROP_OK : STROP_ETARGET;
+}
+
+int check_segments(const void* tokens, const void* sums, int64_t num_tokens, const int32_t* cu_seqlens,
+                   int64_t num_segments) {
+    if (num_tokens < 0 || num_segments < 0) return STROP_ESHAPE;
+    if (cu_seqlens == nullptr || (num_tokens && !tokens) || (num_segments && !sums)) return STROP_ENULL;
+    if (cu_seqlens[0] != 0 || cu_seqlens[num_segments] != num_tokens) return STROP_ESHAPE;
+    return std::is_sorted(cu_seqlens, cu_seqlens + num_segments + 1) ? STROP_OK : STROP_ESHAPE;
+}
+
+double log_sigmoid(double x) { return std::fmin(x, 0.0) - std::log1p(std::exp(-std::fabs(x))); }
+double sigmoid(double x) { return x >= 0 ? 1 / (1 + std::exp(-x)) : std::exp(x) / (1 + std::exp(x)); }
+
+struct Loss {
+    double value, by_chosen, by_rejected;
+};
+
+Loss of_margin(double value, double slope) { return {value, slope, -slope}; }
+
+// The formulas with their sources: strop/ops/preference.py.
+Loss preference(int kind, double c, double d, double beta, double eps, double delta) {
+    const double h = c - d, z = beta * h, half = 1 / (2 * beta);
+    switch (kind) {
+        case STROP_ROBUST:
+            return of_margin((-(1 - eps) * log_sigmoid(z) + eps * log_sigmoid(-z)) / (1 - 2 * eps),
+                             beta * (-(1 - eps) * sigmoid(-z) - eps * sigmoid(z)) / (1 - 2 * eps));
+        case STROP_HINGE:
+            return of_margin(std::isnan(z) ? z : std::fmax(0.0, 1 - z), z < 1 ? -beta : 0.0);
+        case STROP_IPO:
+            return of_margin((h - half) * (h - half), 2 * (h - half));
+        case STROP_EXO_PAIR:
+            return of_margin(sigmoid(z) * (log_sigmoid(z) - std::log(1 - eps)) +
+                                 sigmoid(-z) * (log_sigmoid(-z) - std::log(eps)),
+                             beta * sigmoid(z) * sigmoid(-z) * (z - std::log((1 - eps) / eps)));
+        case STROP_NCA_PAIR:
+            return {-log_sigmoid(beta * c) - 0.5 * log_sigmoid(-beta * c) - 0.5 * log_sigmoid(-beta * d),
+                    beta * (0.5 * sigmoid(beta * c) - sigmoid(-beta * c)), 0.5 * beta * sigmoid(beta * d)};
+        case STROP_BCO_PAIR:
+            return {-log_sigmoid(beta * c - delta) - log_sigmoid(delta - beta * d),
+                    -beta * sigmoid(delta - beta * c), beta * sigmoid(beta * d - delta)};
+        case STROP_SPPO_HARD:
+            return {(c - half) * (c - half) + (d + half) * (d + half), 2 * (c - half), 2 * (d + half)};
+        case STROP_APO_ZERO:
+            return {sigmoid(-beta * c) + sigmoid(beta * d), -beta * sigmoid(beta * c) * sigmoid(-beta * c),
+                    beta * sigmoid(beta * d) * sigmoid(-beta * d)};
+        case STROP_APO_DOWN: {
+            const double margin = beta * sigmoid(z) * sigmoid(-z);
+            return {sigmoid(beta * c) + sigmoid(-z), beta * sigmoid(beta * c) * sigmoid(-beta * c) - margin, margin};
+        }
+        default:
+            return of_margin(-(1 - eps) * log_sigmoid(z) - eps * log_sigmoid(-z),
+                             beta * (eps * sigmoid(z) - (1 - eps) * sigmoid(-z)));
+    }
+}
+
+}  // namespace
+
+int strop_abi_version(void) { return STROP_ABI; }
+
+const char* strop_error(int status) {
+    switch (status) {
+        case STROP_OK: return "no error";
+        case STROP_EDTYPE: return "this dtype has no kernel here";
+        case STROP_ESHAPE: return "a size, stride, offset or parameter of the head does not fit";
+        case STROP_ETARGET: return "a target is outside the vocabulary";
+        case STROP_EKIND: return "no such loss, or beta or label smoothing outside its range";
+        case STROP_ENULL: return "a pointer that is needed is null";
+        case STROP_ECUDA: return "a CUDA call failed";
+        default: return "unknown status";
+    }
+}
+
+int strop_walk_chunk(const void* x, int dtype, int64_t num_rows, int64_t num_cols, int64_t stride, int64_t first,
+                     int64_t vocab, const int64_t* target, const float* exact, const strop_head* head,
+                     const strop_walk* walk, void*) {
+    const int status = check_chunk(x, dtype, num_rows, num_cols, stride, first, vocab, target, head);
+    if (status != STROP_OK || num_rows == 0 || num_cols == 0) return status;
+    if (walk == nullptr || !walk->top || !walk->total || !walk->at_target) return STROP_ENULL;
+    const Chunk c = {num_cols, stride, 0, first, target, exact, *head};
+    dtype == STROP_F32 ? walk_chunk<float>(c, x, num_rows, *walk) : walk_chunk<uint16_t>(c, x, num_rows, *walk);
+    return STROP_OK;
+}
+
+int strop_grad_chunk(const void* x, void* out, int dtype, int64_t num_rows, int64_t num_cols, int64_t stride,
+                     int64_t out_stride, int64_t first, int64_t vocab, const int64_t* target, const float* exact,
+                     const strop_head* head, const float* lse, const float* grad, float* bias_grad, void*) {
+    const int status = check_chunk(x, dtype, num_rows, num_cols, stride, first, vocab, target, head);
+    if (status != STROP_OK || num_rows == 0 || num_cols == 0) return status;
+    if (out == nullptr || lse == nullptr || grad == nullptr) return STROP_ENULL;
+    if (num_rows > 1 && (out_stride < num_cols || (x == out && stride != out_stride))) return STROP_ESHAPE;
+    const Chunk c = {num_cols, stride, out_stride, first, target, exact, *head};
+    dtype == STROP_F32 ? grad_chunk<float>(c, x, out, num_rows, lse, grad, bias_grad)
+                       : grad_chunk<uint16_t>(c, x, out, num_rows, lse, grad, bias_grad);
+    return STROP_OK;
+}
+
+int strop_segment_sum(const float* x, int64_t num_tokens, const int32_t* cu_seqlens, int64_t num_segments,
+                      float* out, void*) {
+    const int status = check_segments(x, out, num_tokens, cu_seqlens, num_segments);
+    if (status != STROP_OK) return status;
+    for (int64_t s = 0; s < num_segments; s++) {
+        double sum = 0;
+        for (int64_t t = cu_seqlens[s]; t < cu_seqlens[s + 1]; t++) sum += x[t];
+        out[s] = (float)sum;
+    }
+    return STROP_OK;
+}
+
+int strop_segment_spread(const float* g, int64_t num_tokens, const int32_t* cu_seqlens, int64_t num_segments,
+                         float* dx, void*) {
+    const int status = check_segments(dx, g, num_tokens, cu_seqlens, num_segments);
+    if (status != STROP_OK) return status;
+    for (int64_t s = 0; s < num_segments; s++) std::fill(dx + cu_seqlens[s], dx + cu_seqlens[s + 1], g[s]);
+    return STROP_OK;
+}
+
+int strop_dpo_loss(const float* ratio, int64_t num_pairs, int kind, float beta, float label_smoothing, float delta,
+                   float* loss, float* d_ratio, void*) {
+    if (num_pairs < 0) return STROP_ESHAPE;
+    const bool in_range = beta > 0 && std::isfinite(beta) && label_smoothing >= 0 && label_smoothing < 0.5f;
+    if (kind < STROP_SIGMOID || kind > STROP_SIGMOID_NORM || !in_range) return STROP_EKIND;
+    if (kind == STROP_EXO_PAIR && label_smoothing == 0) return STROP_EKIND;
+    if (num_pairs == 0) return STROP_OK;
+    if (ratio == nullptr || loss == nullptr || d_ratio == nullptr) return STROP_ENULL;
+    for (int64_t p = 0; p < num_pairs; p++) {
+        const Loss l = preference(kind, ratio[2 * p], ratio[2 * p + 1], beta, label_smoothing, delta);
+        loss[p] = (float)l.value;
+        d_ratio[2 * p] = (float)l.by_chosen;
+        d_ratio[2 * p + 1] = (float)l.by_rejected;
+    }
+    return STROP_OK;
+}
+
+int strop_head_supported(int dtype) {
+#ifdef STROP_FUSED
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (dtype == STROP_F32) return avx512;
+    if (dtype == STROP_BF16) return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+    (void)dtype;
+    return 0;
+}
+
+#ifdef STROP_FUSED
+namespace {
+
+int check_head(int dtype, int64_t num_rows, int64_t hidden_size, int64_t stride) {
+    if (!is_dtype(dtype) || !strop_head_supported(dtype)) return STROP_EDTYPE;
+    if (num_rows < 0 || hidden_size <= 0 || stride < hidden_size) return STROP_ESHAPE;
+    return dtype == STROP_BF16 && hidden_size % 2 ? STROP_ESHAPE : STROP_OK;
+}
+
+int check_words(int64_t num_rows, int64_t first, int64_t num_words, int64_t vocab, const int64_t* target,
+                const strop_head& head) {
+    if (first < 0 || first % STROP_PANEL || num_words <= 0 || num_words > vocab - first || vocab > INT32_MAX ||
+        !fits(head))
+        return STROP_ESHAPE;
+    return target == nullptr || targets_fit(target, num_rows, vocab) ? STROP_OK : STROP_ETARGET;
+}
+
+}  // namespace
+
+int strop_head_pack(const void* hidden, int dtype, int64_t num_rows, int64_t hidden_size, int64_t stride,
+                    void* packed) {
+    const int status = check_head(dtype, num_rows, hidden_size, stride);
+    if (status != STROP_OK || num_rows == 0) return status;
+    if (hidden == nullptr || packed == nullptr) return STROP_ENULL;
+    dtype == STROP_F32 ? head::pack<head::F32>(hidden, num_rows, hidden_size, stride, packed)
+                       : head::pack<head::Bf16>(hidden, num_rows, hidden_size, stride, packed);
+    return STROP_OK;
+}
+
+int strop_head_walk(const void* packed, const void* weight, int dtype, int64_t num_rows, int64_t hidden_size,
+                    int64_t stride, int64_t first, int64_t num_words, int64_t vocab, const int64_t* target,
+                    const strop_head* head, const strop_walk* walk, void* exps, float* tops, float* partial) {
+    int status = check_head(dtype, num_rows, hidden_size, stride);
+    if (status != STROP_OK || num_rows == 0) return status;
+    if (!packed || !weight || !target || !head || !walk || !partial || (exps && !tops)) return STROP_ENULL;
+    if (!walk->top || !walk->total || !walk->at_target) return STROP_ENULL;
+    status = check_words(num_rows, first, num_words, vocab, target, *head);
+    if (status != STROP_OK) return status;
+    const head::Head h = {packed, weight, num_rows, head::pad(num_rows), hidden_size, stride, first, num_words,
+                          target, *head};
+    dtype == STROP_F32 ? head::walk<head::F32>(h, *walk, exps, tops, partial)
+                       : head::walk<head::Bf16>(h, *walk, exps, tops, partial);
+    return STROP_OK;
+}
+
+int strop_head_grad(const void* packed, const void* weight, int dtype, int64_t num_rows, int64_t hidden_size,
+                    int64_t stride, int64_t first, int64_t num_words, int64_t vocab, const int64_t* target,
+                    const strop_head* head, const float* lse, const float* grad, void* out) {
+    int status = check_head(dtype, num_rows, hidden_size, stride);
+    if (status != STROP_OK || num_rows == 0) return status;
+    if (!packed || !weight || !target || !head || !lse || !grad || !out) return STROP_ENULL;
+    status = check_words(num_rows, first, num_words, vocab, target, *head);
+    if (status != STROP_OK) return status;
+    const head::Head h = {packed, weight, num_rows, head::pad(num_rows), hidden_size, stride, first, num_words,
+                          target, *head};
+    dtype == STROP_F32 ? head::grad<head::F32>(h, lse, grad, out) : head::grad<head::Bf16>(h, lse, grad, out);
+    return STROP_OK;
+}
+
+int strop_head_grad_kept(const void* exps, const float* tops, int dtype, int64_t num_rows, int64_t first,
+                         int64_t num_words, int64_t vocab, const int64_t* target, float inv_temperature,
+                         const float* lse, const float* grad, void* out) {
+    int status = check_head(dtype, num_rows, 2, 2);
+    if (status != STROP_OK || num_rows == 0) return status;
+    if (!exps || !tops || !lse || !grad || !out) return STROP_ENULL;
+    const strop_head head = {nullptr, 0.0f, inv_temperature};
+    status = check_words(num_rows, first, num_words, vocab, target, head);
+    if (status != STROP_OK) return status;
+    const head::Head h = {nullptr, nullptr, num_rows, head::pad(num_rows), 0, 0, first, num_words, target, head};
+    dtype == STROP_F32 ? head::grad_kept<head::F32>(h, exps, tops, lse, grad, out)
+                       : head::grad_kept<head::Bf16>(h, exps, tops, lse, grad, out);
+    return STROP_OK;
+}
+#else
+int strop_head_pack(const void*, int, int64_t, int64_t, int64_t, void*) { return STROP_EDTYPE; }
+int strop_head_walk(const void*, const void*, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                    const int64_t*, const strop_head*, const strop_walk*, void*, float*, float*) {
+    return STROP_EDTYPE;
+}
+int strop_head_grad(const void*, const void*, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                    const int64_t*, const strop_head*, const float*, const float*, void*) {
+    return STROP_EDTYPE;
+}
+int strop_head_grad_kept(const void*, const float*, int, int64_t, int64_t, int64_t, int64_t, const int64_t*, float,
+                         const float*, const float*, void*) {
+    return STROP_EDTYPE;
+}
+#endif

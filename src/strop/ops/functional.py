@@ -1,0 +1,270 @@
+"""The public functions: what may come in is checked here, in words; the work is torch.ops.strop's.
+
+Shapes: N trained tokens, H hidden size, V vocabulary, T packed tokens, S sequences, P pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial
+
+from strop.ops import head, native, preference, registered
+
+assert registered.LIB is not None  # importing it defines torch.ops.strop
+
+
+class TokenStats(NamedTuple):
+    """What the same walk over the vocabulary tells beside the log-probs; without gradient, fp32 [N]."""
+
+    entropy: Tensor
+    """Entropy of the predicted distribution in nats."""
+    correct: Tensor
+    """1.0 where the target has the highest logit."""
+    mean_logit: Tensor
+    """Mean of the logits over the vocabulary."""
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Optional[Tensor] = None,
+    softcap: Optional[float] = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, TokenStats]:
+    """log softmax(softcap(hidden @ weight.T + bias) / temperature)[target], and statistics beside it.
+
+    hidden [N, H], weight [V, H] of the same dtype, target int64 [N], bias [V] -> log-prob fp32 [N] (fp64 of
+    fp64), never above 0. The log-sum-exp is fp32, and the target's logit is the same value that stands in
+    it: an exact one above a rounded sum would give positive log-probs. softcap(z) = c tanh(z / c). A sharded
+    weight (DTensor) is gathered, and its gradient summed over the ranks.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit and (on the CPU; on a GPU the result is
+    NaN) for targets outside the vocabulary.
+    """
+    weight, bias = _whole(weight), None if bias is None else _whole(bias)
+    _check_head(hidden, weight, target, bias, softcap, temperature)
+    keep = _what_to_keep(hidden, weight, bias)
+    logprob, _, *stats, _, _ = torch.ops.strop.head(hidden, weight, target, bias, softcap, temperature, keep)
+    return logprob, TokenStats(*stats)
+
+
+def linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    loss_fn: Callable[[Tensor, slice], Tensor],
+    groups: Optional[Sequence[int]] = None,
+    bias: Optional[Tensor] = None,
+    softcap: Optional[float] = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Sum of `loss_fn` over all rows, and the log-probs, with the gradient formed in the forward.
+
+    `loss_fn(logprob [n], rows)` is a pure function of the log-probs of the rows `rows` -> scalar, a sum over
+    groups (sequences or pairs). groups: row numbers 0 = g0 <= g1 <= ... <= N at which rows may be parted;
+    None: nowhere. Rows are taken as many whole groups at a time as may keep their exponentials (logits read
+    once, 6NHV); a larger group is recomputed (8NHV). Other arguments and errors as `linear_logprob`.
+    """
+    weight, bias = _whole(weight), None if bias is None else _whole(bias)
+    _check_head(hidden, weight, target, bias, softcap, temperature)
+    edges = list(groups) if groups is not None else [0, len(hidden)]
+    if not edges or edges[0] != 0 or edges[-1] != len(hidden) or edges != sorted(edges):
+        raise ValueError(f"groups must rise from 0 to {len(hidden)}, not {edges}")
+    return _LinearLoss.apply(hidden, weight, bias, target, loss_fn, edges, softcap, temperature)
+
+
+def logprob(logits: Tensor, target: Tensor) -> tuple[Tensor, TokenStats]:
+    """log softmax(logits)[target] and statistics, of logits that exist anyway.
+
+    logits [N, V] of any float type, target int64 [N] -> log-prob fp32 [N] (fp64 of fp64), never above 0. One
+    read forward; one read and one write backward. Raises ValueError as `linear_logprob`.
+    """
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits {tuple(logits.shape)} must be [N,V]")
+    _check_target(target, logits)
+    values, _, *stats = torch.ops.strop.logprob(logits, target)
+    return values, TokenStats(*stats)
+
+
+def segment_sum(x_T: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Sums of consecutive segments: x [T], cu_seqlens int [S+1] from 0 to T -> [S], summed in a fixed order.
+
+    Raises ValueError if x is not one-dimensional, or (on the CPU) if cu_seqlens does not span it or falls.
+    """
+    if x_T.ndim != 1:
+        raise ValueError(f"x must be [T], not {tuple(x_T.shape)}")
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            f"cu_seqlens must be integers [S+1], not {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+        )
+    _same_device(x=x_T, cu_seqlens=cu_seqlens)
+    return torch.ops.strop.segment_sum(x_T, cu_seqlens)
+
+
+def dpo_loss(
+    ratio_P2: Tensor, kind: str, beta: float, label_smoothing: float = 0.0, delta: float = 0.0
+) -> Tensor:
+    """Preference loss of each pair, by `preference.KINDS`; value and derivative in one pass.
+
+    ratio [P, 2]: log p_policy - log p_reference of chosen and rejected, summed over the completion, or
+    averaged (`preference.AVERAGED`) -> [P]. delta: bco_pair's running mean of rewards.
+
+    Raises ValueError for another kind or shape, and for beta or label smoothing outside their ranges.
+    """
+    if ratio_P2.ndim != 2 or ratio_P2.shape[1] != 2:
+        raise ValueError(f"ratio must be [P,2], not {tuple(ratio_P2.shape)}")
+    if kind not in preference.KINDS:
+        raise ValueError(f"kind must be one of {', '.join(preference.KINDS)}, not {kind}")
+    if not (beta > 0 and math.isfinite(beta)):
+        raise ValueError(f"beta must be above 0, not {beta}")
+    if not 0 <= label_smoothing < 0.5 or (kind in preference.NEEDS_SMOOTHING and label_smoothing == 0):
+        least = "above 0" if kind in preference.NEEDS_SMOOTHING else "at least 0"
+        raise ValueError(f"label_smoothing must be {least} and below 0.5 for {kind}, not {label_smoothing}")
+    if ratio_P2.dtype == torch.float32 and native.is_loaded(ratio_P2.device.type):
+        return torch.ops.strop.dpo_loss(ratio_P2, kind, beta, label_smoothing, delta)[0]
+    return preference.KINDS[kind](ratio_P2[:, 0], ratio_P2[:, 1], beta, label_smoothing, delta)
+
+
+def backend(device: torch.device, dtype: torch.dtype) -> str:
+    """What computes on this device: "native-<hash of the library>", with how the head is done, or
+    "reference". Numbers may differ in their last bits between any two of these."""
+    name = native.identity(device.type) if device.type in native.DTYPES else "reference"
+    if name == "reference" or dtype not in native.DTYPES[device.type]:
+        return "reference"
+    return f"{name}-{'fused' if device.type == 'cpu' and native.has_fused_head(dtype) else 'chunked'}"
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """A DTensor's full tensor. Each rank has rows of its own, so its gradient is one part of a sum."""
+    if isinstance(weight, DTensor):
+        return weight.full_tensor(grad_placements=[Partial()] * weight.device_mesh.ndim)
+    return weight
+
+
+def _same_device(**tensors: Optional[Tensor]) -> None:
+    devices = {name: str(t.device) for name, t in tensors.items() if t is not None}
+    if len(set(devices.values())) > 1:
+        places = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"all tensors must be on one device: {places}")
+
+
+def _check_target(target: Tensor, rows: Tensor) -> None:
+    if target.shape != rows.shape[:1]:
+        raise ValueError(f"target {tuple(target.shape)} must be [{rows.shape[0]}]")
+    if target.dtype != torch.int64:
+        raise ValueError(f"target must be torch.int64, not {target.dtype}")
+    if not rows.dtype.is_floating_point:
+        raise ValueError(f"logits or hidden states must be floating-point, not {rows.dtype}")
+    _same_device(target=target, rows=rows)
+
+
+def _check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Optional[Tensor],
+    softcap: Optional[float],
+    temperature: float,
+) -> None:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [N,H] and [V,H]"
+        )
+    if 0 in weight.shape:
+        raise ValueError(f"weight {tuple(weight.shape)} has no words or no width")
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden is {hidden.dtype} but weight is {weight.dtype}")
+    if bias is not None and (bias.shape != weight.shape[:1] or not bias.dtype.is_floating_point):
+        raise ValueError(
+            f"bias {tuple(bias.shape)} of {bias.dtype} must be floating-point [{weight.shape[0]}]"
+        )
+    _check_target(target, hidden)
+    _same_device(hidden=hidden, weight=weight, bias=bias)
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be above 0, not {temperature}")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap must be above 0, not {softcap}")
+
+
+def _what_to_keep(hidden: Tensor, weight: Tensor, bias: Optional[Tensor]) -> int:
+    """For the backward, if there will be one."""
+    wanted = [x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    if not torch.is_grad_enabled() or not any(wanted):
+        return head.NOTHING
+    return head.FROZEN if wanted == [True, False, False] else head.ALL
+
+
+class _LinearLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, loss_fn, edges, softcap, temperature):
+        ctx.needs = [n and x is not None for n, x in zip(ctx.needs_input_grad, (hidden, weight, bias))]
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        parts: list[Tensor] = []
+        d_hidden: list[Tensor] = []
+        d_weight = d_bias = None
+        for rows in _row_chunks(edges, hidden, weight, softcap):
+            own, wanted = hidden[rows], target[rows]
+            keep = head.ALL if any(ctx.needs) else head.NOTHING
+            logp, lse, *_, kept, tops = torch.ops.strop.head(
+                own, weight, wanted, bias, softcap, temperature, keep
+            )
+            with torch.enable_grad():
+                leaf = logp.detach().requires_grad_()
+                value = loss_fn(leaf, rows)
+                (grad,) = torch.autograd.grad(value, leaf)
+            loss += value.detach()
+            parts.append(logp)
+            if not any(ctx.needs):
+                continue
+            has_kept = kept.numel() > 0
+            dh, dw, db = torch.ops.strop.head_backward(
+                grad, own, weight, wanted, bias, softcap, temperature, lse,
+                kept if has_kept else None, tops if has_kept else None, ctx.needs,
+            )  # fmt: skip
+            d_hidden.append(dh)
+            d_weight = _add(d_weight, dw)
+            d_bias = _add(d_bias, db)
+        every = torch.cat(parts) if parts else loss.new_empty(0)
+        ctx.mark_non_differentiable(every)
+        whole: list[Optional[Tensor]] = [torch.cat(d_hidden) if d_hidden else None, d_weight, d_bias]
+        ctx.save_for_backward(*(_like(g, x) for g, x in zip(whole, (hidden, weight, bias))))
+        return loss, every
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        given = [g * grad.to(g.dtype) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs)]
+        return (*given, None, None, None, None, None)
+
+
+def _like(grad: Optional[Tensor], x: Optional[Tensor]) -> Optional[Tensor]:
+    if x is None:
+        return None
+    return torch.zeros_like(x) if grad is None else grad.to(x.dtype)
+
+
+def _add(total: Optional[Tensor], part: Tensor) -> Tensor:
+    """The first part as it is; from the second on the sum is fp32."""
+    if total is None:
+        return part
+    return (total if total.dtype == torch.float32 else total.float()).add_(part)
+
+
+def _row_chunks(edges: list[int], hidden: Tensor, weight: Tensor, softcap: Optional[float]) -> list[slice]:
+    """As many whole groups at a time as may keep everything; at least one."""
+    out: list[slice] = []
+    start = 0
+    for i, end in enumerate(edges[1:], 1):
+        follows = edges[i + 1] if i + 1 < len(edges) else None
+        if (
+            follows is None
+            or head.what_fits(head.ALL, hidden[start:follows], weight, softcap) == head.NOTHING
+        ):
+            out.append(slice(start, end))
+            start = end
+    return [rows for rows in out if rows.stop > rows.start]

@@ -1,0 +1,343 @@
+"""The language model's head on the native kernels: hidden states to log-probs of targets, and back.
+
+Two engines. *fused* (CPUs with AVX-512): matmul and softmax in one kernel, logits in fp32 registers only.
+*chunked* (other CPUs, GPUs): torch's matmul of one chunk of the vocabulary, one read of it by a row kernel.
+The floors of 2, 6, 8 and 4NHV operations (log-probs only, one pass, recompute, frozen head) are the same.
+
+What a forward keeps for its backward: nothing (recompute), the exponentials or logits of all words (one
+pass: memory for time), or with a frozen weight u = (e_y - p) W, all that hidden's gradient needs.
+
+Shapes: N trained tokens, n = N padded to the tile of a packed tensor, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from strop.ops import native
+from strop.ops.native import DTYPES, PANEL, SEGMENT, TILE, call
+from strop.ops.reference import Scalings, Walked
+
+NOTHING, ALL, FROZEN = 0, 1, 2
+"""What the forward keeps."""
+KEPT_BYTES = 512 * 2**20
+"""The most that `ALL` may keep; more is recomputed."""
+CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
+"""Logits, or their gradients, of one chunk."""
+CPU_WORDS = SEGMENT
+"""The most words in a chunk on the CPU: it then stays in the caches between kernel and matmul."""
+
+
+def engine(hidden: Tensor, weight: Tensor) -> str:
+    """fused, chunked or reference, by device, dtype and layout alone: forward and backward agree."""
+    if not native.takes(hidden, "linear_logprob"):
+        return "reference"
+    if weight.stride(1) != 1 and weight.shape[1] != 1:
+        native.refuse("linear_logprob", "the weight's rows are not contiguous")
+        return "reference"
+    even = hidden.shape[1] % 2 == 0 or hidden.dtype == torch.float32
+    return (
+        "fused" if hidden.device.type == "cpu" and even and native.has_fused_head(hidden.dtype) else "chunked"
+    )
+
+
+def what_fits(keep: int, hidden: Tensor, weight: Tensor, softcap: Optional[float]) -> int:
+    """`ALL` where memory allows it; else, or where exponentials do not tell the derivative, `NOTHING`."""
+    which = engine(hidden, weight)
+    too_much = hidden.shape[0] * weight.shape[0] * hidden.element_size() > KEPT_BYTES
+    if keep == ALL and (which == "reference" or (which == "fused" and softcap is not None) or too_much):
+        return NOTHING
+    return keep
+
+
+def kept_shape(hidden: Tensor, weight: Tensor, keep: int) -> tuple[list[int], list[int]]:
+    """Shapes of the two tensors that a forward keeps; [0] for none."""
+    num_tokens, vocab = hidden.shape[0], weight.shape[0]
+    which = engine(hidden, weight)
+    if keep == FROZEN:
+        return [num_tokens, hidden.shape[1]], [0]
+    if keep == NOTHING or which == "reference":
+        return [0], [0]
+    if which == "chunked":
+        return [num_tokens, vocab], [0]
+    padded = (num_tokens + TILE - 1) // TILE * TILE
+    return [vocab, padded], [(vocab + PANEL - 1) // PANEL, padded]
+
+
+def chunk_words(hidden: Tensor, vocab: int) -> int:
+    """Words of a chunk, a multiple of a panel."""
+    device = hidden.device.type
+    fit = CHUNK_BYTES[device] // (max(len(hidden), 1) * hidden.element_size())
+    if device == "cpu":
+        fit = min(fit, CPU_WORDS)
+    return max(PANEL, min(fit, vocab + PANEL) // PANEL * PANEL)
+
+
+def chunks(hidden: Tensor, vocab: int) -> list[tuple[int, int]]:
+    width = chunk_words(hidden, vocab)
+    return [(start, min(start + width, vocab)) for start in range(0, vocab, width)]
+
+
+class _Rows:
+    """The tensors that stand behind a walk and a head, alive while the kernels use their addresses."""
+
+    def __init__(self, hidden: Tensor, scalings: Scalings) -> None:
+        num_tokens = len(hidden)
+        self.top = hidden.new_full((num_tokens,), -torch.inf, dtype=torch.float32)
+        self.total, self.weighted, self.plain, self.at_target = (
+            hidden.new_zeros(num_tokens, dtype=torch.float32) for _ in range(4)
+        )
+        parts = (self.top, self.total, self.weighted, self.plain, self.at_target)
+        self.walk = native.Walk(*(p.data_ptr() for p in parts))
+        self.bias = None if scalings.bias is None else scalings.bias.detach().float().contiguous()
+        self.softcap, self.scale = scalings.softcap or 0.0, 1.0 / scalings.temperature
+
+    def head(self, start: int = 0) -> native.Head:
+        """The head of the words from `start`."""
+        bias = None if self.bias is None else self.bias.data_ptr() + 4 * start
+        return native.Head(bias, self.softcap, self.scale)
+
+    def result(self, vocab: int) -> Walked:
+        lse = self.top + torch.log(self.total)
+        logprob = (self.at_target - lse).clamp(max=0.0)
+        correct = (self.at_target >= self.top).float()
+        return Walked(logprob, lse, lse - self.weighted / self.total, correct, self.plain / vocab)
+
+
+def _code(x: Tensor) -> int:
+    return DTYPES[x.device.type][x.dtype]
+
+
+def forward(
+    hidden: Tensor, weight: Tensor, target: Tensor, scalings: Scalings, keep: int
+) -> tuple[Walked, Tensor, Tensor]:
+    """Log-probs with statistics, and what is kept. Raises ValueError for a target outside the vocabulary."""
+    hidden, rows = hidden.contiguous(), _Rows(hidden, scalings)
+    shape, tops_shape = kept_shape(hidden, weight, keep)
+    kept = hidden.new_empty(shape)
+    tops = hidden.new_empty(tops_shape, dtype=torch.float32)
+    fused = engine(hidden, weight) == "fused"
+    if keep == FROZEN and not (fused and scalings.softcap):
+        kept.copy_((_frozen_fused if fused else _frozen_chunked)(hidden, weight, target, rows))
+    elif fused:
+        _walk_fused(hidden, weight, target, rows, kept if keep == ALL else None, tops)
+    else:
+        _walk_chunked(hidden, weight, target, rows, kept if keep == ALL else None)
+    walked = rows.result(len(weight))
+    if keep == FROZEN and fused and scalings.softcap:
+        ones = torch.ones_like(walked.lse)
+        d_hidden, _, _ = backward(
+            ones, hidden, weight, target, scalings, walked.lse, None, None, (True, False, False)
+        )
+        assert d_hidden is not None
+        kept = d_hidden
+    return walked, kept, tops
+
+
+def _pack(hidden: Tensor) -> Tensor:
+    num_tokens, size = hidden.shape
+    packed = hidden.new_empty((num_tokens + TILE - 1) // TILE * TILE * size)
+    call("strop_head_pack", hidden, hidden, _code(hidden), num_tokens, size, hidden.stride(0), packed)
+    return packed
+
+
+def _scratch(hidden: Tensor, num_words: int) -> Tensor:
+    padded = (len(hidden) + TILE - 1) // TILE * TILE
+    return hidden.new_empty(4 * padded * ((num_words + SEGMENT - 1) // SEGMENT), dtype=torch.float32)
+
+
+def _walk_fused(
+    hidden: Tensor, weight: Tensor, target: Tensor, rows: _Rows, exps: Optional[Tensor], tops: Tensor
+) -> None:
+    vocab = len(weight)
+    packed, scratch, head = _pack(hidden), _scratch(hidden, vocab), rows.head()
+    call(
+        "strop_head_walk", hidden, packed, weight, _code(hidden), *hidden.shape, weight.stride(0), 0, vocab,
+        vocab, target, ctypes.byref(head), ctypes.byref(rows.walk), exps,
+        None if exps is None else tops, scratch,
+    )  # fmt: skip
+
+
+def _frozen_fused(hidden: Tensor, weight: Tensor, target: Tensor, rows: _Rows) -> Tensor:
+    """u = (W[y] - Σ p W) / temperature in the one walk: the sum is kept relative to the top so far."""
+    vocab, (num_tokens, size) = len(weight), hidden.shape
+    packed, head, width = _pack(hidden), rows.head(), chunk_words(hidden, vocab)
+    padded = packed.numel() // size
+    exps, out = hidden.new_empty(2, width, padded)
+    tops = hidden.new_empty(width // PANEL, padded, dtype=torch.float32)
+    scratch, minus = _scratch(hidden, width), hidden.new_full((num_tokens,), -1.0, dtype=torch.float32)
+    mean = hidden.new_zeros(num_tokens, size, dtype=torch.float32)
+    for start, end in chunks(hidden, vocab):
+        before, num_words = rows.top.clone(), end - start
+        call(
+            "strop_head_walk", hidden, packed, weight, _code(hidden), num_tokens, size, weight.stride(0),
+            start, num_words, vocab, target, ctypes.byref(head), ctypes.byref(rows.walk), exps, tops, scratch,
+        )  # fmt: skip
+        call(
+            "strop_head_grad_kept", hidden, exps, tops, _code(hidden), num_tokens, start, num_words, vocab,
+            None, rows.scale, rows.top, minus, out,
+        )  # fmt: skip
+        part = torch.mm(out[:num_words, :num_tokens].t(), weight[start:end])
+        mean.mul_(torch.exp(before - rows.top)[:, None]).add_(part)
+    return _rows_of(weight, target).mul_(rows.scale) - mean.div_(rows.total[:, None])
+
+
+def _exact(hidden: Tensor, weight: Tensor, target: Tensor) -> Optional[Tensor]:
+    """The target's matmul output in fp32, which stands for the rounded one of a 16-bit matmul everywhere."""
+    if hidden.dtype == torch.float32:
+        return None
+    return torch.linalg.vecdot(hidden.float(), _rows_of(weight, target))
+
+
+def _rows_of(weight: Tensor, target: Tensor) -> Tensor:
+    """fp32 [N, H]. A target outside the vocabulary, which a GPU reports as NaN later, must not fault here."""
+    return weight[target.clamp(0, len(weight) - 1)].float()
+
+
+def _walk_chunked(
+    hidden: Tensor, weight: Tensor, target: Tensor, rows: _Rows, logits: Optional[Tensor]
+) -> None:
+    vocab, num_tokens = len(weight), len(hidden)
+    exact = _exact(hidden, weight, target)
+    whole = [(0, vocab)] if logits is not None else chunks(hidden, vocab)
+    buffer = hidden.new_empty(num_tokens * whole[0][1]) if logits is None else logits
+    for start, end in whole:
+        x = buffer.view(-1)[: num_tokens * (end - start)].view(num_tokens, end - start)
+        torch.mm(hidden, weight[start:end].t(), out=x)
+        _walk_logits(x, target, start, vocab, exact, rows)
+
+
+def _walk_logits(
+    x: Tensor, target: Tensor, start: int, vocab: int, exact: Optional[Tensor], rows: _Rows
+) -> None:
+    head = rows.head(start)
+    call(
+        "strop_walk_chunk", x, x, _code(x), *x.shape, x.stride(0), start, vocab, target, exact,
+        ctypes.byref(head), ctypes.byref(rows.walk),
+    )  # fmt: skip
+
+
+def _grad_logits(
+    x: Tensor, out: Tensor, target: Tensor, start: int, vocab: int, exact: Optional[Tensor], rows: _Rows,
+    lse: Tensor, grad: Tensor, d_bias: Optional[Tensor] = None,
+) -> None:  # fmt: skip
+    head = rows.head(start)
+    call(
+        "strop_grad_chunk", x, x, out, _code(x), *x.shape, x.stride(0), out.stride(0), start, vocab, target,
+        exact, ctypes.byref(head), lse, grad, d_bias,
+    )  # fmt: skip
+
+
+def _frozen_chunked(hidden: Tensor, weight: Tensor, target: Tensor, rows: _Rows) -> Tensor:
+    """As `_frozen_fused`; a target that no chunk holds makes the kernel give the probabilities alone."""
+    vocab, exact = len(weight), _exact(hidden, weight, target)
+    minus, nowhere = torch.full_like(rows.top, -1.0), torch.full_like(target, vocab)
+    mean = torch.zeros_like(hidden, dtype=torch.float32)
+    for start, end in chunks(hidden, vocab):
+        x = torch.mm(hidden, weight[start:end].t())
+        before = rows.top.clone()
+        _walk_logits(x, target, start, vocab, exact, rows)
+        _grad_logits(x, x, nowhere, start, vocab + 1, None, rows, rows.top, minus)
+        mean.mul_(torch.exp(before - rows.top)[:, None]).add_(torch.mm(x, weight[start:end]))
+    slope = torch.full_like(rows.top, rows.scale)
+    if rows.softcap:
+        slope *= 1 - (rows.at_target / (rows.softcap * rows.scale)) ** 2
+    return _rows_of(weight, target).mul_(slope[:, None]) - mean.div_(rows.total[:, None])
+
+
+def backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scalings: Scalings,
+    lse: Tensor,
+    kept: Optional[Tensor],
+    tops: Optional[Tensor],
+    needs: tuple[bool, bool, bool],
+) -> tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
+    """Gradients by hidden, weight and bias, those that are needed; kept and tops as `ALL` gave them, or None.
+
+    Every block of the weight's gradient is written once, in its final type.
+    """
+    hidden, grad, vocab = hidden.contiguous(), grad.contiguous(), len(weight)
+    rows, fused = _Rows(hidden, scalings), engine(hidden, weight) == "fused"
+    d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs[0] else None
+    d_weight = torch.empty_like(weight) if needs[1] else None
+    d_bias = hidden.new_zeros(vocab, dtype=torch.float32) if needs[2] else None
+    gradients = _Fused(hidden, weight, target, rows) if fused else _Chunked(hidden, weight, target, rows)
+    for start, end in chunks(hidden, vocab):
+        block = None if d_bias is None else d_bias[start:end]
+        d_words = gradients.of(start, end, lse, grad, kept, tops, block)  # [words, N]
+        if d_hidden is not None:
+            d_hidden += torch.mm(d_words.t(), weight[start:end])
+        if d_weight is not None:
+            torch.mm(d_words, hidden, out=d_weight[start:end])
+    bias = scalings.bias
+    return (
+        None if d_hidden is None else d_hidden.to(hidden.dtype),
+        d_weight,
+        None if d_bias is None or bias is None else d_bias.to(bias.dtype),
+    )
+
+
+class _Fused:
+    """Gradients by the logits of a chunk, [words, N], as the fused kernels give them."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, target: Tensor, rows: _Rows) -> None:
+        self.hidden, self.weight, self.target, self.rows = hidden, weight, target, rows
+        self.packed = _pack(hidden)
+        padded = self.packed.numel() // hidden.shape[1]
+        self.out = hidden.new_empty(chunk_words(hidden, len(weight)), padded)
+
+    def of(self, start, end, lse, grad, kept, tops, d_bias):
+        hidden, weight, head = self.hidden, self.weight, self.rows.head()
+        if kept is not None:
+            call(
+                "strop_head_grad_kept", hidden, kept[start:end], tops[start // PANEL :], _code(hidden),
+                len(hidden), start, end - start, len(weight), self.target, self.rows.scale, lse,
+                grad, self.out,
+            )  # fmt: skip
+        else:
+            call(
+                "strop_head_grad", hidden, self.packed, weight, _code(hidden), *hidden.shape,
+                weight.stride(0), start, end - start, len(weight), self.target,
+                ctypes.byref(head), lse, grad, self.out,
+            )  # fmt: skip
+        d_words = self.out[: end - start, : len(hidden)]
+        if d_bias is not None:
+            torch.sum(d_words, dim=1, dtype=torch.float32, out=d_bias)
+        return d_words
+
+
+class _Chunked:
+    """The same from logits that are kept, or computed again."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, target: Tensor, rows: _Rows) -> None:
+        self.hidden, self.weight, self.target, self.rows = hidden, weight, target, rows
+        self.exact = _exact(hidden, weight, target)
+
+    def of(self, start, end, lse, grad, kept, tops, d_bias):
+        x = torch.mm(self.hidden, self.weight[start:end].t()) if kept is None else kept[:, start:end]
+        out = x if kept is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        vocab = len(self.weight)
+        _grad_logits(x, out, self.target, start, vocab, self.exact, self.rows, lse, grad, d_bias)
+        return out.t()
+
+
+def logprob_forward(logits: Tensor, target: Tensor) -> Walked:
+    """Log-probs and statistics of logits [N, V] that exist: one read."""
+    rows = _Rows(logits, Scalings())
+    _walk_logits(logits, target, 0, logits.shape[1], None, rows)
+    return rows.result(logits.shape[1])
+
+
+def logprob_backward(grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor) -> Tensor:
+    """One read, one write."""
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    _grad_logits(logits, out, target, 0, logits.shape[1], None, _Rows(logits, Scalings()), lse, grad)
+    return out

@@ -1,0 +1,161 @@
+"""The compiled kernels: found, loaded by ctypes, checked, and called with raw pointers.
+
+`csrc/strop_ops.h` is the contract, one library a device type. What a call needs to be safe (device, dtype,
+contiguity, lifetimes) is the caller's to see to; a status that is not 0 becomes a ValueError here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int64, c_void_p
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from strop import libraries
+
+log = logging.getLogger(__name__)
+
+ABI = 1
+DTYPES = {
+    "cpu": {torch.float32: 0, torch.bfloat16: 1},
+    "cuda": {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2},
+}
+TILE, PANEL, SEGMENT = 32, 12, 3072
+"""strop_cpu.h: tokens that a packed tensor is padded to, words of a panel, words of a segment."""
+
+
+class Head(Structure):
+    """strop_head: what becomes of the matmul's output before the softmax."""
+
+    _fields_ = (("bias", c_void_p), ("softcap", c_float), ("inv_temperature", c_float))
+
+
+class Walk(Structure):
+    """strop_walk: per-row state of the walk over the vocabulary."""
+
+    _fields_ = tuple((name, c_void_p) for name in ("top", "total", "weighted", "plain", "at_target"))
+
+
+_P, _N, _I, _F = c_void_p, c_int64, c_int, c_float
+_HEAD, _WALK = POINTER(Head), POINTER(Walk)
+SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "strop_walk_chunk": (_P, _I, _N, _N, _N, _N, _N, _P, _P, _HEAD, _WALK, _P),
+    "strop_grad_chunk": (_P, _P, _I, _N, _N, _N, _N, _N, _N, _P, _P, _HEAD, _P, _P, _P, _P),
+    "strop_segment_sum": (_P, _N, _P, _N, _P, _P),
+    "strop_segment_spread": (_P, _N, _P, _N, _P, _P),
+    "strop_dpo_loss": (_P, _N, _I, _F, _F, _F, _P, _P, _P),
+}
+CPU_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "strop_head_supported": (_I,),
+    "strop_head_pack": (_P, _I, _N, _N, _N, _P),
+    "strop_head_walk": (_P, _P, _I, _N, _N, _N, _N, _N, _N, _P, _HEAD, _WALK, _P, _P, _P),
+    "strop_head_grad": (_P, _P, _I, _N, _N, _N, _N, _N, _N, _P, _HEAD, _P, _P, _P),
+    "strop_head_grad_kept": (_P, _P, _I, _N, _N, _N, _N, _P, _F, _P, _P, _P),
+}
+
+
+@functools.cache
+def library(device: str) -> Optional[ctypes.CDLL]:
+    """The library of a device type ("cpu", "cuda"), or None with a line that says why."""
+    for path in libraries.places(Path(__file__).parent, device):
+        if path.exists():
+            try:
+                return _checked(path, device)
+            except (OSError, AttributeError) as error:
+                log.warning("%s cannot be used: %s", path, error)
+    log.warning(
+        "no native kernels for %s (python -m tools.build_kernels makes them): "
+        "PyTorch's own operations are used, with the same results",
+        device,
+    )
+    return None
+
+
+@torch.compiler.assume_constant_result
+def is_loaded(device: str) -> bool:
+    """Whether there are kernels for a device type; torch.compile asks once."""
+    return device in DTYPES and library(device) is not None
+
+
+def _checked(path: Path, device: str) -> ctypes.CDLL:
+    """Raises OSError if the library does not load or is of another ABI, AttributeError if a symbol lacks."""
+    lib = ctypes.CDLL(str(path))
+    if (found := lib.strop_abi_version()) != ABI:
+        raise OSError(
+            f"its ABI version is {found}, not {ABI}: build it again (python -m tools.build_kernels)"
+        )
+    lib.strop_error.restype = c_char_p
+    for name, arguments in {**SIGNATURES, **(CPU_SIGNATURES if device == "cpu" else {})}.items():
+        getattr(lib, name).argtypes = arguments
+    return lib
+
+
+@functools.cache
+def identity(device: str) -> str:
+    """What this device's numbers depend on: "native" and the library's hash, or "reference"."""
+    lib = library(device)
+    if lib is None:
+        return "reference"
+    return f"native-{hashlib.sha256(Path(lib._name).read_bytes()).hexdigest()[:12]}"
+
+
+@functools.cache
+def has_fused_head(dtype: torch.dtype) -> bool:
+    """Whether matmul and softmax run as one kernel: AVX-512. AMX multiplies bf16 several times as fast as
+    AVX-512 does, so there torch's matmul is kept."""
+    lib = library("cpu")
+    if lib is None or dtype not in DTYPES["cpu"]:
+        return False
+    amx = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    return bool(lib.strop_head_supported(DTYPES["cpu"][dtype])) and not amx
+
+
+def takes(x: Tensor, what: str) -> bool:
+    """Whether there are kernels for x's device and dtype; if not, says so once."""
+    device = x.device.type
+    if device not in DTYPES:
+        _note(f"{what}: no native kernels for tensors on {device}, the reference is used")
+        return False
+    if not is_loaded(device):
+        return False
+    if x.dtype not in DTYPES[device]:
+        _note(f"{what}: no native kernel for {x.dtype} on {device}, the reference is used")
+        return False
+    return True
+
+
+@functools.cache
+def _note(line: str) -> None:
+    log.warning("%s", line)
+
+
+def refuse(what: str, reason: str) -> bool:
+    """False, having said once why the reference is used."""
+    _note(f"{what}: {reason}, the reference is used")
+    return False
+
+
+def call(name: str, like: Tensor, *arguments: Any) -> None:
+    """Run a function of `like`'s library; tensors become pointers (None: null). The caller keeps them alive.
+
+    On a GPU it runs on the current stream of `like`'s device. Raises ValueError with the library's words.
+    """
+    device = like.device.type
+    lib = library(device)
+    assert lib is not None, name
+    raw = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    if device == "cuda":
+        with torch.cuda.device(like.device):
+            status = getattr(lib, name)(*raw, torch.cuda.current_stream().cuda_stream)
+    elif name in CPU_SIGNATURES:
+        status = getattr(lib, name)(*raw)
+    else:
+        status = getattr(lib, name)(*raw, None)
+    if status != 0:
+        raise ValueError(f"{name}: {lib.strop_error(status).decode()}")
