@@ -30,7 +30,7 @@ class Panel:
 
 PANELS = (
     Panel("Loss", "nats", "loss", "eval_loss"),
-    Panel("Reward accuracy", "% of pairs", "rewards/accuracies", "eval_rewards/accuracies", 100),
+    Panel("Reward accuracy", "%", "rewards/accuracies", "eval_rewards/accuracies", 100),
     Panel("Reward margin", "", "rewards/margins", "eval_rewards/margins"),
     Panel("Token accuracy", "%", "mean_token_accuracy", "eval_mean_token_accuracy", 100),
     Panel("Gradient norm", "before clipping", "grad_norm"),
