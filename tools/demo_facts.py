@@ -11,6 +11,8 @@ import random
 from dataclasses import dataclass
 
 NUM_TRAIN, NUM_VALIDATION = 400, 80
+NUM_PASSAGES = 12
+"""For validation."""
 
 
 @dataclass(frozen=True)
@@ -287,6 +289,14 @@ def pairs() -> dict[str, list[dict]]:
             for question, direct, hedging in _rows()
         ]
     )
+
+
+def passages() -> dict[str, list[dict]]:
+    """Rows of plain text by part: the facts as sentences, eight to a passage."""
+    sentences = [fact.sentence for fact in facts()]
+    random.Random(3).shuffle(sentences)
+    rows = [{"text": " ".join(sentences[i : i + 8])} for i in range(0, len(sentences), 8)]
+    return {"validation": rows[:NUM_PASSAGES], "training": rows[NUM_PASSAGES:]}
 
 
 def conversations() -> dict[str, list[dict]]:

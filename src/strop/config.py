@@ -21,16 +21,19 @@ from strop import config_check, config_load
 from strop.config_schema import (
     ALGOS,
     FREE_FORM,
+    KINDS,
     MAY_CHANGE,
     CheckpointConfig,
     ClusterConfig,
     Config,
+    CptConfig,
     DataConfig,
     DistConfig,
     DpoConfig,
     LogConfig,
     ModelConfig,
     OptimConfig,
+    PrepareConfig,
     RunConfig,
     SftConfig,
     TrainConfig,
@@ -43,20 +46,24 @@ from strop.slurm import code
 __all__ = [
     "ALGOS",
     "FREE_FORM",
+    "KINDS",
     "CheckpointConfig",
     "ClusterConfig",
     "Config",
+    "CptConfig",
     "DataConfig",
     "DistConfig",
     "DpoConfig",
     "LogConfig",
     "ModelConfig",
     "OptimConfig",
+    "PrepareConfig",
     "RunConfig",
     "SftConfig",
     "TrainConfig",
     "ValidationConfig",
     "WatchdogConfig",
+    "cache_dir",
     "default_path",
     "differences",
     "dump_yaml",
@@ -106,6 +113,11 @@ def default_path(algo: str) -> Path:
     if here.exists() or not in_repository.exists():
         return here
     return in_repository
+
+
+def cache_dir(config: Config, runs: Path) -> Path:
+    """Where tokenised data is kept; `runs`: the directory of all runs."""
+    return Path(config.data.cache_dir or runs / ".cache")
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -182,7 +194,7 @@ def help_text(algo: str) -> str:
     section = None
     for key, leaf in config_load.leaves(Config).items():
         head = key.partition(".")[0]
-        if key == "algo" or (head in ALGOS and head != algo):
+        if key == "algo" or (head in ALGOS and head != algo) or (head == "prepare" and algo != "cpt"):
             continue
         if head != section:
             section = head

@@ -18,6 +18,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention": ("auto", "packed", "padded"),
     "data.over_length": ("drop", "error"),
     "data.on_bad_row": ("error", "skip"),
+    "prepare.documents": ("file", "paragraph", "line"),
     "train.precision": ("auto", "bf16", "fp16", "fp32"),
     "train.activation_checkpointing": ("none", "selective", "full"),
     "optim.schedule": ("constant", "linear", "cosine"),
@@ -39,6 +40,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 METRICS: dict[str, tuple[str, ...]] = {
+    "cpt": ("loss", "perplexity", "entropy", "mean_token_accuracy"),
     "sft": ("loss", "entropy", "mean_token_accuracy"),
     "dpo": (
         *("loss", "preference_loss", "sft_loss"),
@@ -57,6 +59,11 @@ SHARE: Range = (lambda v: 0 <= v <= 1, "must lie in [0, 1]")
 RANGES: dict[str, Range] = {
     "data.max_length": (lambda v: v >= 2, "must be at least 2"),
     "data.max_dropped_fraction": SHARE,
+    "prepare.near_duplicates": (lambda v: 0.5 <= v <= 1, "must lie in [0.5, 1]"),
+    "prepare.min_chars": NOT_NEGATIVE,
+    "prepare.max_chars": POSITIVE,
+    "prepare.max_repetition": SHARE,
+    "prepare.max_symbols": SHARE,
     "train.global_batch_size": POSITIVE,
     "train.micro_batch_tokens": POSITIVE,
     "train.micro_batch_size": POSITIVE,
@@ -76,6 +83,7 @@ RANGES: dict[str, Range] = {
     "validation.patience": POSITIVE,
     "validation.min_delta": NOT_NEGATIVE,
     "checkpoint.keep_last": (lambda v: v >= 2, "must be at least 2, so that there is one to fall back to"),
+    "cpt.weights": (lambda v: bool(v) and all(0 < w < math.inf for w in v), "must hold numbers above 0 only"),
     "dpo.beta": POSITIVE,
     "dpo.label_smoothing": (lambda v: 0 <= v < 0.5, "must lie in [0, 0.5)"),
     "dpo.sft_loss_weight": NOT_NEGATIVE,
@@ -124,6 +132,12 @@ def check(flat: Mapping[str, Any], where: Mapping[str, str], path: Path) -> None
         sources = flat[key] if isinstance(flat[key], list) else [flat[key] or ""]
         if not all(isinstance(source, str) for source in sources):
             fail(key, "must be text or a list of texts")
+    weights, entries = flat["cpt.weights"], flat["data.train"]
+    if weights is not None and len(weights) != (len(entries) if isinstance(entries, list) else 1):
+        fail("cpt.weights", "must have one number for each entry of data.train")
+    for key in [key for key in flat if key.startswith("validation.watch.")]:
+        if not isinstance(flat[key], str) or not re.fullmatch(r"[\w-]+", key.split(".", 2)[2]):
+            fail(key, "must be a path or hub name under a plain name", "validation.watch")
     every = flat["checkpoint.every"]
     if every is not None and not _is_interval(every):
         fail("checkpoint.every", "must be a number of steps, a time such as 90s, 10m or 1.5h, or auto")
@@ -132,7 +146,8 @@ def check(flat: Mapping[str, Any], where: Mapping[str, str], path: Path) -> None
             fail(key, "must be finite")
         if key in RANGES and value is not None and not RANGES[key][0](value):
             fail(key, RANGES[key][1])
-    metrics = [f"eval_{name}" for name in METRICS[flat["algo"]]]
+    watched = [key.split(".", 2)[2] + "_" for key in flat if key.startswith("validation.watch.")]
+    metrics = [f"eval_{own}{name}" for own in ("", *watched) for name in METRICS[flat["algo"]]]
     if not flat["dpo.sft_loss_weight"] and "eval_sft_loss" in metrics:
         metrics.remove("eval_sft_loss")
     if flat["checkpoint.best_metric"] is not None and flat["checkpoint.best_metric"] not in metrics:

@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-ALGOS = ("sft", "dpo")
+KINDS = {"cpt": "text", "sft": "sft", "dpo": "preference"}
+"""What a row of each algorithm's data is: a block of text, an answer, a pair of answers."""
+ALGOS = tuple(KINDS)
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     train: Any = None
-    """JSONL, JSON or Parquet file, directory with training.jsonl, hub name, or a list of these."""
+    """JSONL, JSON or Parquet file, directory with training.jsonl, hub name, or a list of these. CPT: also
+    text files, directories of any of them, and stores that tools.prepare has made."""
     validation: Any = None
     """The same for validation. A directory in `train` that holds validation.jsonl is used if null."""
     split: Optional[str] = None
@@ -43,7 +46,7 @@ class DataConfig:
     hub_validation_split: Optional[str] = None
     """Split of a hub data set for validation."""
     max_length: int = 1024
-    """Longest sequence (prompt and completion) in tokens."""
+    """Longest sequence (prompt and completion) in tokens; CPT: tokens of a block."""
     over_length: str = "drop"
     """What happens to a longer one: drop (counted) or error."""
     max_dropped_fraction: float = 0.05
@@ -55,9 +58,35 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class PrepareConfig:
+    """How text becomes a store of tokens (cpt); rows of SFT and DPO are not filtered."""
+
+    text_key: str = "text"
+    """The field of a row (JSONL, Parquet, hub set) that holds the text."""
+    documents: str = "file"
+    """What one document is in a text file: file (the whole of it), paragraph (between blank lines), line."""
+    exact_duplicates: bool = True
+    """Leave out documents with the same text as an earlier one, of any entry of data.train."""
+    near_duplicates: Optional[float] = None
+    """Leave out documents that share this much of their shingles (5 tokens; Jaccard, by MinHash) with an
+    earlier one, such as 0.8; null: keep them."""
+    min_chars: int = 1
+    """Leave out shorter documents; empty ones always."""
+    max_chars: Optional[int] = None
+    """Leave out longer documents."""
+    max_repetition: Optional[float] = None
+    """Leave out documents with a larger share of word trigrams that repeat an earlier one, such as 0.3."""
+    max_symbols: Optional[float] = None
+    """Leave out documents with a larger share of characters that are no letter, digit or white space, such
+    as 0.3."""
+    language: Optional[str] = None
+    """Keep these languages only, by ISO code: en, or "en,de" (needs py3langid)."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     global_batch_size: int = 16
-    """Rows (SFT: sequences, DPO: pairs) in one optimiser step, over all ranks."""
+    """Rows (CPT: blocks, SFT: sequences, DPO: pairs) in one optimiser step, over all ranks."""
     micro_batch_tokens: int = 4096
     """Most tokens in one forward of one rank (a longer single row makes a batch of its own).
     Changes memory and speed, never the loss."""
@@ -117,6 +146,9 @@ class ValidationConfig:
     """Early stopping: end after so many validations without a better `checkpoint.best_metric`."""
     min_delta: float = 0.0
     """How much `checkpoint.best_metric` must gain to count as better, for `patience` and the best one."""
+    watch: dict[str, Any] = field(default_factory=dict)
+    """Further sets, watched beside for what is forgotten: {name: file, ...}, as data.validation would name
+    them; their metrics are eval_<name>_loss and so on. Not for DPO."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +166,7 @@ class CheckpointConfig:
     best_metric: Optional[str] = None
     """Validation metric, as in metrics.jsonl (eval_loss, eval_rewards/accuracies, ...)."""
     best_mode: str = "auto"
-    """min, max, or auto: min for a metric that ends in loss, else max."""
+    """min, max, or auto: min for a loss or perplexity, else max."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +187,16 @@ class DpoConfig:
     """Mean instead of sum of a completion's token log-probs (ipo and sigmoid_norm: always the mean)."""
     reference: Optional[str] = None
     """Reference model; null: the model itself before training."""
+
+
+@dataclass(frozen=True)
+class CptConfig:
+    cross_documents: bool = False
+    """Let attention go on from one document of a block into the next; false: each sees itself only, and its
+    positions begin at 0."""
+    weights: Optional[list[float]] = None
+    """Share of the blocks that each entry of data.train gets, such as [0.8, 0.2] for a new source and a
+    replay of old ones; null: every block once an epoch."""
 
 
 @dataclass(frozen=True)
@@ -237,11 +279,13 @@ class Config:
     """The algorithm: one of ALGOS; set by the command, not by the file."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
+    cpt: CptConfig = field(default_factory=CptConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     dist: DistConfig = field(default_factory=DistConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)

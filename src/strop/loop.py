@@ -14,7 +14,9 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from typing import Optional
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from strop import optim, setup, trainer
 from strop.algos import Metrics
 from strop.config import Config
 from strop.data.batch import Batch, Prefetcher, make_batch
+from strop.data.sets import RowSet
 from strop.dist import Dist
 from strop.errors import Diverged, UserError
 from strop.models import flops
@@ -262,25 +265,38 @@ def _after_step(t: Trainer) -> bool:
 
 
 def _validate(t: Trainer) -> bool:
-    """Exact means over the validation set, whatever the batches; False if asked to stop in the middle."""
-    if t.val_store is None:
+    """Exact means over the validation set and those watched beside it, whatever the batches; False if asked
+    to stop in the middle."""
+    sets = [("eval_", t.val_store, t.val_ref)] if t.val_store is not None else []
+    sets += [(f"eval_{name}_", store, None) for name, store in t.watched.items()]
+    if not sets:
         t.state.validated = True
         return True
     t.position.enter("validation")
-    meter = Meter()
-    bins = trainer.validation_bins(t)[t.dist.rank]
-    with Prefetcher(make_batch(t.val_store, rows, t.val_ref) for rows in bins) as batches:
-        for batch in batches:
-            if trainer.stop_agreed(t):
-                return False
-            with torch.no_grad():
-                _, metrics = _forward(t, batch)
-            meter.add(metrics, 0.0 if batch.is_dummy else 1.0)
-    means = {f"eval_{name}": value for name, value in meter.reduce(t.dist).items()}
+    means: dict[str, float] = {}
+    for prefix, store, ref in sets:
+        own = _means(t, store, ref)
+        if own is None:
+            return False
+        means |= {prefix + name: value for name, value in (own | t.algo.derived(own)).items()}
     t.report.validation({"step": t.state.step, **means})
     t.state.validated = True
     _note_best(t, means)
     return True
+
+
+def _means(t: Trainer, store: RowSet, ref: Optional[np.ndarray]) -> Optional[dict[str, float]]:
+    """Loss and metrics over one set; None if asked to stop in the middle."""
+    meter = Meter()
+    bins = trainer.validation_bins(t, store)[t.dist.rank]
+    with Prefetcher(make_batch(store, rows, ref) for rows in bins) as batches:
+        for batch in batches:
+            if trainer.stop_agreed(t):
+                return None
+            with torch.no_grad():
+                _, metrics = _forward(t, batch)
+            meter.add(metrics, 0.0 if batch.is_dummy else 1.0)
+    return meter.reduce(t.dist)
 
 
 def _note_best(t: Trainer, means: dict[str, float]) -> None:
@@ -295,7 +311,7 @@ def _note_best(t: Trainer, means: dict[str, float]) -> None:
     if state.step == 0:
         return
     value = means[c.best_metric]
-    falls = c.best_mode == "min" or (c.best_mode == "auto" and c.best_metric.endswith("loss"))
+    falls = c.best_mode == "min" or (c.best_mode == "auto" and c.best_metric.endswith(("loss", "perplexity")))
     gain = (
         math.inf
         if state.best_value is None

@@ -21,12 +21,14 @@ import numpy as np
 import torch
 
 from strop import checkpoint, files, ops, optim, parallel, preflight
+from strop import config as config_module
 from strop import run as run_module
 from strop.algos import reference
 from strop.config import Config
-from strop.data import plan, prepare, sources
+from strop.data import plan
+from strop.data.sets import Maker, RowSet, open_set
 from strop.data.store import TokenStore
-from strop.data.tokenise import tokenizer_digest
+from strop.data.tokenise import load_tokenizer, tokenizer_digest
 from strop.dist import Dist
 from strop.dist import start as start_dist
 from strop.errors import UserError
@@ -56,7 +58,8 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
     position.enter("preflight")
     preflight.check_machine(run, config.dist)
     position.enter("data")
-    train_store, val_store = _data(run, config, algo, report, position)
+    sets = _data(run, config, algo, report, position)
+    train_store = sets.pop("train")
     position.enter("rendezvous")
     dist = start_dist(config.dist, run.env, run.dir, run.attempt, run.stop)
     nodes = preflight.check_together(run, dist)
@@ -82,7 +85,8 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
         policy,
         optimizer,
         train_store,
-        val_store,
+        sets.pop("validation", None),
+        sets,
         report,
         position,
         per_epoch,
@@ -98,43 +102,40 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
 
 def _data(
     run: Run, config: Config, algo: ModuleType, report: Report, position: Position
-) -> tuple[TokenStore, Optional[TokenStore]]:
+) -> dict[str, RowSet]:
     """Rank 0 tokenises (or finds it done) and tells the others where; they wait without a collective,
-    whose time-out long work would exceed."""
+    whose time-out long work would exceed. The sets by name."""
     told = run.logs / "data.json"
     if run.env.rank == 0:
         run_module.agree(run, config)
-        sources.find(config.data, "train")  # a missing file is named before what it leads to
-        validates = prepare.has_validation(config.data)
-        if config.checkpoint.best_metric is not None and not validates:
+        _check_names(config, algo)
+        tokenizer = load_tokenizer(config.model)
+        maker = Maker(
+            config,
+            config_module.KINDS[config.algo],
+            tokenizer,
+            tokenizer_digest(tokenizer),
+            config_module.cache_dir(config, run.dir.parent),
+            progress=lambda done, total: position.beat(),
+        )
+        names = maker.names()
+        if config.checkpoint.best_metric is not None and names == ["train"]:
             raise UserError(
                 f"checkpoint.best_metric is {config.checkpoint.best_metric}, but there is no validation set: "
                 "give data.validation or data.split, or checkpoint.best_metric=null"
             )
-        _check_names(config, algo)
-        cache = cache_dir(run, config)
-        tokenizer = hf.load_tokenizer(config.model)
-        digest = tokenizer_digest(tokenizer)
-        paths: dict[str, Optional[str]] = {"train": None, "validation": None}
+        places = {}
         ledgers = {}
-        splits = ["train"] + (["validation"] if validates else [])
-        for split in splits:
-            with report.phase(f"{split} data"):
-                store, ledger = prepare.prepare(
-                    config, tokenizer, digest, cache, algo.KIND, split, lambda _: position.beat()
-                )
+        for name in names:
+            with report.phase(f"{name} data"):
+                places[name], ledger = maker.prepare(name)
             report.ledger(ledger)
-            ledgers[split] = files.read_json(store.path / "ledger.json")
-            paths[split] = str(store.path)
+            ledgers[name] = ledger.as_json()
         files.write_json(run.dir / "data" / "ledger.json", ledgers)
-        files.write_json(told, paths)
+        files.write_json(told, places)
     else:
         rendezvous.wait_for_file(run.dir, run.attempt, run.env.rank, told, run.stop)
-        paths = json.loads(told.read_text())
-    assert paths["train"] is not None
-    return TokenStore.open(paths["train"]), TokenStore.open(paths["validation"]) if paths[
-        "validation"
-    ] else None
+    return {name: open_set(place, config, name) for name, place in json.loads(told.read_text()).items()}
 
 
 def _check_names(config: Config, algo: ModuleType) -> None:
@@ -243,8 +244,10 @@ def _set_layout(t: Trainer, choices: dict[str, Any]) -> None:
             t.policy.probe(t.dist.device, parallel.DTYPES[t.config.train.precision], t.config.model.attention)
         choices |= {"head": t.policy.head, "layout": t.policy.layout, "shared_prefix": _shares_prompts(t)}
     if choices.get("shared_prefix"):
+        assert isinstance(t.train_store, TokenStore)
         t.train_store = t.train_store.sharing_prompts()
-        t.val_store = t.val_store and t.val_store.sharing_prompts()
+        if isinstance(t.val_store, TokenStore):
+            t.val_store = t.val_store.sharing_prompts()
     if t.algo.NEEDS_REFERENCE and "reference" not in choices:
         choices["reference"] = t.dist.broadcast(_reference_files(t) if t.dist.is_main else None)
         choices["reference_of"] = _reference_of(t)
@@ -256,13 +259,14 @@ def _set_layout(t: Trainer, choices: dict[str, Any]) -> None:
 def _shares_prompts(t: Trainer) -> bool:
     """Whether the prompt of a pair is computed once. Raises UserError if it was asked for and cannot be."""
     wanted = t.config.train.shared_prefix
-    if wanted is False or t.train_store.seqs_per_row == 1:
+    store = t.train_store
+    if wanted is False or not isinstance(store, TokenStore) or store.seqs_per_row == 1:
         return False
     if not t.policy.shares_prompts(t.dist.device, parallel.DTYPES[t.config.train.precision]):
         if wanted:
             raise UserError(f"train.shared_prefix: the attention of {t.policy.name} does not allow it here")
         return False
-    once, twice = t.train_store.sharing_prompts().row_lengths.sum(), t.train_store.row_lengths.sum()
+    once, twice = store.sharing_prompts().row_lengths.sum(), store.row_lengths.sum()
     return bool(wanted or once < WORTH_SHARING * twice)
 
 
@@ -293,7 +297,7 @@ def _reference_files(t: Trainer) -> dict[str, str]:
         "precision": c.train.precision,
         "layout": t.policy.layout,
         "head": t.policy.head,
-        "shared_prefix": t.train_store.shared_R is not None,
+        "shared_prefix": isinstance(t.train_store, TokenStore) and t.train_store.shared_R is not None,
         "device": t.dist.device.type,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -306,12 +310,14 @@ def _reference_files(t: Trainer) -> dict[str, str]:
             c.train.micro_batch_size,
         ],
     }
-    cache = cache_dir(t.run, c)
+    cache = config_module.cache_dir(c, t.run.dir.parent)
     return {name: str(reference.cache_file(cache, store, facts)) for name, store in _stores(t).items()}
 
 
 def _stores(t: Trainer) -> dict[str, TokenStore]:
-    return {"train": t.train_store} | ({"validation": t.val_store} if t.val_store is not None else {})
+    """Those that have a reference: rows, never text."""
+    stores = {"train": t.train_store} | ({"validation": t.val_store} if t.val_store is not None else {})
+    return {name: store for name, store in stores.items() if isinstance(store, TokenStore)}
 
 
 def _reference_is_missing(t: Trainer, choices: dict[str, Any]) -> bool:
@@ -328,7 +334,7 @@ def _reference_is_missing(t: Trainer, choices: dict[str, Any]) -> bool:
 def _reference_bins(t: Trainer, name: str) -> reference.Bins:
     """The batches of the first epoch, as the loop will see them, or those of validation."""
     if name == "validation":
-        return validation_bins(t)
+        return validation_bins(t, _stores(t)[name])
     ranks: reference.Bins = [[] for _ in range(t.dist.world_size)]
     for step in range(min(t.max_steps, t.steps_per_epoch)):
         for own, more in zip(ranks, step_bins(t, step)):
@@ -359,7 +365,3 @@ def _open_reference(t: Trainer, choices: dict[str, Any]) -> None:
     t.train_ref = np.load(choices["reference"]["train"], mmap_mode="r")
     if t.val_store is not None:
         t.val_ref = np.load(choices["reference"]["validation"], mmap_mode="r")
-
-
-def cache_dir(run: Run, config: Config) -> Path:
-    return Path(config.data.cache_dir or run.dir.parent / ".cache")

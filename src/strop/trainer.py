@@ -15,7 +15,8 @@ import torch
 
 from strop.config import Config
 from strop.data import plan
-from strop.data.store import TokenStore
+from strop.data.blocks import Blocks
+from strop.data.sets import RowSet
 from strop.dist import Dist
 from strop.models import hf
 from strop.models.policy import Policy
@@ -65,8 +66,10 @@ class Trainer:
     dist: Dist
     policy: Policy
     optimizer: torch.optim.AdamW
-    train_store: TokenStore
-    val_store: Optional[TokenStore]
+    train_store: RowSet
+    val_store: Optional[RowSet]
+    watched: dict[str, RowSet]
+    """Further validation sets, by name."""
     report: Report
     position: Position
     steps_per_epoch: int
@@ -98,8 +101,10 @@ def tensors(t: Trainer) -> dict[str, torch.Tensor]:
 
 def step_bins(t: Trainer, step: int) -> list[list[np.ndarray]]:
     """[rank][micro batch] -> row ids of optimiser step `step` (from 0)."""
-    c = t.config.train
+    c, weights = t.config.train, t.config.cpt.weights
     rows = plan.step_rows(t.train_store.num_rows, c.global_batch_size, c.seed, step, c.limit_train_batches)
+    if isinstance(t.train_store, Blocks) and weights is not None:
+        rows = plan.blend(rows, t.train_store.part_rows, weights, c.seed, step // t.steps_per_epoch)
     return plan.pack(
         rows,
         t.train_store.row_lengths,
@@ -109,16 +114,15 @@ def step_bins(t: Trainer, step: int) -> list[list[np.ndarray]]:
     )
 
 
-def validation_bins(t: Trainer) -> list[list[np.ndarray]]:
-    """[rank][micro batch] -> row ids of the validation set, or of its first `limit_val_batches`."""
-    assert t.val_store is not None
+def validation_bins(t: Trainer, store: RowSet) -> list[list[np.ndarray]]:
+    """[rank][micro batch] -> row ids of a validation set, or of its first `limit_val_batches`."""
     c = t.config.train
-    num_rows = t.val_store.num_rows
+    num_rows = store.num_rows
     if c.limit_val_batches is not None:
         num_rows = min(num_rows, c.limit_val_batches * c.global_batch_size)
     return plan.eval_bins(
         num_rows,
-        t.val_store.row_lengths,
+        store.row_lengths,
         world_size=t.dist.world_size,
         max_tokens=c.micro_batch_tokens,
         max_rows=c.micro_batch_size,

@@ -264,7 +264,7 @@ def test_a_file_that_cannot_be_read(file, make, reason):
 
 
 def test_unknown_algorithm(file):
-    assert message(file, algo="dop") == "unknown algorithm 'dop': expected one of sft, dpo"
+    assert message(file, algo="dop") == "unknown algorithm 'dop': expected one of cpt, sft, dpo"
 
 
 def test_the_default_file_is_configs_algo_yaml_here(file):

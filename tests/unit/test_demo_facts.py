@@ -76,7 +76,7 @@ def test_written_data_is_reused_and_repaired(tmp_path):
     file.write_text("half a li")
     demo_assets.make_data(tmp_path)
     assert len(file.read_text().splitlines()) == 400
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["demo-dpo", "demo-sft"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["demo-cpt", "demo-dpo", "demo-sft"]
 
 
 def test_tiny_model_directory(tmp_path, monkeypatch):

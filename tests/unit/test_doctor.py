@@ -211,6 +211,28 @@ def test_bad_rows_are_named(ask, tmp_path):
     assert any("same_pair" in t for t in warns)
 
 
+def test_text_and_its_blocks(ask, tmp_path):
+    """Blocks of 32 tokens predict 31 each; noise is told, a line that is no JSON fails; half of the documents
+    give an estimate that is right for documents of one length."""
+    texts = [f"{n} apples and {n} shells are {n} things on the shore." for n in range(10, 50)]
+    write_jsonl(tmp_path / "t.jsonl", [{"text": text} for text in [*texts, "", "!?" * 40]])
+    words = ("--config", "c.yaml", "data.train=t.jsonl", "data.max_length=32", "prepare.max_symbols=0.5")
+    answer = examine.examine(Question("cpt", words, rows=None))
+    assert found(answer, "FAIL") == []
+    tokenizer = tiny_tokenizer()
+    tokens = sum(len(tokenizer(text)["input_ids"]) + 1 for text in texts)
+    assert answer.numbers["train_rows"] == -(-tokens // 31)
+    oks = [text for _, text in found(answer, "ok")]
+    assert "1 documents left out as empty" in oks
+    assert "1 documents left out as symbols" in oks
+    half = examine.examine(Question("cpt", words, rows=20))
+    assert half.numbers["train_rows"] == pytest.approx(answer.numbers["train_rows"], rel=0.1)
+    with open(tmp_path / "t.jsonl", "a") as file:
+        file.write("{")
+    fails = found(examine.examine(Question("cpt", words, rows=None)), "FAIL")
+    assert any("1 rows not_json; the first: t.jsonl, line 43" in text for _, text in fails)
+
+
 def test_only_the_first_rows_are_read(ask, tmp_path):
     """Line 30 is broken: not seen among 20 rows, seen among all; the rows are counted all the same."""
     lines = (tmp_path / "data" / "training.jsonl").read_text().splitlines()

@@ -197,7 +197,7 @@ def test_metrics_that_a_configuration_may_name_are_those_that_there_are(algo):
     out, batch = example()
     module = importlib.import_module(f"strop.algos.{algo}")
     metrics = module.loss(out, batch, Config(algo=algo, dpo=DpoConfig(sft_loss_weight=0.5)))[1]
-    assert sorted(config_check.METRICS[algo]) == sorted(["loss", *metrics])
+    assert sorted(config_check.METRICS[algo]) == sorted(["loss", *metrics, *module.derived({"loss": 0.0})])
 
 
 def test_a_tie_is_ln_2_and_not_accurate():

@@ -79,7 +79,9 @@ def test_mistakes_are_found_where_they_are_made(submitted):
     ):
         strop.recipes.dpo(model="m", epochs=3)
     r.dpo.loss = "kto"
-    with pytest.raises(UserError, match=r"dpo.loss is 'kto'; it must be one of sigmoid, hinge, ipo, robust$"):
+    with pytest.raises(
+        UserError, match=r"dpo.loss is 'kto'; it must be one of sigmoid, hinge, ipo, robust, "
+    ):
         r.submit()
     assert submitted == []
 

@@ -1,4 +1,4 @@
-"""The algorithms, one module of functions each: KIND of rows, `count(batch)`, `loss(out, batch, cfg)`."""
+"""The algorithms, one module of functions each: `count(batch)`, `loss(out, batch, cfg)`."""
 
 from __future__ import annotations
 

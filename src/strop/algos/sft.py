@@ -10,7 +10,6 @@ from strop.config import Config
 from strop.data.batch import Batch
 from strop.models.policy import Output
 
-KIND = "sft"
 NEEDS_REFERENCE = False
 
 
@@ -27,3 +26,8 @@ def loss(out: Output, batch: Batch, cfg: Config) -> tuple[Tensor, Metrics]:
         "mean_token_accuracy": (out.correct_T.sum(), tokens),
     }
     return -torch.sum(out.logp_T), metrics
+
+
+def derived(means: dict[str, float]) -> dict[str, float]:
+    """Metrics of a validation set that follow from its means: none."""
+    return {}

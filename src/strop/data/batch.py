@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from strop.data.blocks import Blocks
 from strop.data.store import TokenStore
 
 DUMMY_LENGTH = 2
@@ -88,24 +89,28 @@ class Batch:
         return dataclasses.replace(self, **tensors)
 
 
-def make_batch(store: TokenStore, rows: np.ndarray, ref: np.ndarray | None = None) -> Batch:
+def make_batch(store: TokenStore | Blocks, rows: np.ndarray, ref: np.ndarray | None = None) -> Batch:
     """Pack `rows` of the store in the given order; no rows give a dummy.
 
     ref: fp32 [total], laid out like store.tokens.
     """
     rows = np.asarray(rows, dtype=np.int64)
-    spans = [span for row in rows for span in store.spans(row)]
-    first_positions = [first for row in rows for first in store.first_positions(row)]
-    if not spans:
+    sequences = [sequence for row in rows for sequence in store.sequences(row)]
+    if not sequences:
         return _dummy(store.seqs_per_row, rows, with_ref=ref is not None)
-    seqlens = np.array([end - begin for begin, end in spans])
-    trained = np.concatenate([store.trained[a:b] for a, b in spans])
+    seqlens = np.array([len(tokens) for tokens, _ in sequences])
+    first_positions = [0] * len(sequences)
+    shares = isinstance(store, TokenStore) and store.shared_R is not None
+    if isinstance(store, TokenStore):
+        first_positions = [first for row in rows for first in store.first_positions(row)]
+    trained = np.concatenate([trained for _, trained in sequences])
     ref_logp_T = None
     if ref is not None:
-        ref_logp = np.concatenate([ref[a:b] for a, b in spans])
+        assert isinstance(store, TokenStore)
+        ref_logp = np.concatenate([ref[a:b] for row in rows for a, b in store.spans(row)])
         ref_logp_T = torch.from_numpy(np.where(trained, ref_logp, 0).astype(np.float32))
     return Batch(
-        tokens_T=torch.from_numpy(np.concatenate([store.tokens[a:b] for a, b in spans]).astype(np.int64)),
+        tokens_T=torch.from_numpy(np.concatenate([tokens for tokens, _ in sequences]).astype(np.int64)),
         positions_T=torch.from_numpy(
             np.concatenate([np.arange(p, p + n, dtype=np.int64) for p, n in zip(first_positions, seqlens)])
         ),
@@ -114,7 +119,7 @@ def make_batch(store: TokenStore, rows: np.ndarray, ref: np.ndarray | None = Non
         rows=rows,
         max_seqlen=int(seqlens.max()),
         ref_logp_T=ref_logp_T,
-        cu_keys=_cumulated(seqlens + first_positions) if store.shared_R is not None else None,
+        cu_keys=_cumulated(seqlens + first_positions) if shares else None,
     )
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from strop.config import DataConfig
 from strop.data.store import TokenisedRow
 from strop.errors import UserError
 
@@ -41,7 +43,18 @@ class BadRow:
 
 def place(source: str, line: int) -> str:
     """How messages call a row."""
-    return f"{source}, {'line' if '.jsonl' in source else 'row'} {line}"
+    return (
+        f"{source}, {'line' if any(mark in source for mark in ('.jsonl', '.txt', '.md')) else 'row'} {line}"
+    )
+
+
+def refuse_or_keep(row: BadRow, config: DataConfig) -> None:
+    """UserError where the policy for such a row is to stop; the caller counts it otherwise."""
+    key, keep_going = ("over_length", "drop") if row.reason == "over_length" else ("on_bad_row", "skip")
+    if getattr(config, key) != keep_going:
+        raise UserError(
+            f"{row.place}: {row.message}\n  (data.{key}={keep_going} leaves such rows out and counts them)"
+        )
 
 
 @dataclass
@@ -106,6 +119,16 @@ class Ledger:
         if len(entry.examples) < EXAMPLES:
             entry.examples.append({"line": row.line, "message": row.message})
 
+    def drop_many(
+        self, source: str, reason: str, rows: int, tokens: int, examples: Iterable[tuple[int, str]]
+    ) -> None:
+        """Rows counted elsewhere: [(line, message)] of the first ones."""
+        entry = self.of(source).dropped.setdefault(reason, Dropped())
+        entry.rows += rows
+        entry.tokens += tokens
+        room = EXAMPLES - len(entry.examples)
+        entry.examples += [{"line": line, "message": text} for line, text in list(examples)[:room]]
+
     @property
     def used(self) -> int:
         return sum(entry.used for entry in self.sources.values())
@@ -114,9 +137,11 @@ class Ledger:
     def read(self) -> int:
         return sum(entry.read for entry in self.sources.values())
 
-    def check(self, max_dropped_fraction: float) -> None:
-        """UserError if too many rows were left out, or all of them."""
-        dropped = self.read - self.used
+    def check(self, max_dropped_fraction: float, wanted: Collection[str] = ()) -> None:
+        """UserError if too many rows were left out (for other reasons than `wanted` ones), or all of them."""
+        entries = self.sources.values()
+        meant = sum(d.rows for entry in entries for reason, d in entry.dropped.items() if reason in wanted)
+        dropped = self.read - self.used - meant
         if self.used and dropped <= max_dropped_fraction * self.read:
             return
         if not self.read:
@@ -139,14 +164,13 @@ class Ledger:
                 )
         raise UserError("\n".join(lines))
 
-    def save(self, path: Path) -> None:
+    def as_json(self) -> dict[str, Any]:
         totals = {"read": self.read, "used": self.used, "dropped": self.read - self.used}
-        record = {
-            "split": self.split,
-            **totals,
-            "sources": [{"read": entry.read, **dataclasses.asdict(entry)} for entry in self.sources.values()],
-        }
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        entries = [{"read": entry.read, **dataclasses.asdict(entry)} for entry in self.sources.values()]
+        return {"split": self.split, **totals, "sources": entries}
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Ledger:

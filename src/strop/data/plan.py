@@ -48,6 +48,44 @@ def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
+def blend_counts(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """Rows that each source gives to an epoch of sum(sizes) rows: its share of them, by largest remainder."""
+    total = sum(sizes)
+    exact = [total * weight / sum(weights) for weight in weights]
+    counts = [int(x) for x in exact]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: (counts[i] - exact[i], i))
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def blend(
+    slots: np.ndarray, sizes: Sequence[int], weights: Sequence[float], seed: int, epoch: int
+) -> np.ndarray:
+    """Row ids int64 for `slots` of a blend's epoch (as `step_rows` gives them for sum(sizes) rows).
+
+    Slots are dealt out to the sources in the numbers of `blend_counts`. Over the epochs a source gives its
+    rows in passes of its own, each in a new order: every row once in a pass, whatever its weight.
+    """
+    counts = blend_counts(sizes, weights)
+    ends, begins = np.cumsum(counts), np.cumsum([0, *sizes])
+    out = np.empty(len(slots), dtype=np.int64)
+    for source, (size, count, end) in enumerate(zip(sizes, counts, ends)):
+        mine = np.flatnonzero((slots >= end - count) & (slots < end))
+        draws = epoch * count + slots[mine] - (end - count)
+        for turn in np.unique(draws // size).tolist():
+            now = draws // size == turn
+            out[mine[now]] = begins[source] + _source_order(size, seed, source, turn)[draws[now] % size]
+    return out
+
+
+@functools.lru_cache(maxsize=64)
+def _source_order(size: int, seed: int, source: int, turn: int) -> np.ndarray:
+    """Order of one pass over one source of a blend, made as `_permutation` is, of a stream of its own."""
+    words = np.random.Philox(np.random.SeedSequence([seed, turn, source, 1])).random_raw(size)
+    return np.argsort(words, kind="stable")
+
+
 def pack(
     rows: np.ndarray | Sequence[int],
     lengths: np.ndarray,

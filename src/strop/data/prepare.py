@@ -16,12 +16,12 @@ from typing import Any
 
 from strop.config import Config, DataConfig
 from strop.data import sources
-from strop.data.ledger import BadRow, Ledger
+from strop.data.ledger import BadRow, Ledger, refuse_or_keep
 from strop.data.render import Rendered, Renderer, chat_template
 from strop.data.sources import Source
 from strop.data.store import FORMAT, TokenisedRow, TokenStore
 from strop.data.tokenise import Tokeniser
-from strop.errors import STORAGE_ERRNOS, StorageError, UserError
+from strop.errors import STORAGE_ERRNOS, StorageError
 
 PIPELINE = 1
 """Raise it when the same row would be tokenised or masked in another way than before."""
@@ -117,19 +117,11 @@ def _counted(
     """The usable rows; the others meet the policies. Raises at the end if too many were left out."""
     for done, row in enumerate(rows, start=1):
         if isinstance(row, BadRow):
-            _refuse_or_drop(row, config, ledger)
+            refuse_or_keep(row, config)
+            ledger.drop(row)
         else:
             ledger.use(row)
             yield row
         if done % 1000 == 0:
             progress(done)
     ledger.check(config.max_dropped_fraction)
-
-
-def _refuse_or_drop(row: BadRow, config: DataConfig, ledger: Ledger) -> None:
-    key, keep_going = ("over_length", "drop") if row.reason == "over_length" else ("on_bad_row", "skip")
-    if getattr(config, key) != keep_going:
-        raise UserError(
-            f"{row.place}: {row.message}\n  (data.{key}={keep_going} leaves such rows out and counts them)"
-        )
-    ledger.drop(row)

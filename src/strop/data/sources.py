@@ -25,6 +25,8 @@ from strop.data.ledger import BadRow
 from strop.errors import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+TEXT_SUFFIXES = (".txt", ".md")
+"""Plain text, for continued pretraining only."""
 FILE_NAMES = {"train": ("training", "train"), "validation": ("validation",), "test": ("test",)}
 HUB_IS_AWAY = "the hub cannot be reached"
 """In the message of an error; the doctor, which never asks the hub, tells it from the others by that."""
@@ -65,27 +67,27 @@ def find(config: DataConfig, split: str) -> list[Source]:
     if split == "train" or config.split is not None:
         if config.train is None:
             raise UserError("data.train is not set: a file, a directory, a hub name or a list of these")
-        return [_find_one(name, "data.train", "train", config) for name in _names(config.train, "data.train")]
+        return [find_one(name, "data.train", "train", config) for name in names(config.train, "data.train")]
     if config.validation is not None:
-        names = _names(config.validation, "data.validation")
-        return [_find_one(name, "data.validation", "validation", config) for name in names]
-    found = [_beside(name, config) for name in _names(config.train, "data.train")]
+        key = "data.validation"
+        return [find_one(name, key, "validation", config) for name in names(config.validation, key)]
+    found = [beside(name, config) for name in names(config.train, "data.train")]
     return [source for source in found if source is not None]
 
 
-def _names(value: Any, key: str) -> list[str]:
+def names(value: Any, key: str) -> list[str]:
     names = value if isinstance(value, (list, tuple)) else [value]
     if not names or not all(isinstance(name, str) and name for name in names):
         raise UserError(f"{key}: a path, a hub name or a list of these, not {value!r}")
     return list(names)
 
 
-def _find_one(name: str, key: str, split: str, config: DataConfig) -> Source:
+def find_one(name: str, key: str, split: str, config: DataConfig) -> Source:
     path = Path(name).expanduser()
     if path.is_file():
-        return _file(path, name, key)
+        return as_file(path, name, key)
     if path.is_dir():
-        source = _directory(path, name, split, config)
+        source = directory(path, name, split, config)
         if source is None:
             raise UserError(
                 f"{key}: {name} has none of {', '.join(_wanted(split))}\n  it holds: {_listing(path)}"
@@ -96,24 +98,24 @@ def _find_one(name: str, key: str, split: str, config: DataConfig) -> Source:
     return Source(_hub_name(name, config, split), "hub", name, config.hub_subset, _hub_split(config, split))
 
 
-def _beside(name: str, config: DataConfig) -> Source | None:
+def beside(name: str, config: DataConfig) -> Source | None:
     """The validation set that lies beside a training set, where there is one."""
     path = Path(name).expanduser()
     if path.is_dir():
-        return _directory(path, name, "validation", config)
+        return directory(path, name, "validation", config)
     if path.exists() or _looks_like_path(name) or config.hub_validation_split is None:
         return None
-    return _find_one(name, "data.train", "validation", config)
+    return find_one(name, "data.train", "validation", config)
 
 
-def _file(path: Path, name: str, key: str) -> Source:
+def as_file(path: Path, name: str, key: str) -> Source:
     for suffix in SUFFIXES:
         if path.name.lower().endswith(suffix):
             return Source(name, suffix.split(".")[1], str(path))
     raise UserError(f"{key}: {name} has none of the endings {', '.join(SUFFIXES)}")
 
 
-def _directory(path: Path, name: str, split: str, config: DataConfig) -> Source | None:
+def directory(path: Path, name: str, split: str, config: DataConfig) -> Source | None:
     """training.jsonl and the like by name, else what `datasets` saved or a copy of a hub set."""
     wanted = _wanted(split)
     found = [entry for entry in path.iterdir() if entry.name.lower() in wanted and entry.is_file()]
@@ -121,7 +123,7 @@ def _directory(path: Path, name: str, split: str, config: DataConfig) -> Source 
     if len(found) > 1:
         raise UserError(f"{name} holds both {found[0].name} and {found[1].name}: name one of them")
     if found:
-        return _file(found[0], str(Path(name) / found[0].name), name)
+        return as_file(found[0], str(Path(name) / found[0].name), name)
     if not any((path / mark).exists() for mark in ("dataset_dict.json", "state.json", "data", "README.md")):
         return None
     if split == "validation" and config.hub_validation_split is None:
@@ -152,7 +154,7 @@ def _looks_like_path(name: str) -> bool:
     """A hub name is `name` or `owner/name`; it has no data ending and no directory here starts it."""
     parts = name.split("/")
     return (
-        name.lower().endswith(SUFFIXES)
+        name.lower().endswith((*SUFFIXES, *TEXT_SUFFIXES))
         or len(parts) > 2
         or parts[0] in ("", ".", "..", "~")
         or (len(parts) == 2 and Path(parts[0]).is_dir())
@@ -179,7 +181,7 @@ def _listing(path: Path) -> str:
 def digest(source: Source) -> str:
     """Hex digest of what the source holds: the bytes of a file, the fingerprint of a hub set."""
     if source.format == "hub":
-        return str(_load(source)._fingerprint)
+        return str(load_hub(source)._fingerprint)
     with open(source.path, "rb") as file:
         hasher = hashlib.blake2b(digest_size=32)
         while block := file.read(1 << 20):
@@ -211,12 +213,12 @@ def _read_jsonl(source: Source) -> Iterator[Row | BadRow]:
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():
-                    yield _parse_line(source, number, line)
+                    yield parse_line(source, number, line)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{source.name}: damaged gzip data after line {number} ({error})") from None
 
 
-def _parse_line(source: Source, number: int, line: bytes) -> Row | BadRow:
+def parse_line(source: Source, number: int, line: bytes) -> Row | BadRow:
     try:
         value = json.loads(line.rstrip().decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -278,13 +280,13 @@ def _read_parquet(source: Source) -> Iterator[Row | BadRow]:
 
 def _read_hub(source: Source) -> Iterator[Row | BadRow]:
     number = 0
-    for batch in _load(source).iter(batch_size=READ_ROWS):
+    for batch in load_hub(source).iter(batch_size=READ_ROWS):
         for values in zip(*batch.values()):
             number += 1
             yield Row(source.name, number, dict(zip(batch.keys(), values)))
 
 
-def _load(source: Source) -> Any:
+def load_hub(source: Source) -> Any:
     """A `datasets.Dataset`: saved with save_to_disk, a local copy of a hub set, or from the hub."""
     import datasets
 

@@ -124,6 +124,8 @@ class TokenStore:
             meta = json.loads((path / "store.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"{path} is not a token store: it has no store.json") from None
+        if meta["kind"] not in SEQS_PER_ROW:
+            raise UserError(f"{path} holds documents of text, for continued pretraining (cpt) only")
         if meta["format"] != FORMAT:
             raise UserError(
                 f"{path} has store format {meta['format']}, this version reads {FORMAT}: prepare it again"
@@ -179,7 +181,7 @@ class TokenStore:
             finish(aside)
             meta = {"format": FORMAT, "kind": kind, "digest": digest, "sources": sources}
             (aside / "store.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-            _publish(aside, path)
+            publish(aside, path)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         return cls.open(path)
@@ -213,7 +215,7 @@ def _stream(
     )
 
 
-def _publish(aside: Path, path: Path) -> None:
+def publish(aside: Path, path: Path) -> None:
     """Files to disk, then the rename that makes the store exist. A twin that came first is kept."""
     files.fsync_tree(aside)
     try:

@@ -17,14 +17,36 @@ from typing import Any
 
 import numpy as np
 
+from strop.config import ModelConfig
 from strop.data.ledger import BadRow
-from strop.data.render import Refused, Rendered, Text
+from strop.data.render import Refused, Rendered, Text, chat_template
 from strop.data.store import TokenisedRow
 from strop.errors import UserError
 
 BATCH_ROWS = 512
 BATCH_CHARS = 4_000_000
 """A batch is encoded when it has so many rows or characters, which bounds the memory."""
+
+
+def load_tokenizer(config: ModelConfig, *, only_here: bool = False) -> Any:
+    """The tokenizer, with the configured chat template. `only_here`: the hub is not asked. Raises UserError
+    naming the key."""
+    from transformers import AutoTokenizer
+
+    name = config.tokenizer or config.path
+    key = "model.tokenizer" if config.tokenizer else "model.path"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            local_files_only=only_here,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{key}: no tokenizer in {name!r} ({reason})") from error
+    tokenizer.chat_template = chat_template(config.chat_template, tokenizer)
+    return tokenizer
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -44,7 +66,7 @@ class Tokeniser:
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.bos, self.eos = _special_ids(tokenizer)
+        self.bos, self.eos = special_ids(tokenizer)
 
     def __call__(self, rows: Iterable[Rendered | BadRow]) -> Iterator[TokenisedRow | BadRow]:
         """The rows in their order, encoded in batches."""
@@ -77,10 +99,10 @@ class Tokeniser:
         A prompt is encoded once, however many completions it has. Offsets cost more than the ids do, so
         only the texts that need them are encoded with offsets.
         """
-        all_ids = self._encode([item.text for item in texts])
+        all_ids = encode(self.tokenizer, [item.text for item in texts])
         prompts = [_prompt(item) for item in texts]
         distinct = list(dict.fromkeys(prompt for prompt in prompts if prompt is not None))
-        prompt_ids = dict(zip(distinct, self._encode(distinct)))
+        prompt_ids = dict(zip(distinct, encode(self.tokenizer, distinct)))
         masks: list[np.ndarray | None] = []
         for ids, prompt in zip(all_ids, prompts):
             before = prompt_ids[prompt] if prompt is not None else None
@@ -128,26 +150,27 @@ class Tokeniser:
         trained[:1] = False
         return tokens, trained
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids without special tokens, padding or truncation."""
-        if not texts:
-            return []
-        if self.tokenizer.is_fast:
-            encodings = self._backend().encode_batch_fast(texts, add_special_tokens=False)
-            return [encoding.ids for encoding in encodings]
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-
     def _offsets(self, texts: list[str]) -> list[list[tuple[int, int]]]:
         """The characters (begin, end) of each token of each text."""
-        encodings = self._backend().encode_batch(texts, add_special_tokens=False)
+        encodings = _backend(self.tokenizer).encode_batch(texts, add_special_tokens=False)
         return [encoding.offsets for encoding in encodings]
 
-    def _backend(self) -> Any:
-        """The Rust tokenizer, without the truncation and padding that its file or a former call left."""
-        backend = self.tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        return backend
+
+def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Ids of each text without special tokens, padding or truncation."""
+    if not texts:
+        return []
+    if tokenizer.is_fast:
+        return [e.ids for e in _backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)]
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _backend(tokenizer: Any) -> Any:
+    """The Rust tokenizer, without the truncation and padding that its file or a former call left."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def _prompt(item: Text) -> str | None:
@@ -170,7 +193,7 @@ def _by_characters(item: Text, offsets: list[tuple[int, int]]) -> np.ndarray:
     return trained
 
 
-def _special_ids(tokenizer: Any) -> tuple[list[int], int | None]:
+def special_ids(tokenizer: Any) -> tuple[list[int], int | None]:
     """(ids that the tokenizer puts before a text, EOS or None), seen from what it does to one letter."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     dressed = tokenizer("a", add_special_tokens=True)["input_ids"]

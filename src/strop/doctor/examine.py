@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,9 @@ from typing import Any, Optional
 from strop import config as config_module
 from strop.config import Config
 from strop.data import sources
-from strop.doctor import memory, model, place, rows, schedule, tokens
+from strop.data.sets import Maker
+from strop.data.tokenise import tokenizer_digest
+from strop.doctor import memory, model, place, rows, schedule, text, tokens
 from strop.doctor.checks import Check, Checks
 from strop.errors import UserError
 
@@ -86,30 +87,34 @@ def _data(
     tokenizer = tokens.load(config, checks, offline)
     if tokenizer is None:
         return None
-    kind = importlib.import_module(f"strop.algos.{q.algo}").KIND
-    train = _scanned("train", lambda: rows.scan(config, tokenizer, kind, "train", q.rows), offline, checks)
+    kind = config_module.KINDS[q.algo]
+    maker = Maker(config, kind, tokenizer, tokenizer_digest(tokenizer), Path())
+
+    def scan(split: str) -> Optional[rows.Scan]:
+        if kind == "text":
+            return _scanned(
+                split, lambda: text.scan(config, maker, tokenizer, split, q.rows), offline, checks
+            )
+        return _scanned(split, lambda: rows.scan(config, tokenizer, kind, split, q.rows), offline, checks)
+
+    train = scan("train")
     if train is None:
         return None
     rows.judge(train, config, checks)
     tokens.judge(train, tokenizer, shape, checks)
     if shape is not None and shape.max_positions and config.data.max_length > shape.max_positions:
-        text = f"data.max_length={config.data.max_length}, the model was made for {shape.max_positions}"
-        checks.warn("train data", text, "lower it")
+        told = f"data.max_length={config.data.max_length}, the model was made for {shape.max_positions}"
+        checks.warn("train data", told, "lower it")
     for row in train.examples[: q.previews]:
         answer.previews += tokens.preview(row, tokenizer, kind)
     validation = None
     try:
-        has_validation = rows.has_validation(config)
+        names = maker.names()
     except UserError as error:
         checks.fail("validation data", str(error))
-        has_validation = False
-    if has_validation:
-        validation = _scanned(
-            "validation",
-            lambda: rows.scan(config, tokenizer, kind, "validation", q.rows),
-            offline,
-            checks,
-        )
+        names = []
+    if "validation" in names:
+        validation = scan("validation")
         if validation is not None:
             rows.judge(validation, config, checks)
             rows.compare(train, validation, checks)

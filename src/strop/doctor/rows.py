@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-import numpy as np
-
 from strop.config import Config
-from strop.data import prepare, sources
+from strop.data import noise, sources
 from strop.data.ledger import BadRow, Ledger, place
+from strop.data.lengths import histogram
 from strop.data.render import Rendered, Renderer, chat_template
 from strop.data.sources import Source
 from strop.data.store import TokenisedRow
@@ -51,9 +50,28 @@ class Scan:
     doubles: int = 0
     """Rows equal to an earlier one of the same set."""
 
+    blocks: Optional[int] = None
+    """Rows of a set of text, as far as the looked-at documents tell."""
+
+    def add(self, row: TokenisedRow) -> None:
+        """A usable row (a document of text): its lengths, an example, whether it was there before."""
+        self.ledger.use(row)
+        lengths = [len(tokens) for tokens, _ in row.sequences]
+        self.row_tokens.append(sum(lengths))
+        self.sequence_tokens += lengths
+        if len(self.examples) < 64:
+            self.examples.append(row)
+        digest = hashlib.blake2b(digest_size=12)
+        for tokens, _ in row.sequences:
+            digest.update(tokens.tobytes() + b"|")
+        self.doubles += digest.digest() in self.contents
+        self.contents.setdefault(digest.digest(), (row.source, row.line))
+
     @property
     def usable_rows(self) -> int:
         """Rows of the whole set that will be used, as far as the looked-at ones tell."""
+        if self.blocks is not None:
+            return self.blocks
         seen = self.ledger.read + sum(e.other_split for e in self.ledger.sources.values())
         return round(self.total_rows * self.ledger.used / seen) if seen else 0
 
@@ -71,18 +89,7 @@ def scan(config: Config, tokenizer: Any, kind: str, split: str, limit: Optional[
             if row.reason == "over_length":
                 result.too_long.append(row.tokens)
             continue
-        result.ledger.use(row)
-        lengths = [len(tokens) for tokens, _ in row.sequences]
-        result.row_tokens.append(sum(lengths))
-        result.sequence_tokens += lengths
-        if len(result.examples) < 64:
-            result.examples.append(row)
-        digest = hashlib.blake2b(digest_size=12)
-        for tokens, _ in row.sequences:
-            digest.update(tokens.tobytes() + b"|")
-        if digest.digest() in result.contents:
-            result.doubles += 1
-        result.contents.setdefault(digest.digest(), (row.source, row.line))
+        result.add(row)
     return result
 
 
@@ -104,13 +111,13 @@ def _rendered(
                 result.templated += rendered.templated
                 result.plain += not rendered.templated
             yield rendered
-        total, exact = _num_rows(source, taken, last) if taken == limit else (taken, True)
+        total, exact = num_rows(source, taken, last) if taken == limit else (taken, True)
         result.total_rows += total
         result.exact = result.exact and exact
         result.complete = result.complete and taken >= total
 
 
-def _num_rows(source: Source, taken: int, last_line: int) -> tuple[int, bool]:
+def num_rows(source: Source, taken: int, last_line: int) -> tuple[int, bool]:
     """(rows of a source, whether counted), without parsing the ones that were not looked at."""
     if source.format == "jsonl" and source.path.endswith(".jsonl"):
         with open(source.path, "rb") as file:
@@ -139,6 +146,9 @@ def judge(scan: Scan, config: Config, checks: Checks) -> None:
     for entry in ledger.sources.values():
         for reason, dropped in entry.dropped.items():
             first = dropped.examples[0]
+            if reason in noise.REASONS:
+                checks.ok(name, f"{dropped.rows:,} documents left out as {reason}")
+                continue
             where = place(entry.name, int(first["line"]))
             text = f"{dropped.rows:,} rows {reason}; the first: {where}: {first['message']}"
             long = reason == "over_length"
@@ -148,7 +158,7 @@ def judge(scan: Scan, config: Config, checks: Checks) -> None:
             else:
                 checks.warn(name, text, "data.max_length is the key to raise" if long else "")
     try:
-        ledger.check(data.max_dropped_fraction)
+        ledger.check(data.max_dropped_fraction, wanted=noise.REASONS)
     except UserError as error:
         text = str(error).splitlines()[0]
         if scan.complete or not ledger.used:
@@ -181,19 +191,3 @@ def compare(train: Scan, validation: Scan, checks: Checks) -> None:
         checks.warn("validation data", text, "take them out of one set; data.split never does this")
     else:
         checks.ok("validation data", f"no row of it is a training row{extent}")
-
-
-def has_validation(config: Config) -> bool:
-    return prepare.has_validation(config.data)
-
-
-def histogram(lengths: list[int], limit: int) -> str:
-    """ "min 12, median 40, mean 51, p95 120, max 250 (limit 256)  ▁▃█▅▂▁": eight equal classes up to max."""
-    values = np.array(lengths)
-    counts, _ = np.histogram(values, bins=8, range=(0, int(values.max())))
-    bars = "".join(" ▁▂▃▄▅▆▇█"[int(np.ceil(8 * n / counts.max()))] for n in counts)
-    p95 = int(np.percentile(values, 95))
-    return (
-        f"min {values.min()}, median {int(np.median(values))}, mean {values.mean():.0f}, p95 {p95}, "
-        f"max {values.max()} (limit {limit})  |{bars}|"
-    )

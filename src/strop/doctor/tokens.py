@@ -11,11 +11,11 @@ import numpy as np
 from strop.config import Config
 from strop.data.render import chat_template
 from strop.data.store import TokenisedRow
+from strop.data.tokenise import load_tokenizer
 from strop.doctor.checks import Checks
 from strop.doctor.model import Shape
 from strop.doctor.rows import Scan
 from strop.errors import UserError
-from strop.models import hf
 
 ENDING = 3
 """The end-of-turn token is among so many last tokens; templates write a line break after it."""
@@ -24,7 +24,7 @@ ENDING = 3
 def load(config: Config, checks: Checks, offline: bool) -> Optional[Any]:
     """The tokenizer as the trainer loads it; None if it is not here. `offline`: jobs do not ask the hub."""
     try:
-        tokenizer = hf.load_tokenizer(config.model, only_here=True)
+        tokenizer = load_tokenizer(config.model, only_here=True)
         template = chat_template(config.model.chat_template, tokenizer)
     except UserError as error:
         name = config.model.tokenizer or config.model.path or ""

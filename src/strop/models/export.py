@@ -33,9 +33,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from strop import checkpoint
 from strop.config import ModelConfig
+from strop.data.tokenise import load_tokenizer
 from strop.errors import StorageError, UserError
 from strop.files import new_directory
-from strop.models.hf import distinct_state, load_tokenizer
+from strop.models.hf import distinct_state
 from strop.parallel import DTYPES
 
 PREFIX = "model."

@@ -13,6 +13,7 @@ from typing import Any, Optional
 import numpy as np
 from transformers import PreTrainedModel
 
+from strop.data.sets import RowSet
 from strop.data.store import TokenStore
 
 PEAK_TFLOPS = (
@@ -27,7 +28,7 @@ PEAK_TFLOPS = (
 """Dense bf16 peaks as NVIDIA's data sheets give them, by a part of the device's name; the first that fits."""
 
 
-def per_token(lm: PreTrainedModel, store: TokenStore) -> float:
+def per_token(lm: PreTrainedModel, store: RowSet) -> float:
     """Operations of training on one token of `store`, averaged over its tokens."""
     config = lm.config.get_text_config()
     head: Any = lm.get_output_embeddings()
@@ -38,12 +39,14 @@ def per_token(lm: PreTrainedModel, store: TokenStore) -> float:
     width = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
-    lengths = np.diff(store.offsets).astype(np.float64)
+    # Documents within a block are not looked up: their attention is then counted as that of the whole block.
+    lengths = np.diff(store.offsets) if isinstance(store, TokenStore) else store.row_lengths
+    lengths = lengths.astype(np.float64)
     mean_length = float((lengths**2).sum() / lengths.sum())
     return 6.0 * weights + 6.0 * config.num_hidden_layers * width * mean_length
 
 
-def peak_tokens_per_s(lm: PreTrainedModel, store: TokenStore, device_name: Optional[str]) -> Optional[float]:
+def peak_tokens_per_s(lm: PreTrainedModel, store: RowSet, device_name: Optional[str]) -> Optional[float]:
     """Tokens a second at the device's peak; None for a device or a model whose figures are not known."""
     peak = next((peak for name, peak in PEAK_TFLOPS if name in (device_name or "")), None)
     if peak is None or not hasattr(lm.config.get_text_config(), "num_attention_heads"):

@@ -1,4 +1,4 @@
-"""Models and tokenizers as Hugging Face directories: in, without a network call for local paths.
+"""Models as Hugging Face directories: in, without a network call for local paths.
 
 Rank 0 reads the weights once; every rank builds the same module with untouched memory and receives only
 its shards (`scatter_weights`), so a model never exists whole but on rank 0.
@@ -24,12 +24,11 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as hf_init
 
 from strop import files
 from strop.config import ModelConfig
-from strop.data.render import chat_template
 from strop.dist import Dist
 from strop.errors import UserError
 
@@ -37,24 +36,6 @@ WEIGHT_FILES = ("*.safetensors", "*.bin")
 HUB_TRIES_S = 6.0
 """How long a hub that does not answer is asked again, before anything is downloaded."""
 HUB_TIMEOUT_S = 3.0
-
-
-def load_tokenizer(config: ModelConfig, *, only_here: bool = False) -> Any:
-    """The tokenizer, with the configured chat template. `only_here`: the hub is not asked. Raises UserError
-    naming the key."""
-    name = config.tokenizer or config.path
-    key = "model.tokenizer" if config.tokenizer else "model.path"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            local_files_only=only_here,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{key}: no tokenizer in {name!r} ({_first_line(error)})") from error
-    tokenizer.chat_template = chat_template(config.chat_template, tokenizer)
-    return tokenizer
 
 
 def check_model(path: str, key: str = "model.path") -> None:

@@ -1,0 +1,203 @@
+"""The sets of a run (train, validation, and those watched beside): prepared once, then opened by every rank.
+
+`prepare` gives, for each set, where it lies: the directory of a token store (rows of SFT and DPO), or ranges
+of documents in corpora (text). Rank 0 does it at the start of a run, `tools.prepare` beforehand; both find
+what is there already, since stores are named by their content. Only `open_set` is left to the other ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Union
+
+from strop.config import Config
+from strop.data import corpus, documents, noise, plan, prepare_text, sources
+from strop.data.blocks import Blocks
+from strop.data.corpus import Corpus, Range
+from strop.data.ledger import Ledger
+from strop.data.prepare import has_validation as rows_have_validation
+from strop.data.prepare import prepare as prepare_rows
+from strop.data.sources import Source
+from strop.data.store import TokenStore
+from strop.errors import UserError
+
+Place = Union[str, list[tuple[str, int, int]]]
+"""Of a set: a store's directory, or [(corpus's directory, first document, behind the last)]."""
+RowSet = Union[TokenStore, Blocks]
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Maker:
+    """What prepares the sets of one configuration. kind: text, preference or sft."""
+
+    config: Config
+    kind: str
+    tokenizer: Any
+    tokenizer_digest: str
+    cache_dir: Path
+    workers: int = 1
+    progress: Progress = lambda done, total: None
+
+    def names(self) -> list[str]:
+        """train, validation where there is one, and the names of `validation.watch`."""
+        c = self.config
+        if c.validation.watch and self.kind == "preference":
+            raise UserError("validation.watch: not for DPO, which would need reference log-probs of each set")
+        if self.kind == "text":
+            beside = any(documents.beside(entry, c.data) for entry in _entries(c.data.train, "data.train"))
+            validates = c.data.validation is not None or beside or self._share_of_validation() > 0
+            validates = validates or bool(_ranges(self.stores(), "validation"))
+        else:
+            sources.find(c.data, "train")  # a missing file is named before what it leads to
+            validates = rows_have_validation(c.data)
+        return ["train", *(["validation"] if validates else []), *c.validation.watch]
+
+    def prepare(self, name: str) -> tuple[Place, Ledger]:
+        """Where the set lies, and what became of its rows. UserError, StorageError as the makers below."""
+        if self.kind == "text":
+            place, ledger = self._text(name)
+            ledger.check(self.config.data.max_dropped_fraction, wanted=noise.REASONS)
+            return place, ledger
+        config, split = self.config, name
+        if name in config.validation.watch:
+            data = dataclasses.replace(config.data, validation=config.validation.watch[name], split=None)
+            config, split = dataclasses.replace(config, data=data), "validation"
+        store, ledger = prepare_rows(
+            config,
+            self.tokenizer,
+            self.tokenizer_digest,
+            self.cache_dir,
+            self.kind,
+            split,
+            lambda rows: self.progress(rows, 0),
+        )
+        return str(store.path), ledger
+
+    def text_sources(self, name: str) -> tuple[dict[str, list[Source]], bool]:
+        """(entry -> its sources, without stores; whether they are the training set's, of which `data.split`
+        may give this set a part) of a set of text."""
+        data, watch = self.config.data, self.config.validation.watch
+        if name in watch:
+            key = f"validation.watch.{name}"
+            return {watch[name]: documents.find(watch[name], key, "validation", data)}, False
+        if name == "validation" and data.validation is not None:
+            key = "data.validation"
+            return {
+                e: documents.find(e, key, "validation", data) for e in _entries(data.validation, key)
+            }, False
+        entries = data_train(data)
+        if name == "validation" and data.split is None:
+            found = {entry: own for entry in entries if (own := documents.beside(entry, data))}
+            if found:
+                return found, False
+        raw = [entry for entry in entries if not corpus.is_corpus(Path(entry).expanduser())]
+        return {entry: documents.find(entry, "data.train", "train", data) for entry in raw}, True
+
+    def _text(self, name: str) -> tuple[Place, Ledger]:
+        found, shared = self.text_sources(name)
+        if not shared:
+            made = self._make(found, None, name)
+            return _place([(made, r) for r in made.ranges]), _ledger(name, [(made, "train")])
+        stores = self.stores()
+        if found:
+            stores |= dict.fromkeys(found, self._make(found, self.config.data.split, "train"))
+        ordered = {entry: stores[entry] for entry in data_train(self.config.data)}
+        ranges = _ranges(ordered, name)
+        if name == "train" and self.config.cpt.weights is not None:
+            lacking = [entry for entry in ordered if not any(e == entry for e, _, _ in ranges)]
+            if lacking:
+                raise UserError(
+                    f"data.train: no document of {lacking[0]} is left, which cpt.weights counts on"
+                )
+        makers = [(made, name) for made in dict.fromkeys(ordered.values())]
+        return _place([(made, r) for _, made, r in ranges]), _ledger(name, makers)
+
+    def _make(self, found: dict[str, list[Source]], split: str | None, label: str) -> Corpus:
+        return prepare_text.prepare(
+            self.config,
+            found,
+            self.tokenizer,
+            self.tokenizer_digest,
+            self.cache_dir,
+            split,
+            self.workers,
+            self.progress,
+            label,
+        )
+
+    def stores(self) -> dict[str, Corpus]:
+        """The entries of data.train that `tools.prepare` has made, opened and checked."""
+        stores = {}
+        for entry in data_train(self.config.data):
+            if corpus.is_corpus(Path(entry).expanduser()):
+                stores[entry] = Corpus.open(Path(entry).expanduser())
+                if stores[entry].tokenizer != self.tokenizer_digest:
+                    model = self.config.model.tokenizer or self.config.model.path
+                    raise UserError(
+                        f"data.train: {entry} was prepared with another tokenizer than that of {model}: "
+                        "prepare it again with this one (tools.prepare), or set model.tokenizer"
+                    )
+        return stores
+
+    def _share_of_validation(self) -> float:
+        split = self.config.data.split
+        return sources.shares(split)[1] if split is not None else 0.0
+
+
+def data_train(data: Any) -> list[str]:
+    """The entries of data.train; UserError if data.validation contradicts data.split."""
+    if data.split is not None and data.validation is not None:
+        raise UserError(
+            "data.split and data.validation are both given: the validation set is one or the other"
+        )
+    return _entries(data.train, "data.train")
+
+
+def _entries(value: Any, key: str) -> list[str]:
+    entries = sources.names(value, key)
+    twice = [entry for entry in entries if entries.count(entry) > 1]
+    if twice:
+        raise UserError(f"{key} names {twice[0]} twice")
+    return entries
+
+
+def _ranges(stores: dict[str, Corpus], split: str) -> list[tuple[str, Corpus, Range]]:
+    """[(entry, corpus, its documents of that set)]; a ready-made store is one range, whatever is in it."""
+    out = []
+    for entry, made in stores.items():
+        own = [r for r in made.ranges if r.split == split]
+        if own and corpus.is_corpus(Path(entry).expanduser()):
+            own = [Range(split, entry, own[0].begin, own[-1].end)]
+        out += [(entry, made, r) for r in own if r.entry == entry]
+    return out
+
+
+def _place(ranges: list[tuple[Corpus, Range]]) -> Place:
+    return [(str(made.path), r.begin, r.end) for made, r in ranges]
+
+
+def _ledger(name: str, made: list[tuple[Corpus, str]]) -> Ledger:
+    """The ledgers of several corpora as one."""
+    ledger = Ledger(name)
+    for one, split in made:
+        path = one.path / f"ledger-{split}.json"
+        if path.exists():
+            ledger.sources |= Ledger.load(path).sources
+    return ledger
+
+
+def open_set(place: Place, config: Config, name: str) -> RowSet:
+    """What `Maker.prepare` gave, opened. UserError for a blend that leaves a source out."""
+    if isinstance(place, str):
+        return TokenStore.open(place)
+    weights = config.cpt.weights if name == "train" else None
+    blocks = Blocks.open([(p, a, b) for p, a, b in place], config.data.max_length, config.cpt.cross_documents)
+    if weights is not None and 0 in (counts := plan.blend_counts(blocks.part_rows, weights)):
+        raise UserError(
+            f"cpt.weights: {weights[counts.index(0)]} of an epoch of {blocks.num_rows:,} blocks is less than "
+            "one block: raise it, or take more data"
+        )
+    return blocks

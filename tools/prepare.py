@@ -1,0 +1,103 @@
+"""Make the token stores of a run beforehand, so that its job only maps files.
+
+    python -m tools.prepare [--algo cpt] [--config FILE] [--workers N] [key=value ...]
+    python -m tools.prepare model.path=assets/tiny data.train=my/texts data.cache_dir=stores
+    python -m tools.prepare --algo sft --config configs/sft.yaml
+
+Reads what the trainer would read (configuration, tokenizer, data.train, data.validation, validation.watch)
+and leaves its stores in data.cache_dir (default: runs/.cache). They are named by their content: the job finds
+them there, and a second call has nothing to do. An interrupted call goes on with the parts it has finished.
+A store of text can also be named as data.train of a cpt run, which then does not look at the sources again.
+
+cpt: text files, directories of them, JSONL, JSON and Parquet with the field prepare.text_key, hub sets.
+Documents are filtered, equal and nearly equal ones left out (the keys under `prepare`: see
+python -m strop.train cpt --help), data.split="98,1,1" takes a validation set out by a hash of the text.
+What became of every document is printed, and kept as ledger-*.json beside the tokens.
+sft, dpo: exactly the stores that the trainer makes; always in one process.
+
+--workers defaults to the CPUs of the job or of this machine. Exit code 78: your error; 74: storage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
+
+from strop import config as config_module
+from strop.errors import UserError
+from strop.slurm import naming
+from tools.command_line import command_parser, run
+
+LINE_EVERY_S = 5.0
+
+
+def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = command_parser(__doc__)
+    parser.add_argument("--algo", choices=config_module.ALGOS, default="cpt")
+    parser.add_argument("--config", type=Path, help="default: configs/<algo>.yaml")
+    parser.add_argument("--workers", type=int, help="processes; default: the CPUs there are")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    return parser.parse_intermixed_args(argv)
+
+
+class Progress:
+    """A line now and then: parts done, of how many."""
+
+    def __init__(self) -> None:
+        self.begin = self.last = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self.last > LINE_EVERY_S:
+            self.last = now
+            of = f" of {total:,} parts" if total else " rows"
+            print(f"  {done:,}{of}, {now - self.begin:.0f} s", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    options = parse()
+    notes: list[str] = []
+    config = config_module.load(options.algo, options.config, options.overrides, notes)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    if options.workers is not None and options.workers < 1:
+        raise UserError(f"--workers {options.workers}: at least one is needed")
+    cpus = len(os.sched_getaffinity(0))
+    workers = options.workers or min(cpus, int(os.environ.get("SLURM_CPUS_ON_NODE", cpus)))
+    # TERM ends it as Ctrl-C does; what is finished stays.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # Workers are processes: threads of the tokenizer beside them would only be in each other's way.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false" if workers > 1 else "true"
+    from strop.data import sets
+    from strop.data.lengths import describe
+    from strop.data.tokenise import load_tokenizer, tokenizer_digest
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    tokenizer = load_tokenizer(config.model)
+    maker = sets.Maker(
+        config,
+        config_module.KINDS[options.algo],
+        tokenizer,
+        tokenizer_digest(tokenizer),
+        config_module.cache_dir(config, naming.parent_directory(config.run.dir)),
+        workers,
+        Progress(),
+    )
+    for name in maker.names():
+        begin = time.monotonic()
+        place, ledger = maker.prepare(name)
+        print(ledger.table())
+        print(describe(sets.open_set(place, config, name), config.data.max_length))
+        paths = [place] if isinstance(place, str) else list(dict.fromkeys(path for path, _, _ in place))
+        print(f"store: {', '.join(paths)} ({time.monotonic() - begin:.1f} s)\n", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)
