@@ -29,18 +29,19 @@ _NO_VALUE = re.compile(r"_(?:path|file|dir|name|type)$")
 _NO_SECRET = re.compile(r"\d{1,12}|true|false|none|null", re.IGNORECASE)
 
 _SHAPES = (
-    (r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", "-----begin "),
+    (r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", "-----BEGIN "),
     (r"hf_[A-Za-z0-9]{16,}", "hf_"),
-    (r"\bsk-[A-Za-z0-9_-]{16,}|\b[rsp]k_(?:live|test)_\w{10,}", "k-", "k_"),
+    (r"\bsk-[A-Za-z0-9_-]{16,}", "sk-"),
+    (r"\b[rsp]k_(?:live|test)_\w{10,}", "k_live_", "k_test_"),
     (r"gh[a-z]_[A-Za-z0-9]{20,}", "gh"),
     (r"github_pat_\w{20,}", "github_pat_"),
     (r"\bglpat-[\w-]{16,}", "glpat-"),
     (r"\bxox[a-z]-[A-Za-z0-9-]{10,}", "xox"),
-    (r"(?:AKIA|ASIA)[0-9A-Z]{16}", "akia", "asia"),
-    (r"\bAIza[\w-]{35}", "aiza"),
-    (r"\beyJ[\w-]{10,}\.[\w-]{10,}(?:\.[\w-]+)?", "eyj"),
+    (r"(?:AKIA|ASIA)[0-9A-Z]{16}", "AKIA", "ASIA"),
+    (r"\bAIza[\w-]{35}", "AIza"),
+    (r"\beyJ[\w-]{10,}\.[\w-]{10,}(?:\.[\w-]+)?", "eyJ"),
 )
-"""A token's shape, and what must occur in the lower-case text for the shape to be looked for at all."""
+"""A token's shape, and what must occur in the text for the shape to be looked for at all."""
 
 _BEARER = re.compile(r"(\b(?:bearer|basic)\s+)[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE)
 _URL = re.compile(r"(://[^/\s:@'\"]*:)[^/\s@'\"]+(?=@)")
@@ -51,11 +52,13 @@ _ASSIGNED = re.compile(
     r"(\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|[^\s\"',;&)\]}]+)",
     re.IGNORECASE,
 )
-_TOKEN = re.compile("|".join(f"(?:{shape[0]})" for shape in _SHAPES))
-_HINTS = re.compile(
-    "|".join(re.escape(hint) for _, *hints in _SHAPES for hint in hints)
-    + "|bearer|basic|://|key|token|secret|passw|passphrase|credential"
+_TOKENS = tuple((hint, re.compile(shape)) for shape, *hints in _SHAPES for hint in hints)
+_NAMES = tuple(
+    (word, re.compile(word + r"[\"']?\s*[=:]"))
+    for word in ("key", "token", "secret", "password", "passwd", "passphrase", "credential", "credentials")
 )
+"""The words before a value, and what must occur in the lower-case text for `_ASSIGNED`, which is slow, to be
+tried: log lines are full of tokens."""
 
 
 def names_secret(name: str) -> bool:
@@ -110,11 +113,17 @@ def redactor(
     def redact_text(text: str) -> str:
         if literal is not None and any(value in text for value in known):
             text = literal.sub(MARKER, text)
-        if _HINTS.search(text.lower()):
-            text = _TOKEN.sub(MARKER, text)
-            text = _BEARER.sub(rf"\1{MARKER}", text)
+        for hint, shape in _TOKENS:
+            if hint in text:
+                text = shape.sub(MARKER, text)
+        if "://" in text and "@" in text:
             text = _URL.sub(rf"\1{MARKER}", text)
-            text = _ASSIGNED.sub(_hide, text)
+        lower = text.lower()
+        if "bearer" in lower or "basic" in lower:
+            text = _BEARER.sub(rf"\1{MARKER}", text)
+        for word, assigned in _NAMES:
+            if word in lower and assigned.search(lower):
+                return _ASSIGNED.sub(_hide, text)
         return text
 
     return redact_text
