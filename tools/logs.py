@@ -49,7 +49,7 @@ from typing import Optional, Union
 
 from strop import files
 from strop.errors import UserError
-from strop.obs import html, log_files, log_follow, why
+from strop.obs import html, log_files, log_follow, log_text, why
 from strop.obs.log_files import Logs
 from strop.obs.log_text import FOREVER_US, Selection, View
 from strop.obs.merge import Merge
@@ -198,7 +198,7 @@ def explain(options: argparse.Namespace, run_dir: Path) -> None:
             files.write_atomic(options.html, html.report(run_dir))
         except OSError as error:
             raise UserError(f"--html {options.html}: {error.strerror or error}") from error
-        print(options.html)
+        print(log_text.printable(str(options.html)))
 
 
 def find_logs(options: argparse.Namespace, run_dir: Path) -> Logs:
@@ -275,6 +275,8 @@ def main() -> None:
             explain(options, run_dir)
         else:
             show(options, run_dir)
+    except PermissionError as error:
+        raise UserError(f"{error.filename}: {error.strerror}") from error
     except KeyboardInterrupt:  # the usual end of --follow
         sys.exit(130)
 

@@ -24,7 +24,7 @@ BLOCK_BYTES = 4 * 2**20
 def write_atomic(path: Path, text: str) -> None:
     """Write aside, fsync, rename, fsync the directory: a reader sees the old text or the new one."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(aside, "w") as file:
+    with open(aside, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -38,7 +38,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Optional[Any]:
     """None where the file is missing, or was cut off by the death of its writer."""
-    with contextlib.suppress(FileNotFoundError, ValueError):  # no JSON, or no UTF-8
+    with contextlib.suppress(FileNotFoundError, ValueError, RecursionError):  # no JSON, or no UTF-8
         return json.loads(path.read_text())
     return None
 

@@ -314,3 +314,41 @@ def test_pending_means_that_it_is_requeued_already(here, monkeypatch):
     run, decision = ended_with(here, monkeypatch, [RUNNING, command.SlurmError("Job is pending execution")])
     assert (decision.action, decision.exit_code) == ("requeue", 75)
     assert not (run / "requeue_pending").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"time": float("nan")},
+        {"time": 1e300},
+        {"message": 5},
+        {"node": ["n"]},
+        {"step": "s"},
+        {"traceback": {}},
+    ],
+)
+def test_a_verdict_with_absurd_values_is_no_verdict(tmp_path, wrong):
+    attempts.write_verdict(tmp_path, 1, 0, kind="exception", exit_code=1, message="m")
+    path = attempts.log_dir(tmp_path, 1) / "verdict-00000.json"
+    whole = json.loads(path.read_text())
+    assert attempts.read_verdict(path) == whole
+    path.write_text(json.dumps({**whole, **wrong}))
+    assert attempts.read_verdict(path) is None
+
+
+@pytest.mark.parametrize(
+    "text", ['{"began": NaN}', '{"closed": 1e308}', '{"nodes": 7}', '{"args": "x"}', "[" * 100_000]
+)
+def test_a_record_with_absurd_values_is_broken(tmp_path, text):
+    begin(tmp_path)
+    attempts.record_file(tmp_path, 1).write_text(text)
+    assert attempts.read(tmp_path, 1)["broken"]
+
+
+@pytest.mark.parametrize("offset", ["NaN", "1e12", "null"])
+def test_an_absurd_clock_is_refused(tmp_path, offset):
+    folder = attempts.log_dir(tmp_path, 1)
+    folder.mkdir(parents=True)
+    (folder / "clock.json").write_text(f'{{"ranks": [{{"rank": 0, "node": "n", "offset_s": {offset}}}]}}')
+    with pytest.raises((TypeError, ValueError)):
+        attempts.read_clocks(tmp_path, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,3 +192,22 @@ def test_ctrl_c_is_quiet(run: LogRun) -> None:
     finally:
         process.kill()
     assert (process.returncode, out, err) == (130, "", "")
+
+
+def test_what_cannot_be_read_is_noted_once_and_the_rest_is_followed(tmp_path):
+    run = LogRun(tmp_path / "run")
+    logs = run.attempt(1)
+    follower = Follower(
+        run.directory, log_files.Logs(run.directory, (1,), [], 0), Watched(), Selection(), View()
+    )
+    (logs / "rank00001.jsonl").mkdir()
+    (logs / "rank00002.jsonl").symlink_to("rank00002.jsonl")
+    run.write(0, line(1, "hello"))
+    text = follower.poll(1.0) + follower.poll(2.0) + follower.drain()
+    assert text.endswith(b"[0] INFO     hello\n")
+    assert len(follower.notes) == 2
+    shutil.rmtree(logs)
+    assert follower.poll(3.0) == b""
+    logs.mkdir()
+    run.write(0, line(2, "again"))
+    assert (follower.poll(4.0) + follower.drain()).endswith(b"[0] INFO     again\n")

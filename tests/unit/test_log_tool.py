@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from strop.errors import UserError
+from strop.obs import log_files
+from strop.obs.log_text import Selection, View
+from strop.obs.merge import Merge
 from tests.unit.log_helpers import BEGAN_S, LogRun, line
 from tools import logs as tool
 
@@ -174,3 +178,49 @@ def test_json_lines_are_those_on_disk(run: LogRun) -> None:
     content = [p.read_text() for p in sorted(run.directory.glob("logs/*/rank0000[01].jsonl"))]
     assert sorted(out.splitlines()) == sorted("".join(content).splitlines())
     assert json.loads(out.splitlines()[0])["message"] == "rendezvous done"
+
+
+def test_nothing_in_a_run_takes_over_the_terminal_or_the_page(tmp_path, capsys, monkeypatch):
+    """Escapes and halves of surrogate pairs in every text that --why and --html show."""
+    evil = "\x1b]0;owned\x07\x9b2J\x00\ud800"
+    run = LogRun(tmp_path / "runs" / "demo\x1b[2J")
+    logs = run.attempt(1, {0: 0.0}, state="FAIL")
+    run.write(0, line(1, evil, level="ERROR", phase=evil, logger=evil), b"\x1b[2J raw\n")
+    said = {"rank": 0, "kind": "exception", "exit_code": 1, "time": BEGAN_S + 2, "step": 3}
+    said |= dict.fromkeys(("node", "message", "exception", "traceback", "phase", "fingerprint"), evil)
+    (logs / "verdict-00000.json").write_text(json.dumps(said))
+    page = tmp_path / "page.html"
+    for options in (["--why"], ["--html", str(page)]):
+        monkeypatch.setattr("sys.argv", ["logs", str(run.directory), *options])
+        tool.main()
+    shown = capsys.readouterr().out
+    for text in (shown, page.read_text("utf-8")):
+        assert not [c for c in text if (c < " " and c not in "\t\n") or "\x7f" <= c <= "\x9f"]
+        assert "owned" in text.encode().decode()
+
+
+def test_names_and_links_that_make_no_sense_are_counted_or_left_alone(tmp_path):
+    run = LogRun(tmp_path / "runs" / "demo")
+    logs = run.attempt(1, {0: 0.0, 1: 0.0})
+    (logs / "clock.json").write_text('{"ranks": [{"rank": 0, "node": "n\\ud800", "offset_s": 0}]}')
+    run.write(0, line(1, "hello"))
+    (logs / "rank00001.jsonl").symlink_to("rank00001.jsonl")
+    (logs / f"rank{'9' * 40}.jsonl").write_bytes(line(1, "no rank"))
+    (logs / "verdict-99999999999.json").write_text("{}")
+    for native in (None, False):
+        merge = Merge(log_files.find(run.directory), Selection(), View(), native=native)
+        assert b"".join(merge).endswith(b"[0] INFO     hello\n")
+        assert any("could not be read" in note and "rank 1" in note for note in merge.notes())
+
+
+def test_logs_of_somebody_else_are_named(tmp_path, monkeypatch):
+    run = LogRun(tmp_path / "runs" / "demo")
+    run.attempt(1)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("sys.argv", ["logs", str(run.directory)])
+    monkeypatch.setattr(log_files, "attempt_numbers", refuse)
+    with pytest.raises(UserError, match="Permission denied"):
+        tool.main()

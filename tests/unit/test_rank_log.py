@@ -6,6 +6,7 @@ What a test compares with is what it wrote itself, read back with json or as byt
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -240,3 +241,35 @@ os._exit(0)
 """
     child(RAW.format(folder=str(tmp_path), segment=1000) + code)
     assert [(line["message"], line["raw"]) for line in read(tmp_path, 7)] == [("raw output", [0, 6])]
+
+
+def test_a_forked_worker_writes_though_another_thread_held_the_lock(tmp_path):
+    log = make(tmp_path)
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with log._lock:
+            held.set()
+            done.wait(30)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(30)
+    worker = os.fork()
+    if worker == 0:
+        signal.alarm(5)
+        log.write("INFO", "w", "from a worker")
+        os._exit(0)
+    assert os.waitpid(worker, 0)[1] == 0
+    done.set()
+    thread.join()
+    assert [line["message"] for line in read(tmp_path, 7)] == ["from a worker"]
+
+
+def test_a_segment_deleted_by_hand_costs_no_line(tmp_path):
+    log = make(tmp_path, max_bytes=8000)
+    for i in range(30):
+        log.write("INFO", "t", f"{i} " + "x" * 200)
+        (tmp_path / "rank00007.1.jsonl").unlink(missing_ok=True)
+    assert read(tmp_path, 7)[-1]["message"].startswith("29 ")
+    assert log._failed_at is None

@@ -114,7 +114,7 @@ def _verdicts(logs: Path) -> tuple[dict[int, dict[str, Any]], list[int]]:
     said: dict[int, dict[str, Any]] = {}
     torn = []
     for path in sorted(logs.glob("verdict-*.json")):
-        number = re.fullmatch(r"verdict-(\d+)\.json", path.name)
+        number = re.fullmatch(r"verdict-(\d{5,7})\.json", path.name)
         if not number:
             continue
         try:
@@ -143,7 +143,10 @@ def _world_size(
 ) -> int:
     machine = record.get("machine")
     told = machine.get("ranks", 0) if isinstance(machine, dict) else 0
-    seen = [int(m[1]) for name in names if (m := re.match(r"(?:rank|present-|verdict-)(\d{5,})", name))]
+    seen = [
+        int(m[1]) for name in names if (m := re.match(r"(?:rank|present-|verdict-)(\d{5,7})(?!\d)", name))
+    ]
+    told = told if isinstance(told, int) else 0
     return max([told, len(clocks), *(rank + 1 for rank in (*seen, *said))])
 
 

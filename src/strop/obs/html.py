@@ -17,6 +17,7 @@ from typing import Any, Optional
 from strop.obs import curves, fates, run_files, status, timeline
 from strop.obs import why as why_module
 from strop.obs.fates import ranges
+from strop.obs.log_text import printable
 from strop.obs.progress import seconds
 from strop.obs.secrets import mask, mask_args, redact
 from strop.obs.why import Group, Why
@@ -85,7 +86,7 @@ def _page(name: str, body: str, data: Mapping[str, Any]) -> str:
 
 
 def _e(value: object) -> str:
-    return html.escape(str(value))
+    return html.escape(printable(str(value)))
 
 
 def _section(title: str, body: str) -> str:

@@ -27,7 +27,7 @@ from strop.slurm import attempts as records
 
 OPEN_EARLY_US = 600_000_000
 """No line is taken as older than this before its attempt began: batch host and rank 0 have two clocks."""
-LIVED = re.compile(r"(?:present|verdict)-(\d{5,})(?:\.json)?")
+LIVED = re.compile(r"(?:present|verdict)-(\d{5,7})(?:\.json)?")
 Ranges = Sequence[tuple[int, int]]
 """Inclusive: ((0, 7), (12, 12))."""
 
@@ -121,7 +121,7 @@ def attempt_numbers(run_dir: Path) -> list[int]:
         names = os.listdir(run_dir / "logs")
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(int(name) for name in names if re.fullmatch(r"\d{4,}", name))
+    return sorted(int(name) for name in names if re.fullmatch(r"\d{4,9}", name))
 
 
 def scan(directory: Path) -> Iterator[tuple[log_line.Segment, os.DirEntry[str], os.stat_result]]:
@@ -131,7 +131,17 @@ def scan(directory: Path) -> Iterator[tuple[log_line.Segment, os.DirEntry[str], 
             segment = log_line.segment(Path(entry.name))
             if segment is not None:
                 with contextlib.suppress(FileNotFoundError):
-                    yield segment, entry, entry.stat()
+                    yield segment, entry, status_of(entry)
+
+
+def status_of(entry: os.DirEntry[str]) -> os.stat_result:
+    """Of the link itself where it leads nowhere that may be seen: reading it then tells why it cannot be."""
+    try:
+        return entry.stat()
+    except FileNotFoundError:
+        raise
+    except OSError:
+        return entry.stat(follow_symlinks=False)
 
 
 def read_clock(run_dir: Path, attempt: int) -> Clock:

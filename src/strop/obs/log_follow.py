@@ -168,7 +168,8 @@ class Follower:
             return []
         directory = records.log_dir(self._run_dir, attempt)
         grown, there = [], set()
-        with os.scandir(directory) as entries:
+        # the directory of a run that is being deleted
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(directory) as entries:
             for entry in entries:
                 key = (attempt, entry.name)
                 there.add(key)
@@ -176,7 +177,7 @@ class Follower:
                     self._files[key] = self._new(directory / entry.name, attempt)
                 file = self._files[key]
                 with contextlib.suppress(FileNotFoundError):
-                    if file is not None and self._has_grown(file, entry.stat().st_size):
+                    if file is not None and self._has_grown(file, log_files.status_of(entry).st_size):
                         grown.append(file)
                     elif entry.name == "clock.json":
                         self._read_clock(attempt, entry.stat().st_mtime_ns)
@@ -235,6 +236,9 @@ class Follower:
                         raws.append((file.segment.index, offset, shown))
             except FileNotFoundError:
                 continue  # the next listing notes it
+            except OSError as error:  # perhaps a file server's hiccup: the next listing tries again
+                note = f"{file.path} could not be read: {error.strerror}"
+                self.notes += [note] if note not in self.notes else []
         for text in texts:
             line = rank.structured(text, True)
             while raws and line.mark is not None and raws[0][:2] < line.mark:

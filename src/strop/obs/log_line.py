@@ -25,7 +25,7 @@ PREFIX = b'{"time":"'
 TIME_START = len(PREFIX)
 TIME_END = TIME_START + len("2026-11-22T00:11:49.123456Z")
 _ENCODE = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
-NAME = re.compile(r"rank(\d{5,})(?:\.(\d+))?\.(jsonl|err)")
+NAME = re.compile(r"rank(\d{5,7})(?:\.(\d{1,9}))?\.(jsonl|err)")
 
 
 @dataclass(frozen=True)

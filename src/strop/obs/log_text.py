@@ -8,12 +8,13 @@ together. This one also serves `--follow`, and wherever there is no compiler.
 from __future__ import annotations
 
 import calendar
+import dataclasses
 import functools
 import re
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 from strop.obs import log_files, log_line
 
@@ -213,6 +214,20 @@ def clean(text: bytes) -> bytes:
     shown = _shown(text.rstrip(b"\n"))
     shown = _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", shown)
     return shown.replace("\n", "\n    ").encode()
+
+
+def printable(tree: Any) -> Any:
+    """The text, or all texts in dataclasses, tuples and lists, so that a terminal only shows them: control
+    characters but tab and newline, and halves of surrogate pairs, become escapes."""
+    if isinstance(tree, str):
+        shown = _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", tree)
+        return shown.encode("utf-8", "backslashreplace").decode()
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(map(printable, tree))
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        values = {f.name: printable(getattr(tree, f.name)) for f in dataclasses.fields(tree)}
+        return dataclasses.replace(tree, **values)
+    return tree
 
 
 def as_json(line: Line) -> bytes:

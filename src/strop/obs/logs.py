@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 import threading
 from pathlib import Path
@@ -105,9 +106,14 @@ class Printed(io.TextIOBase):
         self.out = out
         self._rank_log = rank_log
         self._lock = threading.RLock()
+        os.register_at_fork(after_in_child=self._in_child)
         self._begun = ""
         """A line without its end: already in `out` up to `_shown` if somebody flushed."""
         self._shown = 0
+
+    def _in_child(self) -> None:
+        """As of RankLog: a forked worker must not wait for a thread that it does not have."""
+        self._lock = threading.RLock()
 
     encoding = "utf-8"
     errors = "backslashreplace"

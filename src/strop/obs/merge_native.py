@@ -111,7 +111,7 @@ def _c_stream(stream: Stream) -> _Stream:
     segments = (_Segment * len(files))(*(_Segment(os.fsencode(f.path), f.size, f.index, 0) for f in files))
     return _Stream(
         stream.rank, stream.attempt, stream.offset_us, stream.floor_us, stream.began_us, stream.raw_end_us,
-        len(stream.structured), len(stream.raw), segments, stream.node.encode(),
+        len(stream.structured), len(stream.raw), segments, stream.node.encode("utf-8", "backslashreplace"),
     )  # fmt: skip
 
 

@@ -100,7 +100,7 @@ class Rank:
         self._counts = counts
         self._redact = redact
         self._timed = False
-        self._last = Line(node=stream.node.encode())
+        self._last = Line(node=stream.node.encode("utf-8", "backslashreplace"))
 
     def structured(self, text: bytes, whole: bool) -> Line:
         """A line of a structured file, in its place; one that is no JSON is shown as it is."""

@@ -86,12 +86,17 @@ class RankLog:
         self._last = 0.0
         self._second = (0, "")
         self._closed = threading.Event()
+        os.register_at_fork(after_in_child=self._in_child)
         self._thread = threading.Thread(target=self._watch, name="rank-log", daemon=True)
 
     @property
     def captured(self) -> bool:
         """Whether the raw output of this process goes to files beside this one."""
         return self._raw is not None
+
+    def _in_child(self) -> None:
+        """A forked worker of a data loader: the lock may be held by a thread that is not here."""
+        self._lock = threading.RLock()
 
     def start(self) -> None:
         self._thread.start()
@@ -172,7 +177,7 @@ class RankLog:
         self._torn = False
         gone = victim(self._index, SEGMENTS)
         if gone is not None:
-            (self._directory / log_line.Segment(self._rank, gone, False).name).unlink()
+            (self._directory / log_line.Segment(self._rank, gone, False).name).unlink(missing_ok=True)
             self._gone += self._counts.pop(gone)
 
     def _complain(self, what: str) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from strop.obs import status
 from strop.obs.fates import WELL, Fate, ranges
+from strop.obs.log_text import printable
 from strop.obs.nearby import Line
 from strop.slurm import decide
 
@@ -23,6 +24,7 @@ GROUPS = 4
 
 def text(why: Why, color: bool = False) -> str:
     """One screen. Plain where color is off."""
+    why = printable(why)
 
     def paint(words: str, *codes: str) -> str:
         return f"{''.join(codes)}{words}{OFF}" if color and words else words

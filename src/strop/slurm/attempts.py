@@ -19,6 +19,7 @@ import re
 import shutil
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
@@ -28,6 +29,9 @@ from strop.obs import log_line, secrets
 from strop.slurm import lease, stop
 
 STATES = ("X", "DONE", "YIELD", "FAIL")
+LAST_TIME = 253402300800.0
+"""The year 10000, in Unix seconds."""
+LARGEST_OFFSET_S = 1e9
 KINDS = ("user", "diverged", "storage", "oom", "hang", "exception", "peer")
 
 
@@ -137,16 +141,26 @@ def read(run_dir: Path, attempt: int) -> dict[str, Any]:
     """One record. A file that was cut off by its creator's death reads as an X of an unknown owner."""
     path = record_file(run_dir, attempt)
     record = files.read_json(path)
-    if not isinstance(record, dict):
+    if not isinstance(record, dict) or not _has_its_types(record):
         record = {"attempt": attempt, "state": "X", "began": path.stat().st_mtime, "broken": True}
     return record
+
+
+def _has_its_types(record: Mapping[str, Any]) -> bool:
+    """False for what is JSON, but no record of ours: readers rely on types and times."""
+    kinds: dict[str, Any] = {"state": str, "cause": str, "nodes": list, "args": list, "output": list}
+    kinds.update(machine=dict, rank=int, step=int, signals=list)
+    of_kind = all(record.get(key) is None or isinstance(record[key], kind) for key, kind in kinds.items())
+    return of_kind and all(
+        record.get(key) is None or is_time(record[key]) for key in ("began", "ended", "closed")
+    )
 
 
 def read_all(run_dir: Path) -> list[dict[str, Any]]:
     """All records, oldest first."""
     folder = run_dir / "attempts"
     names = os.listdir(folder) if folder.is_dir() else []
-    numbers = sorted(int(name[:-5]) for name in names if re.fullmatch(r"\d{4,}\.json", name))
+    numbers = sorted(int(name[:-5]) for name in names if re.fullmatch(r"\d{4,9}\.json", name))
     return [read(run_dir, number) for number in numbers]
 
 
@@ -215,15 +229,27 @@ def read_verdict(path: Path) -> Optional[dict[str, Any]]:
     """None for a file that was cut off, or is no verdict."""
     value = files.read_json(path)
     needed = {"rank", "node", "exit_code", "message", "time"}
-    whole = isinstance(value, dict) and needed <= value.keys() and value.get("kind") in KINDS
-    return value if whole else None
+    if not isinstance(value, dict) or not needed <= value.keys() or value.get("kind") not in KINDS:
+        return None
+    texts = [value.get(key) for key in ("node", "message", "exception", "traceback", "phase", "fingerprint")]
+    step = value.get("step")
+    usable = all(text is None or isinstance(text, str) for text in texts) and is_time(value["time"])
+    return value if usable and (step is None or isinstance(step, int)) else None
+
+
+def is_time(value: Any) -> bool:
+    """Unix seconds that a calendar has; not NaN."""
+    return isinstance(value, (int, float)) and 0 <= value < LAST_TIME
 
 
 def read_clocks(run_dir: Path, attempt: int) -> dict[int, tuple[str, float]]:
     """Node and clock offset in seconds from rank 0's, of every rank; {} if the ranks did not come so far."""
     told = files.read_json(log_dir(run_dir, attempt) / "clock.json")
     entries = told.get("ranks", []) if isinstance(told, dict) else []
-    return {entry["rank"]: (entry["node"], entry["offset_s"]) for entry in entries}
+    absurd = [entry["rank"] for entry in entries if not abs(entry["offset_s"]) < LARGEST_OFFSET_S]
+    if absurd:
+        raise ValueError(f"the offset of rank {absurd[0]} is no clock's")
+    return {int(entry["rank"]): (str(entry["node"]), entry["offset_s"]) for entry in entries}
 
 
 def ranks_with_logs(logs: Path) -> set[int]:
