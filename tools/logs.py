@@ -133,7 +133,8 @@ def time_of(option: str, text: str, newest_us: int) -> int:
     whole = f"{day:%Y-%m-%d}T{text.zfill(5 if not of_day[1] else 8)}" if of_day else text
     try:
         when = datetime.datetime.fromisoformat(re.sub("[Zz]$", "+00:00", whole))
-    except ValueError:
+        when.astimezone(datetime.timezone.utc)
+    except (ValueError, OverflowError):
         raise UserError(f"{option} {text}: expected a duration such as 10m or a time in UTC") from None
     if when.tzinfo is None:
         when = when.replace(tzinfo=datetime.timezone.utc)
@@ -176,7 +177,7 @@ def selection(options: argparse.Namespace, newest_us: int) -> Selection:
 
 
 def attempt_of(options: argparse.Namespace) -> Union[str, int]:
-    if options.attempt.isdigit():
+    if options.attempt.isdecimal():
         return int(options.attempt)
     if options.attempt not in ("last", "all"):
         raise UserError(f"--attempt {options.attempt}: expected a number, last or all")
@@ -194,8 +195,9 @@ def explain(options: argparse.Namespace, run_dir: Path) -> None:
         found = why.explain(run_dir, attempt if isinstance(attempt, int) else None)
         sys.stdout.write(why.text(found, in_colour(options)))
     if options.html is not None:
+        page = html.report(run_dir)
         try:
-            files.write_atomic(options.html, html.report(run_dir))
+            files.write_atomic(options.html, page)
         except OSError as error:
             raise UserError(f"--html {options.html}: {error.strerror or error}") from error
         print(log_text.printable(str(options.html)))
@@ -228,9 +230,9 @@ def last_lines(blocks: Iterable[bytes], number: int) -> bytes:
 def tail_of(options: argparse.Namespace) -> Optional[int]:
     if options.tail is None:
         return FOLLOW_TAIL if options.follow and options.since is None else None
-    if not options.tail.isdigit():
+    if not options.tail.isdecimal():
         raise UserError(f"--tail {options.tail}: expected a number of lines")
-    return int(options.tail)
+    return min(int(options.tail), sys.maxsize)
 
 
 def show(options: argparse.Namespace, run_dir: Path) -> None:

@@ -224,3 +224,13 @@ def test_logs_of_somebody_else_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(log_files, "attempt_numbers", refuse)
     with pytest.raises(UserError, match="Permission denied"):
         tool.main()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--attempt", "\u00b2"], ["--tail", "\u00b2"], ["--since", "0001-01-01T00:00:00+23:00"]],
+)
+def test_an_option_that_is_no_number_or_date_is_named(run, monkeypatch, options):
+    monkeypatch.setattr("sys.argv", ["logs", str(run.directory), *options])
+    with pytest.raises(UserError, match=options[0]):
+        tool.main()

@@ -6,6 +6,7 @@ What a test compares with is what it wrote itself, read back with json or as byt
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -273,3 +274,14 @@ def test_a_segment_deleted_by_hand_costs_no_line(tmp_path):
         (tmp_path / "rank00007.1.jsonl").unlink(missing_ok=True)
     assert read(tmp_path, 7)[-1]["message"].startswith("29 ")
     assert log._failed_at is None
+
+
+def test_a_log_that_somebody_deletes_begins_anew_and_counts_what_is_gone(tmp_path):
+    log = make(tmp_path / "logs", raw=None)
+    for _ in range(3):
+        log.write("INFO", "t", "gone")
+    shutil.rmtree(tmp_path / "logs")
+    log.tick()
+    log.write("INFO", "t", "anew")
+    [line] = read(tmp_path / "logs", 7)
+    assert (line["message"], line["dropped"]) == ("anew", 3)

@@ -125,8 +125,9 @@ class Follower:
 
     def poll(self, now: float) -> bytes:
         """What is due at `now` (unix seconds)."""
-        numbers = log_files.attempt_numbers(self._run_dir)[-2:]
-        grown = [file for number in numbers for file in self._scan(number)]
+        numbers = log_files.attempt_numbers(self._run_dir)
+        deleted = {attempt for attempt, _ in self._files}.difference(numbers)
+        grown = [file for number in (*sorted(deleted), *numbers[-2:]) for file in self._scan(number)]
         newest = 0
         for rank, files in _by_rank(grown):
             for line in self._read(rank, files, int(1e6 * now)):

@@ -121,7 +121,9 @@ def passes(line: Line, selection: Selection) -> bool:
         return False
     if selection.steps is not None and not selection.steps[0] <= line.step <= selection.steps[1]:
         return False
-    if selection.phase is not None and unescape(line.phase) != selection.phase.encode():
+    if selection.phase is not None and unescape(line.phase) != selection.phase.encode(
+        "utf-8", "backslashreplace"
+    ):
         return False
     if selection.nodes is not None and _shown(unescape(line.node)) not in selection.nodes:
         return False

@@ -123,8 +123,8 @@ def _c_options(selection: Selection, view: View, num: int, failures: list[BaseEx
     buffer_bytes = min(LARGEST_BUFFER, max(SMALLEST_BUFFER, BUFFERS_BYTES // max(1, num)))
     return _Options(
         selection.since_us, selection.until_us, low, high,
-        None if selection.phase is None else selection.phase.encode(),
-        None if nodes is None else nodes.encode(),
+        None if selection.phase is None else selection.phase.encode("utf-8", "backslashreplace"),
+        None if nodes is None else nodes.encode("utf-8", "backslashreplace"),
         selection.level, log_text.WINDOW_US, log_text.MAX_GROUPS, max_open, buffer_bytes,
         view.json, view.collapse, view.ranges, view.colour, view.show_attempt,
         _grep_callback(selection.grep, failures), _redact_callback(failures),

@@ -196,7 +196,13 @@ class RankLog:
                 synced = time.monotonic()
 
     def tick(self) -> None:
-        """Look after the raw files: called once a second."""
+        """Look after the files: called once a second."""
+        with self._lock:
+            if self._fd is not None and os.fstat(self._fd).st_nlink == 0:
+                self._gone += self._counts[self._index]
+                self._counts[self._index] = 0
+                self._complain("was deleted, and begins anew")
+                self._reopen()
         if self._raw is None:
             return
         with self._lock:
