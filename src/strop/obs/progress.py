@@ -37,6 +37,8 @@ def phase(name: str) -> Iterator[None]:
 
 def seconds(s: float) -> str:
     """3.2 s, 3m12s, 2h05m."""
+    if not abs(s) < float("inf"):  # of a damaged timing.jsonl
+        return "?"
     if s < 60:
         return f"{s:.1f} s"
     if s < 3600:
