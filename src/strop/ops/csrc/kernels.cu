@@ -378,8 +378,8 @@ __global__ void __launch_bounds__(PAIR_THREADS)
                float* loss, float* d_ratio) {
     const int64_t pair = int64_t(blockIdx.x) * PAIR_THREADS + threadIdx.x;
     if (pair >= num_pairs) return;
-    const strop_pair_loss result =
-        strop_dpo_pair(kind, ratio[2 * pair], ratio[2 * pair + 1], beta, label_smoothing, delta);
+    const PairLoss<float> result =
+        pair_loss(kind, ratio[2 * pair], ratio[2 * pair + 1], beta, label_smoothing, delta);
     loss[pair] = result.loss;
     d_ratio[2 * pair] = result.by_chosen;
     d_ratio[2 * pair + 1] = result.by_rejected;
