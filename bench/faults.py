@@ -3,11 +3,11 @@
     python bench/faults.py --faults 100 --seed 1 [--json FILE] [--kinds 'SIGKILL,node lost'] [--keep DIR]
 
 It starts a cluster of two nodes, makes a small model and data, trains once undisturbed, and then again and
-again under faults of all kinds at moments drawn from the seed. Every fault must lead to the cause and the
-action of the design's table, and every run to the same weights, optimiser state and metrics.jsonl. Faults
-that must end a run (scancel, NaN, the user's errors, spent budgets) get runs of their own. The exit code is
-0 only if all went as it should. Full disks need root, for a file system of their own; without it those
-kinds are left out. --keep DIR: work there, and leave it in place.
+again under faults of all kinds at moments drawn from the seed. Every fault must lead to its cause and action
+(those in bench/faultlib/kinds.py), and every run to the same weights, optimiser state and metrics.jsonl.
+Faults that must end a run (scancel, NaN, the user's errors, spent budgets) get runs of their own. The exit
+code is 0 only if all went as it should. Full disks need root, for a file system of their own; without it
+those kinds are left out. --keep DIR: work there, and leave it in place.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from typing import Any
 
 from strop.config import DataConfig
 from strop.data.ledger import BadRow
-from strop.errors import UserError
+from strop.errors import UserError, first_line
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 TEXT_SUFFIXES = (".txt", ".md")
@@ -301,16 +301,12 @@ def load_hub(source: Source) -> Any:
             return datasets.load_from_disk(source.path)
         return datasets.load_dataset(source.path, source.subset, split=source.split)
     except (datasets.exceptions.DatasetNotFoundError, ValueError) as error:
-        raise UserError(f"{source.name}: {_first_line(error)} (neither a local path nor a hub set)") from None
+        raise UserError(f"{source.name}: {first_line(error)} (neither a local path nor a hub set)") from None
     except ConnectionError as error:
-        text = f"{source.name} is no local path, and {HUB_IS_AWAY}: {_first_line(error)}"
+        text = f"{source.name} is no local path, and {HUB_IS_AWAY}: {first_line(error)}"
         if datasets.config.HF_HUB_OFFLINE:
             raise UserError(text) from None
         raise ConnectionError(text) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def shares(split: str) -> tuple[float, float, float]:
