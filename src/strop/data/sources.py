@@ -58,12 +58,7 @@ class Row:
 
 def find(config: DataConfig, split: str) -> list[Source]:
     """The sources of `train` or `validation`; none where the configuration has no validation set."""
-    if config.split is not None:
-        shares(config.split)
-        if config.validation is not None:
-            raise UserError(
-                "data.split and data.validation are both given: the validation set is one or the other"
-            )
+    check_split(config)
     if split == "train" or config.split is not None:
         if config.train is None:
             raise UserError("data.train is not set: a file, a directory, a hub name or a list of these")
@@ -73,6 +68,17 @@ def find(config: DataConfig, split: str) -> list[Source]:
         return [find_one(name, key, "validation", config) for name in names(config.validation, key)]
     found = [beside(name, config) for name in names(config.train, "data.train")]
     return [source for source in found if source is not None]
+
+
+def check_split(config: DataConfig) -> None:
+    """UserError for a data.split that is no shares, or that data.validation contradicts."""
+    if config.split is None:
+        return
+    shares(config.split)
+    if config.validation is not None:
+        raise UserError(
+            "data.split and data.validation are both given: the validation set is one or the other"
+        )
 
 
 def names(value: Any, key: str) -> list[str]:
