@@ -289,10 +289,8 @@ int strop_segment_spread(const float* g, int64_t num_tokens, const int32_t* cu_s
 int strop_dpo_loss(const float* ratio, int64_t num_pairs, int kind, float beta, float label_smoothing, float delta,
                    float* loss, float* d_ratio, void*) {
     if (num_pairs < 0) return STROP_ESHAPE;
-    const bool in_range = beta > 0 && std::isfinite(beta) && label_smoothing >= 0 && label_smoothing < 0.5f;
-    if (kind < STROP_SIGMOID || kind > STROP_SIGMOID_NORM || !in_range) return STROP_EKIND;
-    if (kind == STROP_EXO_PAIR && label_smoothing == 0) return STROP_EKIND;
-    if (num_pairs == 0) return STROP_OK;
+    const int status = check_kind(kind, beta, label_smoothing);
+    if (status != STROP_OK || num_pairs == 0) return status;
     if (ratio == nullptr || loss == nullptr || d_ratio == nullptr) return STROP_ENULL;
     for (int64_t p = 0; p < num_pairs; p++) {
         const PairLoss<double> l =

@@ -17,6 +17,13 @@ struct PairLoss {
     Real loss, by_chosen, by_rejected;
 };
 
+// What strop_dpo_loss takes: STROP_OK or STROP_EKIND.
+inline int check_kind(int kind, float beta, float label_smoothing) {
+    const bool in_range = beta > 0.0f && beta < HUGE_VALF && label_smoothing >= 0.0f && label_smoothing < 0.5f;
+    if (kind < STROP_SIGMOID || kind > STROP_SIGMOID_NORM || !in_range) return STROP_EKIND;
+    return kind == STROP_EXO_PAIR && label_smoothing == 0.0f ? STROP_EKIND : STROP_OK;
+}
+
 template <class Real>
 STROP_ANYWHERE Real sigmoid(Real x) {
     const Real small = exp(-fabs(x));  // no overflow on either side
