@@ -13,7 +13,6 @@ those kinds are left out. --keep DIR: work there, and leave it in place.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import random
 import shutil
@@ -27,6 +26,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("."
 
 from bench.faultlib import drive, endings, kinds, table, task  # noqa: E402
 from bench.faultlib.drive import Result, RunResult, Stage  # noqa: E402
+from bench.results import write  # noqa: E402
 from strop.slurm.local_cluster import LocalCluster  # noqa: E402
 
 
@@ -167,10 +167,7 @@ def report(
         f"{seconds / 60:.0f} min"
     )
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(
-            json.dumps(to_json(args, results, disturbed, undisturbed, last), indent=1) + "\n"
-        )
+        write(args.json, to_json(args, results, disturbed, undisturbed, last))
     print(last, flush=True)
     return good
 

@@ -41,6 +41,7 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO / "src"), str(REPO)]
 
 from bench import processes  # noqa: E402
+from bench.results import write  # noqa: E402
 from strop import ops  # noqa: E402
 from strop.ops import head  # noqa: E402
 from tools import command_line  # noqa: E402
@@ -297,8 +298,7 @@ def main() -> None:
         show(results[-1])
     if args.json:
         first = {name: value for name, value in results[0].items() if "_over_" in name}
-        text = json.dumps({**about, **first, "command": sys.argv, "shapes": results}, indent=1)
-        args.json.write_text(text + "\n", encoding="utf-8")
+        write(args.json, {**about, **first, "command": sys.argv, "shapes": results})
 
 
 if __name__ == "__main__":

@@ -28,17 +28,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+REPO = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(REPO), str(REPO / "src")]  # run uninstalled
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # two processes, for both
 
-import numpy as np
+import numpy as np  # noqa: E402
 
-from bench import processes
-from strop.config import Config, DataConfig, PrepareConfig
-from strop.data import corpus, documents, prepare_text
-from strop.data.corpus import Corpus, Range
-from strop.data.tokenise import tokenizer_digest
+from bench import processes  # noqa: E402
+from bench.results import write  # noqa: E402
+from strop.config import Config, DataConfig, PrepareConfig  # noqa: E402
+from strop.data import corpus, documents, prepare_text  # noqa: E402
+from strop.data.corpus import Corpus, Range  # noqa: E402
+from strop.data.tokenise import tokenizer_digest  # noqa: E402
 
-REPO = Path(__file__).resolve().parents[1]
 WORKERS = 2
 SYLLABLES = re.findall("..", "bacodienfugrahelinjokalomurniorpraquirestationunverwixayozether")
 
@@ -194,7 +196,7 @@ def main() -> None:
     for key, value in figures.items():
         print(f"{key:28} {value:,.3f}" if isinstance(value, float) else f"{key:28} {value:,}")
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+        write(args.json, figures)
 
 
 if __name__ == "__main__":
