@@ -32,6 +32,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 REPO = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(REPO), str(REPO / "src")]  # run uninstalled
+
+from bench.results import write  # noqa: E402
+
 SHAPE: dict[str, Any] = {
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -185,7 +189,7 @@ def main() -> None:
         print(f"strop, {kind:17} {f['stall_s']:12.3f} s {f['share']:13.2%} {f['step_s']:10.2f} s")
     print(f"{'dcp.save alone':24} {figures['plain_dcp_save_s']:12.3f} s {figures['plain_dcp_share']:13.2%}")
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+        write(args.json, figures)
 
 
 if __name__ == "__main__":

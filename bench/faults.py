@@ -3,17 +3,16 @@
     python bench/faults.py --faults 100 --seed 1 [--json FILE] [--kinds 'SIGKILL,node lost'] [--keep DIR]
 
 It starts a cluster of two nodes, makes a small model and data, trains once undisturbed, and then again and
-again under faults of all kinds at moments drawn from the seed. Every fault must lead to the cause and the
-action of the design's table, and every run to the same weights, optimiser state and metrics.jsonl. Faults
-that must end a run (scancel, NaN, the user's errors, spent budgets) get runs of their own. The exit code is
-0 only if all went as it should. Full disks need root, for a file system of their own; without it those
-kinds are left out. --keep DIR: work there, and leave it in place.
+again under faults of all kinds at moments drawn from the seed. Every fault must lead to its cause and action
+(those in bench/faultlib/kinds.py), and every run to the same weights, optimiser state and metrics.jsonl.
+Faults that must end a run (scancel, NaN, the user's errors, spent budgets) get runs of their own. The exit
+code is 0 only if all went as it should. Full disks need root, for a file system of their own; without it
+those kinds are left out. --keep DIR: work there, and leave it in place.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import random
 import shutil
@@ -27,6 +26,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("."
 
 from bench.faultlib import drive, endings, kinds, table, task  # noqa: E402
 from bench.faultlib.drive import Result, RunResult, Stage  # noqa: E402
+from bench.results import write  # noqa: E402
 from strop.slurm.local_cluster import LocalCluster  # noqa: E402
 
 
@@ -167,10 +167,7 @@ def report(
         f"{seconds / 60:.0f} min"
     )
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(
-            json.dumps(to_json(args, results, disturbed, undisturbed, last), indent=1) + "\n"
-        )
+        write(args.json, to_json(args, results, disturbed, undisturbed, last))
     print(last, flush=True)
     return good
 

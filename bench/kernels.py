@@ -14,7 +14,7 @@ tokenizer and decoder, so that the logits are real ones; without it rows are ran
 with trl and liger-kernel, in an environment of its own; they run there, on the same shapes, against the naive
 way there.
 
-Targets (issue 5): forward at most 1.35 x the matmul and 3.5 x faster than naive, forward and backward 1.8 x
+Targets: forward at most 1.35 x the matmul and 3.5 x faster than naive, forward and backward 1.8 x
 faster, at most 64 MiB extra in the forward.
 """
 
@@ -40,6 +40,8 @@ from torch import Tensor
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO / "src"), str(REPO)]
 
+from bench import processes  # noqa: E402
+from bench.results import write  # noqa: E402
 from strop import ops  # noqa: E402
 from strop.ops import head  # noqa: E402
 from tools import command_line  # noqa: E402
@@ -174,14 +176,9 @@ def print_memory(name: str, shape: tuple[int, int, int]) -> None:
     rows, way = random_rows(*shape), all_ways(slow=False)[name]
     way((rows[0][:2], rows[1][:64], rows[2][:2] % 64))
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = status_kib("VmRSS")
+    before = processes.kib(os.getpid(), "VmRSS")
     way(rows)
-    print((status_kib("VmHWM") - before) / 1024)
-
-
-def status_kib(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+    print((processes.kib(os.getpid(), "VmHWM") - before) / 1024)
 
 
 def accuracy(rows: tuple[Tensor, Tensor, Tensor]) -> dict[str, dict[str, float]]:
@@ -301,8 +298,7 @@ def main() -> None:
         show(results[-1])
     if args.json:
         first = {name: value for name, value in results[0].items() if "_over_" in name}
-        text = json.dumps({**about, **first, "command": sys.argv, "shapes": results}, indent=1)
-        args.json.write_text(text + "\n", encoding="utf-8")
+        write(args.json, {**about, **first, "command": sys.argv, "shapes": results})
 
 
 if __name__ == "__main__":

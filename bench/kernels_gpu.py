@@ -32,6 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.results import write
+
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("liger-kernel", "cut-cross-entropy")
 SHAPES = {"H4096 V128256": (8192, 4096, 128256), "H2048 V151936": (8192, 2048, 151936)}
@@ -351,7 +353,7 @@ def main() -> None:
         print(why)
     if args.json:
         rows = [{**asdict(f), "ratio": f.ratio} for f in figures]
-        args.json.write_text(json.dumps({**head, "figures": rows, "peers_missing": why}, indent=1) + "\n")
+        write(args.json, {**head, "figures": rows, "peers_missing": why})
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "src")]  # run uninstalled
 
 from bench.log_writing import write_us  # noqa: E402
+from bench.results import write  # noqa: E402
 from strop.obs import log_files, log_line  # noqa: E402
 from strop.obs.log_text import Selection, View  # noqa: E402
 from strop.obs.merge import Merge  # noqa: E402
@@ -265,7 +266,7 @@ def main() -> None:
         if not args.keep:
             shutil.rmtree(directory)
     if args.json:
-        args.json.write_text(json.dumps(numbers, indent=1) + "\n")
+        write(args.json, numbers)
 
 
 def bench(args: argparse.Namespace, directory: Path) -> dict[str, Any]:

@@ -28,16 +28,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+REPO = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(REPO), str(REPO / "src")]  # run uninstalled
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # two processes, for both
 
-import numpy as np
+import numpy as np  # noqa: E402
 
-from strop.config import Config, DataConfig, PrepareConfig
-from strop.data import corpus, documents, prepare_text
-from strop.data.corpus import Corpus, Range
-from strop.data.tokenise import tokenizer_digest
+from bench import processes  # noqa: E402
+from bench.results import write  # noqa: E402
+from strop.config import Config, DataConfig, PrepareConfig  # noqa: E402
+from strop.data import corpus, documents, prepare_text  # noqa: E402
+from strop.data.corpus import Corpus, Range  # noqa: E402
+from strop.data.tokenise import tokenizer_digest  # noqa: E402
 
-REPO = Path(__file__).resolve().parents[1]
 WORKERS = 2
 SYLLABLES = re.findall("..", "bacodienfugrahelinjokalomurniorpraquirestationunverwixayozether")
 
@@ -155,9 +158,10 @@ def memory(path: Path, tokenizer_path: str, work: Path) -> dict[str, Any]:
     for turn in itertools.count():
         if process.poll() is not None:
             break
-        peak = max(peak, sum(_kib(pid, "status", "VmRSS") for pid in _tree(process.pid)))
+        tree = processes.tree(process.pid)
+        peak = max(peak, sum(processes.kib(pid, "VmRSS") for pid in tree))
         if turn % 10 == 0:
-            peak_pss = max(peak_pss, sum(_kib(pid, "smaps_rollup", "Pss") for pid in _tree(process.pid)))
+            peak_pss = max(peak_pss, sum(processes.kib(pid, "Pss", "smaps_rollup") for pid in tree))
         time.sleep(0.1)
     assert process.returncode == 0, process.returncode
     return {
@@ -166,22 +170,6 @@ def memory(path: Path, tokenizer_path: str, work: Path) -> dict[str, Any]:
         "big_peak_pss_gb": peak_pss * 1024 / 1e9,
         "big_s": time.monotonic() - begin,
     }
-
-
-def _tree(pid: int) -> list[int]:
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return []
-    return [pid, *(p for child in children for p in _tree(int(child)))]
-
-
-def _kib(pid: int, file: str, field: str) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith(field + ":")), 0)
 
 
 def main() -> None:
@@ -208,7 +196,7 @@ def main() -> None:
     for key, value in figures.items():
         print(f"{key:28} {value:,.3f}" if isinstance(value, float) else f"{key:28} {value:,}")
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+        write(args.json, figures)
 
 
 if __name__ == "__main__":

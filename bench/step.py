@@ -32,6 +32,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("."
 
 import numpy as np  # noqa: E402
 
+from bench.results import write  # noqa: E402
 from bench.steplib import inputs, sides  # noqa: E402
 from bench.steplib.sides import Job, Outcome, Side  # noqa: E402
 from strop.data import plan  # noqa: E402
@@ -60,7 +61,7 @@ def main() -> int:
                 result.setdefault("cases", {})[f"{task.name}-{algo}"] = case
                 result |= headline(result["cases"])
                 if args.json:
-                    args.json.write_text(json.dumps(result, indent=1) + "\n")
+                    write(args.json, result)
     return 0 if good else 1
 
 

@@ -65,7 +65,7 @@ main() {
     local exit_code=0
     "${command[@]}" &
     worker_pid=$!
-    while kill -0 "$worker_pid" 2>/dev/null; do # a trap ends a wait: see wait_for_ranks in lib.sh
+    while kill -0 "$worker_pid" 2>/dev/null; do # a trap ends a wait: see wait_for in lib.sh
         exit_code=0
         wait "$worker_pid" || exit_code=$?
     done

@@ -49,7 +49,7 @@ from typing import Optional, Union
 
 from strop import files
 from strop.errors import UserError
-from strop.obs import html, log_files, log_follow, log_text, why
+from strop.obs import html, log_files, log_follow, log_line, log_text, why
 from strop.obs.log_files import Logs
 from strop.obs.log_text import FOREVER_US, Selection, View
 from strop.obs.merge import Merge
@@ -57,7 +57,7 @@ from strop.slurm import hostlist
 from tools import status
 from tools.command_line import command_parser, run
 
-LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
+LEVELS = {name.lower(): 10 * number for number, name in enumerate(log_line.LEVELS, start=1)}
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 FOLLOW_TAIL = 20
 """Lines from before, where --tail does not say."""
@@ -70,23 +70,23 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add = parser.add_argument
     add("run", nargs="?", metavar="runs/NAME")
     add("--dir", type=Path, default=Path("runs"), help="where all runs are")
-    add("--why", action="store_true")
-    add("--html", type=Path, metavar="FILE")
-    add("-f", "--follow", action="store_true")
-    add("--rank", metavar="RANKS")
-    add("--node", metavar="NODES")
+    add("--why", action="store_true", help="why it failed")
+    add("--html", type=Path, metavar="FILE", help="the run as one page")
+    add("-f", "--follow", action="store_true", help="go on until the run ends")
+    add("--rank", metavar="RANKS", help="such as 37 or 0-7,12")
+    add("--node", metavar="NODES", help="as Slurm writes them: gpu[01-04]")
     add("--attempt", default="all", metavar="N|last|all")
     add("--level", default="debug", help="this level and above: " + ", ".join(LEVELS))
-    add("--since", metavar="WHEN")
+    add("--since", metavar="WHEN", help="such as 10m or 03:00")
     add("--until", metavar="WHEN")
-    add("--step", metavar="FROM:TO")
-    add("--phase")
-    add("--grep", metavar="REGEX")
-    add("--tail", metavar="LINES")
+    add("--step", metavar="FROM:TO", help="one step, or both ends included")
+    add("--phase", help="such as save")
+    add("--grep", metavar="REGEX", help="in message or traceback")
+    add("--tail", metavar="LINES", help="only the last ones")
     add("--raw", action=argparse.BooleanOptionalAction, default=True, help="raw stderr, too")
-    add("--json", action="store_true")
-    add("--no-collapse", dest="collapse", action="store_false")
-    add("--ranges", action="store_true")
+    add("--json", action="store_true", help="one object a line")
+    add("--no-collapse", dest="collapse", action="store_false", help="a line for each rank")
+    add("--ranges", action="store_true", help="lines that differ only in numbers as one")
     add("--color", choices=("auto", "always", "never"), default="auto")
     add("-v", "--verbose", action="store_true", help="say how the merge was done")
     return parser.parse_args(argv)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from strop.errors import UserError
+from strop.obs import curves
 from tools.command_line import command_parser, run
 
 Rows = list[dict[str, Any]]
@@ -98,14 +99,12 @@ def read_run(directory: Path) -> Run:
     timing_path = directory / "timing.jsonl"
     timing = read_jsonl(timing_path) if timing_path.is_file() else []
     best_path = directory / "checkpoints" / "BEST.json"
-    restarts = [b["step"] - 0.5 for a, b in zip(timing, timing[1:]) if a.get("attempt") != b.get("attempt")]
-    newest = {row["step"]: row for row in timing}
     return Run(
         name=directory.resolve().name,
         directory=directory,
         metrics=metrics,
-        timing=[newest[step] for step in sorted(newest)],
-        restarts=restarts,
+        timing=curves.newest(timing),
+        restarts=curves.restarts(timing),
         best=json.loads(best_path.read_text()) if best_path.is_file() else None,
     )
 

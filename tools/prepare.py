@@ -32,7 +32,7 @@ from typing import Optional
 
 from strop import config as config_module
 from strop.errors import UserError
-from strop.slurm import naming
+from strop.slurm import env, naming
 from tools.command_line import command_parser, run
 
 LINE_EVERY_S = 5.0
@@ -69,8 +69,7 @@ def main() -> None:
         print(f"note: {note}", file=sys.stderr)
     if options.workers is not None and options.workers < 1:
         raise UserError(f"--workers {options.workers}: at least one is needed")
-    cpus = len(os.sched_getaffinity(0))
-    workers = options.workers or min(cpus, int(os.environ.get("SLURM_CPUS_ON_NODE", cpus)))
+    workers = options.workers or env.num_cpus()
     # TERM ends it as Ctrl-C does; what is finished stays.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     # Workers are processes: threads of the tokenizer beside them would only be in each other's way.

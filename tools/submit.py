@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Optional
 
+from strop.config import ALGOS
 from strop.errors import UserError
 from strop.submission import Job, submit
 from tools.command_line import command_parser, run
@@ -23,7 +24,7 @@ from tools.command_line import command_parser, run
 
 def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = command_parser(__doc__)
-    parser.add_argument("--algo", required=True, help="cpt, sft, dpo")
+    parser.add_argument("--algo", required=True, help=", ".join(ALGOS))
     parser.add_argument("--nodes", type=int, help="default: cluster.nodes of the configuration, else 1")
     parser.add_argument("--config", help="default: configs/<algo>.yaml")
     parser.add_argument("--executor", choices=("slurm", "local"), default="slurm")

@@ -130,7 +130,10 @@ def disturbed(
             while left and _wait_for_moment(stage, scene, left[0]):
                 result = Result(left[0].number, left[0].kind, left[0].phase, name)
                 results.append(result)
-                _one_fault(stage, scene, left.pop(0), result)
+                if not _one_fault(stage, scene, left[0], result):
+                    results.pop()
+                    break
+                left.pop(0)
             if wait_for_end(scene)["JobState"] != "COMPLETED":
                 raise Stuck(f"job {scene.job} ended {scene.show()['JobState']}")
         except (Stuck, ClusterError) as error:
@@ -175,7 +178,8 @@ def _wait_for_moment(stage: Stage, scene: Scene, fault: Fault) -> bool:
     return True
 
 
-def _one_fault(stage: Stage, scene: Scene, fault: Fault, result: Result) -> None:
+def _one_fault(stage: Stage, scene: Scene, fault: Fault, result: Result) -> bool:
+    """False if the run was done before the fault could tell: it is for another run then."""
     kind = SURVIVABLE[fault.kind]
     attempt = scene.attempt()
     result.attempt, result.time = attempt, time.time()
@@ -195,6 +199,9 @@ def _one_fault(stage: Stage, scene: Scene, fault: Fault, result: Result) -> None
     finally:
         if kind.mend:
             kind.mend(scene, fault)
+    if ended and scene.record(attempt).get("action") == "finished":
+        stage.say(f"  {fault.number:3d}  {fault.kind} ({fault.phase}): came too late, goes to another run")
+        return False
     if ended:
         wait_until(lambda: scene.attempt() > attempt, LIMIT_S, f"the start of attempt {attempt + 1}")
         _compare_with_table(scene, kind, result)
@@ -205,6 +212,7 @@ def _one_fault(stage: Stage, scene: Scene, fault: Fault, result: Result) -> None
     told = f"{result.cause} -> {result.action}" if ended else "survived in place"
     where = f"{fault.kind} ({fault.phase}), {result.run} attempt {attempt}"
     stage.say(f"  {fault.number:3d}  {where}: {told}: {verdict}")
+    return True
 
 
 def _compare_with_table(scene: Scene, kind: kinds.Kind, result: Result) -> None:

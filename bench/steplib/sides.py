@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import processes
 from bench.steplib.inputs import SEED, Task
 
 REPO = Path(__file__).resolve().parents[2]
@@ -152,7 +153,9 @@ def _run(command: Sequence[str], variables: dict[str, str], folder: Path, name: 
 
         def watch() -> None:
             while not over.wait(0.1):
-                peaks[0] = max(peaks[0], sum(_peak_kib(pid) for pid in _tree(process.pid)))
+                peaks[0] = max(
+                    peaks[0], sum(processes.kib(pid, "VmHWM") for pid in processes.tree(process.pid))
+                )
 
         watcher = threading.Thread(target=watch)
         watcher.start()
@@ -163,19 +166,3 @@ def _run(command: Sequence[str], variables: dict[str, str], folder: Path, name: 
         tail = (folder / f"{name}.log").read_text()[-3000:]
         raise SystemExit(f"{' '.join(command)}\nfailed with exit code {code}:\n{tail}")
     return peaks[0] / 2**20
-
-
-def _tree(pid: int) -> list[int]:
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:  # it has just ended
-        return []
-    return [pid, *(p for child in children for p in _tree(int(child)))]
-
-
-def _peak_kib(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)

@@ -1,6 +1,6 @@
 """The tree of `config_schema.py`, filled from a YAML file and the command line.
 
-A YAML file states only what differs from the defaults here; `key=value` overrides on the command line
+A YAML file states only what differs from the defaults there; `key=value` overrides on the command line
 win over it; `+metadata.team=x` adds a free-form key where the schema has a free-form section. Names that
 NeMo RL's users type are accepted through one table (`aliases.py`) and reported. An unknown key is an
 error that names the nearest right one, a value of another type is an error that names the key, and both

@@ -42,3 +42,9 @@ class Diverged(ArithmeticError):
 
 class Superseded(RuntimeError):
     """A newer attempt of this run has begun, on the word of Slurm that this one is dead."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line of at most 200 characters (transformers names every class it knows);
+    its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

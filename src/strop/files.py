@@ -43,6 +43,13 @@ def read_json(path: Path) -> Optional[Any]:
     return None
 
 
+def tail(path: Path, num_bytes: int) -> bytes:
+    """The last bytes of a file that may be growing; all of a shorter one. Raises OSError."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - num_bytes))
+        return file.read()
+
+
 @contextmanager
 def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield an empty directory that becomes `target` when the block ends without an exception.

@@ -47,9 +47,11 @@ def tool(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=repo, capture_output=True, text=True, timeout=60)
 
 
-def wait_until_saved(cluster: LocalCluster) -> None:
-    """Until slurmctld has written its state: what it accepted in its last seconds dies with it."""
+def wait_until_saved(cluster: LocalCluster, job: str) -> None:
+    """Until slurmctld has written its state: what it accepted in its last seconds dies with it. It writes
+    when something has changed, and may have done so before this asks."""
     start = time.time()
+    cluster.slurm("scontrol", "update", f"JobId={job}", "Comment=changed")
     state = cluster.directory / "state" / "job_state"
     while not state.exists() or state.stat().st_mtime < start:
         assert time.time() < start + 30
@@ -130,7 +132,7 @@ def test_requeue_starts_again_within_15_s(small, loop, tmp_path):
 def test_up_repairs(small, daemon, how, loop, tmp_path):
     job = submit(small, *loop)
     wait_for_text(tmp_path / "loop.out", "started 0")
-    wait_until_saved(small)
+    wait_until_saved(small, job)
     os.kill(small.daemons()[daemon], how)
     deadline = time.monotonic() + 10
     while not small.problems():

@@ -30,7 +30,7 @@ class BadRow:
     line: int
     reason: str
     """A short constant: not_json, not_utf8, not_an_object, wrong_fields, empty, not_unicode, template,
-    boundary, same_pair, no_trained_token, over_length."""
+    boundary, same_pair, no_trained_token, over_length, too_long (a document), or one of noise.REASONS."""
     message: str
     """For the user: what is wrong with this very row, without its place."""
     tokens: int = 0

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Union
 
-from strop.config import Config
+from strop.config import Config, DataConfig
 from strop.data import corpus, documents, noise, plan, prepare_text, sources
 from strop.data.blocks import Blocks
 from strop.data.corpus import Corpus, Range
@@ -147,12 +147,9 @@ class Maker:
         return sources.shares(split)[1] if split is not None else 0.0
 
 
-def data_train(data: Any) -> list[str]:
-    """The entries of data.train; UserError if data.validation contradicts data.split."""
-    if data.split is not None and data.validation is not None:
-        raise UserError(
-            "data.split and data.validation are both given: the validation set is one or the other"
-        )
+def data_train(data: DataConfig) -> list[str]:
+    """The entries of data.train; UserError as `sources.check_split`."""
+    sources.check_split(data)
     return _entries(data.train, "data.train")
 
 

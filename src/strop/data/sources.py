@@ -22,7 +22,7 @@ from typing import Any
 
 from strop.config import DataConfig
 from strop.data.ledger import BadRow
-from strop.errors import UserError
+from strop.errors import UserError, first_line
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 TEXT_SUFFIXES = (".txt", ".md")
@@ -58,12 +58,7 @@ class Row:
 
 def find(config: DataConfig, split: str) -> list[Source]:
     """The sources of `train` or `validation`; none where the configuration has no validation set."""
-    if config.split is not None:
-        shares(config.split)
-        if config.validation is not None:
-            raise UserError(
-                "data.split and data.validation are both given: the validation set is one or the other"
-            )
+    check_split(config)
     if split == "train" or config.split is not None:
         if config.train is None:
             raise UserError("data.train is not set: a file, a directory, a hub name or a list of these")
@@ -73,6 +68,17 @@ def find(config: DataConfig, split: str) -> list[Source]:
         return [find_one(name, key, "validation", config) for name in names(config.validation, key)]
     found = [beside(name, config) for name in names(config.train, "data.train")]
     return [source for source in found if source is not None]
+
+
+def check_split(config: DataConfig) -> None:
+    """UserError for a data.split that is no shares, or that data.validation contradicts."""
+    if config.split is None:
+        return
+    shares(config.split)
+    if config.validation is not None:
+        raise UserError(
+            "data.split and data.validation are both given: the validation set is one or the other"
+        )
 
 
 def names(value: Any, key: str) -> list[str]:
@@ -301,16 +307,12 @@ def load_hub(source: Source) -> Any:
             return datasets.load_from_disk(source.path)
         return datasets.load_dataset(source.path, source.subset, split=source.split)
     except (datasets.exceptions.DatasetNotFoundError, ValueError) as error:
-        raise UserError(f"{source.name}: {_first_line(error)} (neither a local path nor a hub set)") from None
+        raise UserError(f"{source.name}: {first_line(error)} (neither a local path nor a hub set)") from None
     except ConnectionError as error:
-        text = f"{source.name} is no local path, and {HUB_IS_AWAY}: {_first_line(error)}"
+        text = f"{source.name} is no local path, and {HUB_IS_AWAY}: {first_line(error)}"
         if datasets.config.HF_HUB_OFFLINE:
             raise UserError(text) from None
         raise ConnectionError(text) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def shares(split: str) -> tuple[float, float, float]:

@@ -21,7 +21,7 @@ from strop.config import ModelConfig
 from strop.data.ledger import BadRow
 from strop.data.render import Refused, Rendered, Text, chat_template
 from strop.data.store import TokenisedRow
-from strop.errors import UserError
+from strop.errors import UserError, first_line
 
 BATCH_ROWS = 512
 BATCH_CHARS = 4_000_000
@@ -43,8 +43,7 @@ def load_tokenizer(config: ModelConfig, *, only_here: bool = False) -> Any:
             local_files_only=only_here,
         )
     except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{key}: no tokenizer in {name!r} ({reason})") from error
+        raise UserError(f"{key}: no tokenizer in {name!r} ({first_line(error)})") from error
     tokenizer.chat_template = chat_template(config.chat_template, tokenizer)
     return tokenizer
 

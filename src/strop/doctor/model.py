@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from strop import parallel
 from strop.config import ModelConfig
 from strop.doctor.checks import Checks, gib
-from strop.errors import UserError
+from strop.errors import UserError, first_line
 from strop.models import hf
 
 HEADER_LIMIT = 1 << 28
@@ -69,9 +69,7 @@ def look(config: ModelConfig, checks: Checks, offline: bool) -> Optional[Shape]:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=config.trust_remote_code)
     except (ValueError, KeyError, TypeError, ImportError) as error:
-        checks.fail(
-            "model", f"model.path: {config.path!r} is no causal language model ({_first_line(error)})"
-        )
+        checks.fail("model", f"model.path: {config.path!r} is no causal language model ({first_line(error)})")
         return None
     model.tie_weights()
     shape = _shape(model, hf_config, _weight_bytes(folder) if folder else 0)
@@ -108,7 +106,7 @@ def _folder(config: ModelConfig) -> Optional[Path]:
 
 def _not_here(path: str, error: Exception, checks: Checks, offline: bool) -> None:
     if Path(path).is_dir():
-        checks.fail("model", f"model.path: {path!r}: {_first_line(error)}", "see to its config.json")
+        checks.fail("model", f"model.path: {path!r}: {first_line(error)}", "see to its config.json")
         return
     text = f"model.path: {path!r} is neither a directory nor in the hub cache"
     advice = f"fetch it on a node with internet: hf download {path}"
@@ -193,7 +191,3 @@ def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
     if size != end:
         raise ValueError(f"{size:,} bytes, its header needs {end:,}: damaged or cut off")
     return {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

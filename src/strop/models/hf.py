@@ -30,7 +30,7 @@ from transformers import initialization as hf_init
 from strop import files
 from strop.config import ModelConfig
 from strop.dist import Dist
-from strop.errors import UserError
+from strop.errors import UserError, first_line
 
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 HUB_TRIES_S = 6.0
@@ -78,7 +78,7 @@ def _ask_hub(url: str) -> Optional[str]:
         try:
             get_hf_file_metadata(url, timeout=HUB_TIMEOUT_S)
         except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-            return f"and the hub has none of that name, or not for this account ({_first_line(error)})"
+            return f"and the hub has none of that name, or not for this account ({first_line(error)})"
         except HfHubHTTPError:
             return None
         except OfflineModeIsEnabled:
@@ -86,7 +86,7 @@ def _ask_hub(url: str) -> Optional[str]:
         except HTTPError as error:
             if time.monotonic() > deadline:
                 return (
-                    f"not in the hub's cache here, and the hub cannot be reached ({_first_line(error)}). "
+                    f"not in the hub's cache here, and the hub cannot be reached ({first_line(error)}). "
                     "Give a directory, or download it where there is a network; with HF_HUB_OFFLINE=1 only "
                     "the cache is looked at"
                 )
@@ -121,7 +121,7 @@ def build_empty(config: ModelConfig) -> PreTrainedModel:
             )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"model.path: {config.path!r} is no causal language model ({_first_line(error)})"
+            f"model.path: {config.path!r} is no causal language model ({first_line(error)})"
         ) from error
     model.tie_weights()
     model.config.use_cache = False
@@ -140,7 +140,7 @@ def scatter_weights(model: nn.Module, config: ModelConfig, dist: Dist, path: Opt
         try:
             source = _read_weights(config, path)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            failure = f"cannot load its weights ({_first_line(error)})"
+            failure = f"cannot load its weights ({first_line(error)})"
         else:
             wrong = [
                 name for name, t in targets.items() if name not in source or source[name].shape != t.shape
@@ -201,7 +201,3 @@ def distinct_state(model: nn.Module) -> dict[str, torch.Tensor]:
 def clean_name(name: str) -> str:
     """A parameter's Hugging Face name without what wrappers put into it."""
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -10,9 +10,10 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 Point = tuple[float, float]
+Row = TypeVar("Row", bound=Mapping[str, Any])
 WIDTH, HEIGHT = 400, 176
 LEFT, RIGHT, TOP, BOTTOM = 46, 392, 8, 152
 COLUMNS = 260
@@ -52,14 +53,10 @@ class Curve:
 
 def curves(metrics: Sequence[Mapping[str, Any]], timing: Sequence[Mapping[str, Any]]) -> list[Curve]:
     """The panels that the run has values for."""
-    once = _newest(timing)
-    trained = _newest([row for row in metrics if "loss" in row])
-    validated = _newest([row for row in metrics if "loss" not in row])
-    restarts = [
-        later["step"] - 0.5
-        for before, later in zip(timing, timing[1:])
-        if before.get("attempt") != later.get("attempt")
-    ]
+    once = newest(timing)
+    trained = newest([row for row in metrics if "loss" in row])
+    validated = newest([row for row in metrics if "loss" not in row])
+    between = restarts(timing)
     preference = any("rewards/accuracies" in row for row in metrics)
     found = []
     for panel in PANELS:
@@ -69,14 +66,20 @@ def curves(metrics: Sequence[Mapping[str, Any]], timing: Sequence[Mapping[str, A
         train = _points(rows, panel.train, panel.scale)
         validation = _points(validated, panel.eval, panel.scale) if panel.eval else []
         if train or validation:
-            found.append(Curve(panel, train, validation, restarts))
+            found.append(Curve(panel, train, validation, between))
     return found
 
 
-def _newest(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def newest(rows: Sequence[Row]) -> list[Row]:
     """The last line of each step, by step: a step may have been done again."""
     by_step = {row["step"]: row for row in rows}
     return [by_step[step] for step in sorted(by_step)]
+
+
+def restarts(timing: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Where an attempt after the first begins, between two steps."""
+    pairs = zip(timing, timing[1:])
+    return [later["step"] - 0.5 for before, later in pairs if before.get("attempt") != later.get("attempt")]
 
 
 def _points(rows: Sequence[Mapping[str, Any]], key: str, scale: float) -> list[Point]:

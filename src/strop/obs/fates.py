@@ -9,7 +9,6 @@ corrected by clock.json to rank 0's clock. Whatever cannot be read is counted in
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -69,14 +68,13 @@ def read(run_dir: Path, record: Mapping[str, Any], following: Optional[Mapping[s
     clocks, notes = _clocks(run_dir, number)
     said, torn = _verdicts(logs)
     notes += [f"cut off and unreadable: verdict of rank {ranges(torn)}"] if torn else []
-    names = sorted(os.listdir(logs)) if logs.is_dir() else []
+    names = os.listdir(logs) if logs.is_dir() else []
     if not names:
         notes.append(f"{logs} holds no logs")
-    segments = last_segments(names)
+    structured, raw = (log_line.files_by_rank(logs, raw=kind) for kind in (False, True))
     world_size = _world_size(record, clocks, names, said)
     output = deaths.written(record, until)
     tasks = _tasks(output)
-    raw = crash.raw_files(logs)
     ended_well = record.get("state") in ("DONE", "YIELD") and record.get("cause") not in decide.FAILURES
     ranks = []
     for rank in range(world_size):
@@ -85,7 +83,7 @@ def read(run_dir: Path, record: Mapping[str, Any], following: Optional[Mapping[s
             fate = _spoken(said[rank], offset_s)
         else:
             kind = "torn" if rank in torn else "done" if ended_well else "silent"
-            line = last_line(logs / segments[rank]) if rank in segments and not ended_well else {}
+            line = last_line(structured[rank][-1]) if rank in structured and not ended_well else {}
             fate = _unspoken(rank, kind, node, offset_s, tasks.get(rank), raw.get(rank), line)
         ranks.append(fate)
     cause, first = _first(run_dir, record, until, ranks, said, clocks)
@@ -128,16 +126,6 @@ def _verdicts(logs: Path) -> tuple[dict[int, dict[str, Any]], list[int]]:
     return said, torn
 
 
-def last_segments(names: Sequence[str]) -> dict[int, str]:
-    """The newest file with structured lines of every rank, by rank."""
-    newest: dict[int, log_line.Segment] = {}
-    for name in names:
-        found = log_line.segment(Path(name))
-        if found and not found.raw and (found.rank not in newest or newest[found.rank].index < found.index):
-            newest[found.rank] = found
-    return {rank: segment.name for rank, segment in newest.items()}
-
-
 def _world_size(
     record: Mapping[str, Any], clocks: Mapping[int, Any], names: Sequence[str], said: Mapping[int, Any]
 ) -> int:
@@ -160,21 +148,8 @@ def _tasks(output: str) -> dict[int, str]:
 
 
 def last_line(path: Path) -> dict[str, Any]:
-    """The last whole structured line of a file; {} without one."""
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            file.seek(max(0, size - TAIL_BYTES))
-            lines = file.read().split(b"\n")[:-1]
-    except OSError:
-        return {}
-    for line in reversed(lines):
-        if line.startswith(log_line.PREFIX):
-            try:
-                return json.loads(line.decode(errors="replace"))
-            except ValueError:
-                continue
-    return {}
+    """The last structured line of a file; {} without one."""
+    return next(log_line.last_records(path, TAIL_BYTES), {})
 
 
 def clock_offsets(run_dir: Path, attempt: int) -> dict[int, float]:

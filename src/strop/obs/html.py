@@ -21,7 +21,7 @@ from strop.obs.log_text import printable
 from strop.obs.progress import seconds
 from strop.obs.secrets import mask, mask_args, redact
 from strop.obs.why import Group, Why
-from strop.obs.why_text import clock, first_line, trace_end, where
+from strop.obs.why_text import clock, date, first_line, trace_end, where
 from strop.slurm import decide
 
 HERE = Path(__file__).parent
@@ -39,7 +39,7 @@ def report(run_dir: Path) -> str:
     now = status.assess(run)
     why = why_module.explain_read(run, now)
     found = _fates(run)
-    charts = curves.curves(_all_metrics(run_dir), run.timing)
+    charts = curves.curves(run_files.json_lines(run_dir / "metrics.jsonl"), run.timing)
     drawn = [curves.svg(curve, str(i)) for i, curve in enumerate(charts)]
     line = _timeline_data(run, now, found)
     data = {"timeline": line, "curves": {str(i): told for i, (_, told) in enumerate(drawn)}}
@@ -98,10 +98,6 @@ def _fates(run: run_files.RunFiles) -> dict[int, fates.Fates]:
     return {r["attempt"]: fates.read(run.directory, r, after) for r, after in zip(run.records, following)}
 
 
-def _all_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return run_files.json_lines(run_dir / "metrics.jsonl")
-
-
 # --------------------------------------------------------------------------------------- head, tiles
 
 
@@ -113,7 +109,7 @@ def _header(run: run_files.RunFiles, now: status.Status, why: Why) -> str:
     parts = [now.algo or "", str(model or ""), f"job {now.job_id}" if now.job_id else ""]
     if newest:
         parts.append(f"{len(newest.nodes)} node{'s' if len(newest.nodes) != 1 else ''}")
-        parts.append(f"first started {_date(now.attempts[0].began)}")
+        parts.append(f"first started {date(now.attempts[0].began)}")
     about = " · ".join(_e(redact(part)) for part in parts if part)
     detail = f'<span class="sub">{_e(redact(now.detail))}</span>' if now.detail else ""
     return (
@@ -310,7 +306,7 @@ def _attempts(now: status.Status, found: Mapping[int, fates.Fates]) -> str:
             str(a.attempt),
             a.job_id or "",
             a.nodes[0] + (f" +{len(a.nodes) - 1}" if len(a.nodes) > 1 else "") if a.nodes else "",
-            _date(a.began),
+            date(a.began),
             "" if a.ended is None else seconds(a.ended - a.began),
             decide.WORDS.get(a.cause, a.cause) if a.cause else now.state,
             "" if first is None else f"rank {first.rank}" + (f", {first.node}" if first.node else ""),
@@ -359,7 +355,3 @@ def _value(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return json.dumps(value) if isinstance(value, (list, dict)) else str(value)
-
-
-def _date(unix_s: float) -> str:
-    return time.strftime("%m-%d %H:%M:%S", time.gmtime(unix_s))

@@ -15,10 +15,14 @@ point are at most as late as the line, bytes after it are later.
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
+
+from strop import files
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 PREFIX = b'{"time":"'
@@ -48,6 +52,31 @@ def segment(path: Path) -> Optional[Segment]:
     """What the file is by its name; None if it is no rank's log."""
     match = NAME.fullmatch(path.name)
     return match and Segment(int(match[1]), int(match[2] or 0), match[3] == "err")
+
+
+def files_by_rank(directory: Path, *, raw: bool) -> dict[int, list[Path]]:
+    """Every rank's files of one kind, by rank, in the order in which they were written."""
+    names = os.listdir(directory) if directory.is_dir() else []
+    found = [s for name in names if (s := segment(Path(name))) and s.raw == raw]
+    by_rank: dict[int, list[Path]] = {}
+    for s in sorted(found, key=lambda s: (s.rank, s.index)):
+        by_rank.setdefault(s.rank, []).append(directory / s.name)
+    return by_rank
+
+
+def last_records(path: Path, num_bytes: int) -> Iterator[dict[str, Any]]:
+    """The structured lines among the last bytes of a file, newest first; what is torn is left out, and of a
+    file that cannot be read there are none."""
+    try:
+        lines = files.tail(path, num_bytes).split(b"\n")
+    except OSError:
+        return
+    for line in reversed(lines):
+        if line.startswith(PREFIX):
+            try:
+                yield json.loads(line.decode(errors="replace"))
+            except ValueError:
+                continue
 
 
 def encode(fields: dict[str, Any]) -> bytes:

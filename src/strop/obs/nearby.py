@@ -1,16 +1,14 @@
 """The log around a failure: the culprit's own last lines, and what other ranks warned of at that moment.
 
 Structured lines are read backwards from each file's end, a bounded number of bytes; a rank that has none is
-heard through its raw file. Lines of many ranks
-that are equal but for their numbers become one with their ranks.
+heard through its raw file. Lines of many ranks that are equal but for their numbers become one with their
+ranks.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -49,14 +47,15 @@ def around(run_dir: Path, attempt: int, found: Fates) -> list[Line]:
         return []
     first = found.first or found.ranks[0]
     offsets = clock_offsets(run_dir, attempt)
-    own = _structured(logs, first.rank, offsets)
+    structured = log_line.files_by_rank(logs, raw=False)
+    own = _lines(structured.get(first.rank, ()), first.rank, offsets)
     at = first.time if first.time is not None else max((line.time or 0 for line in own), default=0.0)
     own = [line for line in own if line.time is None or line.time <= at + AFTER_S][-OWN_LINES:]
     if not own or first.kind in ("silent", "killed", "torn"):
         own += _raw(logs, first.rank)  # without a verdict these are its last words
     others: dict[tuple[str, str], list[tuple[float, int, str]]] = {}
     for fate in [f for f in found.ranks if f.rank != first.rank][:OTHER_RANKS]:
-        for line in _structured(logs, fate.rank, offsets):
+        for line in _lines(structured.get(fate.rank, ()), fate.rank, offsets):
             if line.level in LOUD and line.time is not None and at - BEFORE_S <= line.time <= at + AFTER_S:
                 key = line.level, re.sub(r"\d+", "#", line.message)
                 others.setdefault(key, []).append((line.time, fate.rank, line.message))
@@ -69,22 +68,10 @@ def around(run_dir: Path, attempt: int, found: Fates) -> list[Line]:
     return sorted(lines, key=lambda line: (line.time is None, line.time or 0.0))
 
 
-def _structured(logs: Path, rank: int, offsets: dict[int, float]) -> list[Line]:
-    """The last lines of a rank's newest segment."""
-    found = [s for p in logs.glob(f"rank{rank:05d}*.jsonl") if (s := log_line.segment(p)) and s.rank == rank]
-    if not found:
-        return []
-    newest = max(found, key=lambda s: s.index)
-    return [_line(fields, rank, offsets) for fields in _records(logs / newest.name)]
-
-
-def _records(path: Path) -> Iterable[dict[str, Any]]:
-    for raw in _tail(path):
-        if raw.startswith(log_line.PREFIX):
-            try:
-                yield json.loads(raw.decode(errors="replace"))
-            except ValueError:  # torn, or in the middle of it
-                continue
+def _lines(segments: Sequence[Path], rank: int, offsets: dict[int, float]) -> list[Line]:
+    """The last lines of a rank's newest segment, oldest first."""
+    found = [r for path in segments[-1:] for r in log_line.last_records(path, TAIL_BYTES)]
+    return [_line(fields, rank, offsets) for fields in reversed(found)]
 
 
 def _line(fields: dict[str, Any], rank: int, offsets: dict[int, float]) -> Line:
@@ -97,14 +84,5 @@ def _line(fields: dict[str, Any], rank: int, offsets: dict[int, float]) -> Line:
 
 def _raw(logs: Path, rank: int) -> list[Line]:
     """The end of the rank's raw files, without empty lines."""
-    words = crash.tail(crash.raw_files(logs).get(rank, []), TAIL_BYTES).splitlines()
+    words = crash.tail(log_line.files_by_rank(logs, raw=True).get(rank, []), TAIL_BYTES).splitlines()
     return [Line(None, str(rank), "", redact(line.rstrip())) for line in words if line.strip()][-RAW_LINES:]
-
-
-def _tail(path: Path) -> list[bytes]:
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
-            return file.read().split(b"\n")
-    except OSError:
-        return []

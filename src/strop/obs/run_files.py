@@ -177,13 +177,7 @@ def _rows(ledger: Any) -> Optional[int]:
 def json_lines(path: Path, tail: Optional[int] = None) -> list[dict[str, Any]]:
     """The records of a JSONL file (of its last `tail` bytes); torn and foreign lines are left out."""
     try:
-        with open(path, "rb") as file:
-            if tail is not None:
-                size = os.fstat(file.fileno()).st_size
-                file.seek(max(0, size - tail))
-                if size > tail:
-                    file.readline()
-            raw = file.read().splitlines(keepends=True)
+        raw = (path.read_bytes() if tail is None else files.tail(path, tail)).splitlines(keepends=True)
     except OSError:
         return []
     found = []

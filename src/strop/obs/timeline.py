@@ -132,7 +132,7 @@ def _lives(
     run_dir: Path, number: int, began: float, ended: Optional[float], found: Fates, now: float
 ) -> list[Life]:
     logs = attempts.log_dir(run_dir, number)
-    files = _files(logs)
+    files = log_line.files_by_rank(logs, raw=False)
     offsets = fates.clock_offsets(run_dir, number)
     last = now if ended is None else ended
     lives = []
@@ -158,16 +158,6 @@ def _end(fate: Fate, found: Fates, ended: Optional[float]) -> str:
     if fate.follows:
         return "followed"
     return fate.kind if fate.kind in ("done", "silent") else "silent" if fate.kind == "killed" else "failed"
-
-
-def _files(logs: Path) -> dict[int, list[Path]]:
-    """The structured files of every rank, oldest segment first."""
-    names = os.listdir(logs) if logs.is_dir() else []
-    segments = [s for name in names if (s := log_line.segment(Path(name))) and not s.raw]
-    by_rank: dict[int, list[Path]] = {}
-    for s in sorted(segments, key=lambda s: (s.rank, s.index)):
-        by_rank.setdefault(s.rank, []).append(logs / s.name)
-    return by_rank
 
 
 def phase_marks(path: Path) -> list[tuple[float, str, Optional[int]]]:

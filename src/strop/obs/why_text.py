@@ -58,9 +58,9 @@ def _attempt_line(why: Why) -> str:
     parts += [f"job {why.job_id}"] if why.job_id else []
     parts += [f"{why.num_ranks} ranks on {len(why.nodes)} node{'s' if len(why.nodes) != 1 else ''}"]
     if why.began is not None:
-        parts.append(f"began {_date(why.began)}")
+        parts.append(f"began {date(why.began)}")
     if why.ended is not None:
-        parts.append(f"ended {_date(why.ended)} UTC")
+        parts.append(f"ended {date(why.ended)} UTC")
     return ", ".join(parts)
 
 
@@ -136,7 +136,7 @@ def clock(unix_s: float) -> str:
     return time.strftime("%H:%M:%S", time.gmtime(ms // 1000)) + f".{ms % 1000:03d}"
 
 
-def _date(unix_s: float) -> str:
+def date(unix_s: float) -> str:
     return time.strftime("%m-%d %H:%M:%S", time.gmtime(unix_s))
 
 

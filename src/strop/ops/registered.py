@@ -17,8 +17,6 @@ from strop.ops.reference import Scalings
 
 LIB = torch.library.Library("strop", "DEF")
 
-Stats = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
 
 def _op(schema: str, implementation: Any, fake: Any) -> None:
     LIB.define(schema)

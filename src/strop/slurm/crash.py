@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional, Union
 
+from strop import files
 from strop.obs import log_line, secrets
 from strop.slurm import attempts, decide, peers
 
@@ -34,7 +35,7 @@ SHOWN = 3
 
 def find(logs: Path) -> Optional[decide.Crash]:
     """The first rank whose stderr ends in the dump of a native crash that stands for itself."""
-    for rank, paths in raw_files(logs).items():
+    for rank, paths in log_line.files_by_rank(logs, raw=True).items():
         found = of_rank(rank, paths)
         if isinstance(found, decide.Crash):
             return found
@@ -90,20 +91,11 @@ def _paragraph(text: str, mark: str) -> str:
 
 def last_words(logs: Path, spoken: set[int]) -> str:
     """The end of the stderr of the first rank that wrote something but left no verdict."""
-    for rank, paths in raw_files(logs).items():
+    for rank, paths in log_line.files_by_rank(logs, raw=True).items():
         lines = tail(paths, TAIL_BYTES).strip().splitlines()
         if lines and rank not in spoken:
             return "\n  ".join([f"the end of {paths[-1]}:", *map(secrets.redact, lines[-12:])])
     return ""
-
-
-def raw_files(logs: Path) -> dict[int, list[Path]]:
-    """Every rank's raw segments in the order in which they were written."""
-    named = [(log_line.segment(path), path) for path in logs.glob("rank*.err")]
-    files: dict[int, list[Path]] = {}
-    for rank, _, path in sorted((s.rank, s.index, path) for s, path in named if s):
-        files.setdefault(rank, []).append(path)
-    return files
 
 
 def tail(paths: Sequence[Path], num_bytes: int) -> str:
@@ -111,9 +103,7 @@ def tail(paths: Sequence[Path], num_bytes: int) -> str:
     parts: list[bytes] = []
     left = num_bytes
     for path in reversed(paths):
-        with open(path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - left))
-            parts.append(file.read())
+        parts.append(files.tail(path, left))
         left -= len(parts[-1])
         if left <= 0:
             break

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+from strop import files
 from strop.slurm import attempts, decide, hostlist
 
 TAIL_BYTES = 1 << 18
@@ -90,8 +91,8 @@ def _step(run_dir: Path, verdicts: Sequence[decide.Verdict]) -> Optional[int]:
     if said:
         return max(said)
     path = run_dir / "metrics.jsonl"
-    lines = path.read_bytes()[-TAIL_BYTES:].splitlines() if path.exists() else []
-    steps = re.findall(rb'^\{"step": (\d+)', b"\n".join(lines), re.MULTILINE)
+    lines = files.tail(path, TAIL_BYTES) if path.exists() else b""
+    steps = re.findall(rb'^\{"step": (\d+)', lines, re.MULTILINE)
     return int(steps[-1]) if steps else attempts.committed_step(run_dir)
 
 

@@ -239,6 +239,13 @@ def num_gpus(environ: Optional[Mapping[str, str]] = None) -> int:
     return 0
 
 
+def num_cpus(environ: Optional[Mapping[str, str]] = None) -> int:
+    """CPUs that this process may use: those it is bound to, at most as many as its job has on this node."""
+    e = os.environ if environ is None else environ
+    cpus = len(os.sched_getaffinity(0))
+    return min(cpus, int(e.get("SLURM_CPUS_ON_NODE") or cpus))
+
+
 def tasks_per_node(environ: Optional[Mapping[str, str]] = None) -> int:
     """One task a GPU; on nodes without GPUs one a node. --ntasks-per-node, if given, is obeyed."""
     e = os.environ if environ is None else environ

@@ -5,6 +5,8 @@
 // do not depend on the number of threads. OpenMP's library is the one that torch has loaded.
 #include "strop_cpu.h"
 
+#include "preference.h"
+
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
@@ -223,51 +225,6 @@ int check_segments(const void* tokens, const void* sums, int64_t num_tokens, con
     return std::is_sorted(cu_seqlens, cu_seqlens + num_segments + 1) ? STROP_OK : STROP_ESHAPE;
 }
 
-double log_sigmoid(double x) { return std::fmin(x, 0.0) - std::log1p(std::exp(-std::fabs(x))); }
-double sigmoid(double x) { return x >= 0 ? 1 / (1 + std::exp(-x)) : std::exp(x) / (1 + std::exp(x)); }
-
-struct Loss {
-    double value, by_chosen, by_rejected;
-};
-
-Loss of_margin(double value, double slope) { return {value, slope, -slope}; }
-
-// The formulas with their sources: strop/ops/preference.py.
-Loss preference(int kind, double c, double d, double beta, double eps, double delta) {
-    const double h = c - d, z = beta * h, half = 1 / (2 * beta);
-    switch (kind) {
-        case STROP_ROBUST:
-            return of_margin((-(1 - eps) * log_sigmoid(z) + eps * log_sigmoid(-z)) / (1 - 2 * eps),
-                             beta * (-(1 - eps) * sigmoid(-z) - eps * sigmoid(z)) / (1 - 2 * eps));
-        case STROP_HINGE:
-            return of_margin(std::isnan(z) ? z : std::fmax(0.0, 1 - z), z < 1 ? -beta : 0.0);
-        case STROP_IPO:
-            return of_margin((h - half) * (h - half), 2 * (h - half));
-        case STROP_EXO_PAIR:
-            return of_margin(sigmoid(z) * (log_sigmoid(z) - std::log(1 - eps)) +
-                                 sigmoid(-z) * (log_sigmoid(-z) - std::log(eps)),
-                             beta * sigmoid(z) * sigmoid(-z) * (z - std::log((1 - eps) / eps)));
-        case STROP_NCA_PAIR:
-            return {-log_sigmoid(beta * c) - 0.5 * log_sigmoid(-beta * c) - 0.5 * log_sigmoid(-beta * d),
-                    beta * (0.5 * sigmoid(beta * c) - sigmoid(-beta * c)), 0.5 * beta * sigmoid(beta * d)};
-        case STROP_BCO_PAIR:
-            return {-log_sigmoid(beta * c - delta) - log_sigmoid(delta - beta * d),
-                    -beta * sigmoid(delta - beta * c), beta * sigmoid(beta * d - delta)};
-        case STROP_SPPO_HARD:
-            return {(c - half) * (c - half) + (d + half) * (d + half), 2 * (c - half), 2 * (d + half)};
-        case STROP_APO_ZERO:
-            return {sigmoid(-beta * c) + sigmoid(beta * d), -beta * sigmoid(beta * c) * sigmoid(-beta * c),
-                    beta * sigmoid(beta * d) * sigmoid(-beta * d)};
-        case STROP_APO_DOWN: {
-            const double margin = beta * sigmoid(z) * sigmoid(-z);
-            return {sigmoid(beta * c) + sigmoid(-z), beta * sigmoid(beta * c) * sigmoid(-beta * c) - margin, margin};
-        }
-        default:
-            return of_margin(-(1 - eps) * log_sigmoid(z) - eps * log_sigmoid(-z),
-                             beta * (eps * sigmoid(z) - (1 - eps) * sigmoid(-z)));
-    }
-}
-
 }  // namespace
 
 int strop_abi_version(void) { return STROP_ABI; }
@@ -332,14 +289,13 @@ int strop_segment_spread(const float* g, int64_t num_tokens, const int32_t* cu_s
 int strop_dpo_loss(const float* ratio, int64_t num_pairs, int kind, float beta, float label_smoothing, float delta,
                    float* loss, float* d_ratio, void*) {
     if (num_pairs < 0) return STROP_ESHAPE;
-    const bool in_range = beta > 0 && std::isfinite(beta) && label_smoothing >= 0 && label_smoothing < 0.5f;
-    if (kind < STROP_SIGMOID || kind > STROP_SIGMOID_NORM || !in_range) return STROP_EKIND;
-    if (kind == STROP_EXO_PAIR && label_smoothing == 0) return STROP_EKIND;
-    if (num_pairs == 0) return STROP_OK;
+    const int status = check_kind(kind, beta, label_smoothing);
+    if (status != STROP_OK || num_pairs == 0) return status;
     if (ratio == nullptr || loss == nullptr || d_ratio == nullptr) return STROP_ENULL;
     for (int64_t p = 0; p < num_pairs; p++) {
-        const Loss l = preference(kind, ratio[2 * p], ratio[2 * p + 1], beta, label_smoothing, delta);
-        loss[p] = (float)l.value;
+        const PairLoss<double> l =
+            pair_loss<double>(kind, ratio[2 * p], ratio[2 * p + 1], beta, label_smoothing, delta);
+        loss[p] = (float)l.loss;
         d_ratio[2 * p] = (float)l.by_chosen;
         d_ratio[2 * p + 1] = (float)l.by_rejected;
     }

@@ -378,8 +378,8 @@ __global__ void __launch_bounds__(PAIR_THREADS)
                float* loss, float* d_ratio) {
     const int64_t pair = int64_t(blockIdx.x) * PAIR_THREADS + threadIdx.x;
     if (pair >= num_pairs) return;
-    const strop_pair_loss result =
-        strop_dpo_pair(kind, ratio[2 * pair], ratio[2 * pair + 1], beta, label_smoothing, delta);
+    const PairLoss<float> result =
+        pair_loss(kind, ratio[2 * pair], ratio[2 * pair + 1], beta, label_smoothing, delta);
     loss[pair] = result.loss;
     d_ratio[2 * pair] = result.by_chosen;
     d_ratio[2 * pair + 1] = result.by_rejected;
@@ -523,10 +523,8 @@ int strop_segment_spread(const float* g, int64_t num_tokens, const int32_t* cu_s
 int strop_dpo_loss(const float* ratio, int64_t num_pairs, int kind, float beta, float label_smoothing,
                    float delta, float* loss, float* d_ratio, void* stream) {
     if (num_pairs < 0 || num_pairs > MOST_BLOCKS) return STROP_ESHAPE;
-    const bool in_range = beta > 0.0f && isfinite(beta) && label_smoothing >= 0.0f && label_smoothing < 0.5f;
-    if (kind < STROP_SIGMOID || kind > STROP_SIGMOID_NORM || !in_range) return STROP_EKIND;
-    if (kind == STROP_EXO_PAIR && label_smoothing == 0.0f) return STROP_EKIND;
-    if (num_pairs == 0) return STROP_OK;
+    const int status = check_kind(kind, beta, label_smoothing);
+    if (status != STROP_OK || num_pairs == 0) return status;
     if (!ratio || !loss || !d_ratio) return STROP_ENULL;
     const unsigned blocks = unsigned(blocks_for(num_pairs, PAIR_THREADS));
     STROP_LAUNCH(dpo_kernel, blocks, PAIR_THREADS, stream, ratio, num_pairs, kind, beta, label_smoothing, delta,

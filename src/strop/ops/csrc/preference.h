@@ -1,88 +1,88 @@
-// The preference losses of one pair and their derivatives, for every compiler. The formulas are those of the
-// fp64 oracles in the tests; c and d are the policy's log-ratios to the reference, h = c - d.
+// The preference losses of one pair and their derivatives: fp32 on a GPU, fp64 on the CPU, where they cost
+// nothing. The formulas with their sources: strop/ops/preference.py. c and d are the policy's log-ratios to the
+// reference, h = c - d.
 #pragma once
 #include <math.h>
 
 #include "strop_ops.h"
 
 #ifdef __CUDACC__
-#define STROP_ANYWHERE __host__ __device__ static inline
+#define STROP_ANYWHERE __host__ __device__ inline
 #else
-#define STROP_ANYWHERE static inline
+#define STROP_ANYWHERE inline
 #endif
 
-typedef struct {
-    float loss, by_chosen, by_rejected;
-} strop_pair_loss;
+template <class Real>
+struct PairLoss {
+    Real loss, by_chosen, by_rejected;
+};
 
-STROP_ANYWHERE float strop_sigmoid(float x) {
-    const float small = expf(-fabsf(x));  // no overflow on either side
-    return (x >= 0.0f ? 1.0f : small) / (1.0f + small);
+// What strop_dpo_loss takes: STROP_OK or STROP_EKIND.
+inline int check_kind(int kind, float beta, float label_smoothing) {
+    const bool in_range = beta > 0.0f && beta < HUGE_VALF && label_smoothing >= 0.0f && label_smoothing < 0.5f;
+    if (kind < STROP_SIGMOID || kind > STROP_SIGMOID_NORM || !in_range) return STROP_EKIND;
+    return kind == STROP_EXO_PAIR && label_smoothing == 0.0f ? STROP_EKIND : STROP_OK;
 }
 
-STROP_ANYWHERE float strop_log_sigmoid(float x) { return fminf(x, 0.0f) - log1pf(expf(-fabsf(x))); }
+template <class Real>
+STROP_ANYWHERE Real sigmoid(Real x) {
+    const Real small = exp(-fabs(x));  // no overflow on either side
+    return (x >= Real(0) ? Real(1) : small) / (Real(1) + small);
+}
+
+template <class Real>
+STROP_ANYWHERE Real log_sigmoid(Real x) {
+    return fmin(x, Real(0)) - log1p(exp(-fabs(x)));
+}
 
 // A loss of h alone, from its derivative by beta * h.
-STROP_ANYWHERE strop_pair_loss strop_of_margin(float loss, float slope, float beta) {
-    const strop_pair_loss result = {loss, beta * slope, -beta * slope};
-    return result;
+template <class Real>
+STROP_ANYWHERE PairLoss<Real> of_margin(Real loss, Real slope, Real beta) {
+    return {loss, beta * slope, -beta * slope};
 }
 
-STROP_ANYWHERE strop_pair_loss strop_dpo_pair(int kind, float c, float d, float beta, float eps, float delta) {
-    const float h = c - d, a = beta * h;
-    const float up = strop_sigmoid(a), down = strop_sigmoid(-a);
-    strop_pair_loss result = {NAN, NAN, NAN};
+template <class Real>
+STROP_ANYWHERE PairLoss<Real> pair_loss(int kind, Real c, Real d, Real beta, Real eps, Real delta) {
+    const Real h = c - d, a = beta * h, one = 1, half = Real(0.5);
+    const Real up = sigmoid(a), down = sigmoid(-a);
     switch (kind) {
         case STROP_SIGMOID:
         case STROP_SIGMOID_NORM:
-            return strop_of_margin(-(1.0f - eps) * strop_log_sigmoid(a) - eps * strop_log_sigmoid(-a),
-                                   -(1.0f - eps) * down + eps * up, beta);
+            return of_margin(-(one - eps) * log_sigmoid(a) - eps * log_sigmoid(-a),
+                             -(one - eps) * down + eps * up, beta);
         case STROP_ROBUST: {
-            const float scale = 1.0f / (1.0f - 2.0f * eps);
-            return strop_of_margin(
-                scale * (-(1.0f - eps) * strop_log_sigmoid(a) + eps * strop_log_sigmoid(-a)),
-                scale * (-(1.0f - eps) * down - eps * up), beta);
+            const Real scale = one / (one - 2 * eps);
+            return of_margin(scale * (-(one - eps) * log_sigmoid(a) + eps * log_sigmoid(-a)),
+                             scale * (-(one - eps) * down - eps * up), beta);
         }
         case STROP_HINGE:
-            return strop_of_margin(a >= 1.0f ? 0.0f : 1.0f - a, a < 1.0f ? -1.0f : 0.0f, beta);
+            return of_margin(a >= one ? Real(0) : one - a, a < one ? -one : Real(0), beta);
         case STROP_IPO: {
-            const float off = h - 0.5f / beta;
-            return strop_of_margin(off * off, 2.0f * off, 1.0f);
+            const Real off = h - half / beta;
+            return of_margin(off * off, 2 * off, one);
         }
         case STROP_EXO_PAIR: {
-            const float win = logf(1.0f - eps), lose = logf(eps);
-            return strop_of_margin(
-                up * (strop_log_sigmoid(a) - win) + down * (strop_log_sigmoid(-a) - lose),
-                up * down * (a - win + lose), beta);
+            const Real win = log(one - eps), lose = log(eps);
+            return of_margin(up * (log_sigmoid(a) - win) + down * (log_sigmoid(-a) - lose),
+                             up * down * (a - win + lose), beta);
         }
         case STROP_NCA_PAIR:
-            result.loss = -strop_log_sigmoid(beta * c) - 0.5f * strop_log_sigmoid(-beta * c) -
-                          0.5f * strop_log_sigmoid(-beta * d);
-            result.by_chosen = beta * (0.5f * strop_sigmoid(beta * c) - strop_sigmoid(-beta * c));
-            result.by_rejected = beta * 0.5f * strop_sigmoid(beta * d);
-            return result;
+            return {-log_sigmoid(beta * c) - half * log_sigmoid(-beta * c) - half * log_sigmoid(-beta * d),
+                    beta * (half * sigmoid(beta * c) - sigmoid(-beta * c)), beta * half * sigmoid(beta * d)};
         case STROP_BCO_PAIR:
-            result.loss = -strop_log_sigmoid(beta * c - delta) - strop_log_sigmoid(delta - beta * d);
-            result.by_chosen = -beta * strop_sigmoid(delta - beta * c);
-            result.by_rejected = beta * strop_sigmoid(beta * d - delta);
-            return result;
+            return {-log_sigmoid(beta * c - delta) - log_sigmoid(delta - beta * d),
+                    -beta * sigmoid(delta - beta * c), beta * sigmoid(beta * d - delta)};
         case STROP_SPPO_HARD: {
-            const float won = c - 0.5f / beta, lost = d + 0.5f / beta;
-            result.loss = won * won + lost * lost;
-            result.by_chosen = 2.0f * won;
-            result.by_rejected = 2.0f * lost;
-            return result;
+            const Real won = c - half / beta, lost = d + half / beta;
+            return {won * won + lost * lost, 2 * won, 2 * lost};
         }
         case STROP_APO_ZERO:
-            result.loss = strop_sigmoid(-beta * c) + strop_sigmoid(beta * d);
-            result.by_chosen = -beta * strop_sigmoid(beta * c) * strop_sigmoid(-beta * c);
-            result.by_rejected = beta * strop_sigmoid(beta * d) * strop_sigmoid(-beta * d);
-            return result;
-        case STROP_APO_DOWN:
-            result.loss = strop_sigmoid(beta * c) + down;
-            result.by_chosen = beta * (strop_sigmoid(beta * c) * strop_sigmoid(-beta * c) - up * down);
-            result.by_rejected = beta * up * down;
-            return result;
+            return {sigmoid(-beta * c) + sigmoid(beta * d), -beta * sigmoid(beta * c) * sigmoid(-beta * c),
+                    beta * sigmoid(beta * d) * sigmoid(-beta * d)};
+        case STROP_APO_DOWN: {
+            const Real margin = beta * up * down;
+            return {sigmoid(beta * c) + down, beta * sigmoid(beta * c) * sigmoid(-beta * c) - margin, margin};
+        }
     }
-    return result;
+    return {Real(NAN), Real(NAN), Real(NAN)};  // of no kind: the host side has refused it
 }
