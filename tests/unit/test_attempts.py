@@ -251,9 +251,14 @@ def test_deaths_without_a_word_are_counted_at_the_start(here):
 # --- the body's `end`: the controller is away when the job wants to be put back
 
 
-def ended_with(here, monkeypatch, answers):
-    """An attempt that yielded; `answers` of scontrol, in order. Its directory and the decision."""
+def ended_with(here, monkeypatch, answers, clock=None):
+    """An attempt that yielded; `answers` of scontrol, in order; the text of its clock.json. Its directory and
+    the decision."""
     body.begin("dpo", ["run.name=x"], job())
+    if clock is not None:
+        logs = attempts.log_dir(here / "runs/x", 1)
+        logs.mkdir(parents=True, exist_ok=True)
+        (logs / "clock.json").write_text(clock)
     attempts.finish(here / "runs/x", 1, "YIELD", step=12, reason="USR1")
 
     def slurm(args, *, deadline_s=60.0):
@@ -352,3 +357,9 @@ def test_an_absurd_clock_is_refused(tmp_path, offset):
     (folder / "clock.json").write_text(f'{{"ranks": [{{"rank": 0, "node": "n", "offset_s": {offset}}}]}}')
     with pytest.raises((TypeError, ValueError)):
         attempts.read_clocks(tmp_path, 1)
+
+
+@pytest.mark.parametrize("text", ['{"ranks": [{"rank": 0}]}', '{"ranks": [{"rank"', '{"ranks": 3}', "[]"])
+def test_a_damaged_clock_keeps_no_job_from_its_requeue(here, monkeypatch, text):
+    _, decision = ended_with(here, monkeypatch, [RUNNING, ""], text)
+    assert (decision.action, decision.cause) == ("requeue", "time_limit")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Optional
 
 from strop.slurm import attempts, command, crash, deaths, decide, env, hang, lease, stop, successor
@@ -23,7 +24,7 @@ def gather(job: env.Job, launcher_exit: int, signals: Sequence[str]) -> decide.F
     fields = decide.Verdict.__dataclass_fields__
     said = attempts.read_verdicts(run_dir, number)
     logs = attempts.log_dir(run_dir, number)
-    clocks = attempts.read_clocks(run_dir, number)
+    clocks = _clocks(run_dir, number)
     nodes = {rank: node for rank, (node, _) in clocks.items()}
     verdicts = [decide.Verdict(**{key: v[key] for key in fields if key in v}) for v in said]
     verdicts = [dataclasses.replace(v, time=v.time - clocks.get(v.rank, ("", 0.0))[1]) for v in verdicts]
@@ -50,6 +51,14 @@ def gather(job: env.Job, launcher_exit: int, signals: Sequence[str]) -> decide.F
         history=decide.since_progress(records, committed)[:-1],
         last_words=crash.last_words(logs, {v.rank for v in verdicts}),
     )
+
+
+def _clocks(run_dir: Path, number: int) -> dict[int, tuple[str, float]]:
+    """A damaged clock.json must not keep a job from its requeue: the times then count as they are."""
+    try:
+        return attempts.read_clocks(run_dir, number)
+    except (ValueError, KeyError, TypeError):
+        return {}
 
 
 def _lost_nodes(record: Mapping[str, Any]) -> tuple[str, ...]:
