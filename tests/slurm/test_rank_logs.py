@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ def test_what_a_killed_rank_had_written_is_collected(submit, tmp_path, monkeypat
     disk = tmp_path / "disk"
     disk.mkdir()
     monkeypatch.setenv("STROP_LOG_DIR", str(disk))
+    monkeypatch.setenv("STROP_TEST_PYTHON", sys.executable)
     monkeypatch.setenv("DB_PASSWORD", PASSWORD)
     words = ["run.name=r", "log=1", "steps=6", "fail=kill", "rank=1", "at=3", "once=1"]
     job = submit("--nodes=2", *words, f"+metadata.api_key={PASSWORD}")
@@ -59,6 +61,7 @@ def test_logs_that_cannot_be_collected_do_not_keep_the_job_from_its_end(submit, 
     disk.mkdir()
     (tmp_path / "runs/r/logs/0002/rank00000.jsonl").mkdir(parents=True)
     monkeypatch.setenv("STROP_LOG_DIR", str(disk))
+    monkeypatch.setenv("STROP_TEST_PYTHON", sys.executable)
     job = submit("--nodes=2", "run.name=r", "log=1", "steps=2")
     assert ended(job, 240)["JobState"] == "COMPLETED", output(job)
     assert causes(Path("runs/r")) == ["done", "done"]
