@@ -145,7 +145,7 @@ def _check_names(config: Config, algo: ModuleType) -> None:
     hf.check_hub("model.path", model.path, model.revision, "config.json")
     if model.tokenizer:
         hf.check_hub("model.tokenizer", model.tokenizer, model.revision, "tokenizer_config.json")
-    if algo.NEEDS_REFERENCE and (other := algo.reference_model(config)):
+    if algo.needs_reference(config) and (other := algo.reference_model(config)):
         hf.check_model(other, "dpo.reference")
         hf.check_hub("dpo.reference", other, None, "config.json")
 
@@ -185,14 +185,14 @@ def _load(t: Trainer) -> bool:
     with t.report.phase("verifying checkpoints"):
         step = checkpoint.newest_verified(root, t.dist)
     choices = _choices(t)
-    needs_pass = t.algo.NEEDS_REFERENCE and _reference_is_missing(t, choices)
+    needs_pass = t.algo.needs_reference(t.config) and _reference_is_missing(t, choices)
     if step is None or needs_pass or not choices:
         with t.report.phase("loading weights"):
             hf.scatter_weights(t.policy.lm, t.config.model, t.dist)
     _set_layout(t, choices)
     if needs_pass and not _reference_pass(t, choices, again=step is None):
         return False
-    if t.algo.NEEDS_REFERENCE:
+    if t.algo.needs_reference(t.config):
         _open_reference(t, choices)
     optim.materialise(t.optimizer)
     if step is not None:
@@ -248,7 +248,7 @@ def _set_layout(t: Trainer, choices: dict[str, Any]) -> None:
         t.train_store = t.train_store.sharing_prompts()
         if isinstance(t.val_store, TokenStore):
             t.val_store = t.val_store.sharing_prompts()
-    if t.algo.NEEDS_REFERENCE and "reference" not in choices:
+    if t.algo.needs_reference(t.config) and "reference" not in choices:
         choices["reference"] = t.dist.broadcast(_reference_files(t) if t.dist.is_main else None)
         choices["reference_of"] = _reference_of(t)
     if t.dist.is_main and choices != before:
@@ -272,7 +272,7 @@ def _shares_prompts(t: Trainer) -> bool:
 
 def _reference_of(t: Trainer) -> Optional[dict[str, Any]]:
     """What the log-probs of the reference belong to; None for an algorithm without one."""
-    if not t.algo.NEEDS_REFERENCE:
+    if not t.algo.needs_reference(t.config):
         return None
     stores = {name: store.digest for name, store in _stores(t).items()}
     model = t.config.model

@@ -18,7 +18,7 @@ def sequence(*ids, trained_from=1):
 
 def pairs():
     yield TokenisedRow("a.jsonl", 1, [sequence(1, 2, 3), sequence(1, 2, 70000, 5, trained_from=2)])
-    yield TokenisedRow("a.jsonl", 3, [sequence(7, 8), sequence(7, 9)])
+    yield TokenisedRow("a.jsonl", 3, [sequence(7, 8), sequence(7, 9)], value=0.5)
     yield TokenisedRow("b.jsonl", 1, [sequence(4, 4, 4, 4), sequence(4, 4)])
 
 
@@ -32,6 +32,7 @@ def test_arrays_as_written_by_hand(tmp_path):
     assert [store.row_id(row) for row in range(3)] == [("a.jsonl", 1), ("a.jsonl", 3), ("b.jsonl", 1)]
     assert (store.kind, store.seqs_per_row, store.num_rows, store.digest) == ("preference", 2, 3, "abc")
     assert (store.tokens.dtype, store.trained.dtype, store.offsets.dtype) == (np.int32, np.bool_, np.int64)
+    np.testing.assert_array_equal(store.values_R, np.float32([np.nan, 0.5, np.nan]))
     chosen, rejected = store.sequences(1)
     assert (chosen[0].tolist(), rejected[0].tolist()) == ([7, 8], [7, 9])
     assert (chosen[1].tolist(), rejected[1].tolist()) == ([False, True], [False, True])
@@ -72,7 +73,15 @@ def test_two_writers_leave_one_whole_store(tmp_path):
     assert len(results) == 2
     assert results[0] == results[1]
     assert [entry.name for entry in tmp_path.iterdir()] == ["s"]
-    names = {"tokens.bin", "trained.bin", "offsets.npy", "rows.npy", "store.json", "ledger.json"}
+    names = {
+        "tokens.bin",
+        "trained.bin",
+        "offsets.npy",
+        "rows.npy",
+        "values.npy",
+        "store.json",
+        "ledger.json",
+    }
     assert {entry.name for entry in (tmp_path / "s").iterdir()} == names
 
 

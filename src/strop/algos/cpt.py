@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import math
 
-from strop.algos.sft import count, loss
+from strop.algos.sft import count, loss, needs_reference
 
-__all__ = ["NEEDS_REFERENCE", "count", "derived", "loss"]
-
-NEEDS_REFERENCE = False
+__all__ = ["count", "derived", "loss", "needs_reference"]
 
 
 def derived(means: dict[str, float]) -> dict[str, float]:

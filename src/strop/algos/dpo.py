@@ -17,7 +17,10 @@ from strop.data.batch import Batch
 from strop.models.policy import Output
 from strop.ops import preference
 
-NEEDS_REFERENCE = True
+
+def needs_reference(cfg: Config) -> bool:
+    """Whether batches carry the log-probs of a reference model."""
+    return True
 
 
 def count(batch: Batch) -> int:

@@ -10,7 +10,10 @@ from strop.config import Config
 from strop.data.batch import Batch
 from strop.models.policy import Output
 
-NEEDS_REFERENCE = False
+
+def needs_reference(cfg: Config) -> bool:
+    """Whether batches carry the log-probs of a reference model."""
+    return False
 
 
 def count(batch: Batch) -> int:

@@ -45,6 +45,9 @@ class Batch:
     max_seqlen: int
     ref_logp_T: Tensor | None = None
     """fp32 [T]: reference log-probs of trained tokens, 0 elsewhere."""
+    value_R: Tensor | None = None
+    """fp32 [R] (a dummy: [1]): the number that each row of a token store brings along for its loss, NaN where
+    it has none."""
     cu_keys: Tensor | None = None
     """int32 [S + 1], where prompts are shared: the same sums as cu_seqlens with the shared prompts counted.
     A sequence with more keys than tokens goes on where the prompt of the one before it ends."""
@@ -118,6 +121,7 @@ def make_batch(store: TokenStore | Blocks, rows: np.ndarray, ref: np.ndarray | N
         trained_T=torch.from_numpy(trained),
         rows=rows,
         max_seqlen=int(seqlens.max()),
+        value_R=torch.from_numpy(store.values_R[rows]) if isinstance(store, TokenStore) else None,
         ref_logp_T=ref_logp_T,
         cu_keys=_cumulated(seqlens + first_positions) if shares else None,
     )
@@ -137,6 +141,7 @@ def _dummy(seqs_per_row: int, rows: np.ndarray, *, with_ref: bool) -> Batch:
         trained_T=torch.zeros(total, dtype=torch.bool),
         rows=rows,
         max_seqlen=DUMMY_LENGTH,
+        value_R=torch.full((1,), torch.nan),
         ref_logp_T=torch.zeros(total) if with_ref else None,
     )
 

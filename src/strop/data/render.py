@@ -10,6 +10,7 @@ of the assistant likewise. (TRL has the same reading of rows: losses can be comp
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ class Rendered:
     """chosen and rejected, or the only one."""
     templated: bool
     """The template wrote BOS and end-of-turn tokens; plain text still needs BOS and EOS."""
+    value: float = math.nan
+    """See `TokenisedRow.value`."""
 
 
 class Refused(Exception):

@@ -3,7 +3,8 @@
 A store is a directory. All tokens of all sequences lie one after another in `tokens.bin`, the training
 mask beside them in `trained.bin`; `offsets.npy` says where each sequence begins. A row is `seqs_per_row`
 neighbouring sequences (a preference row: chosen, then rejected). `rows.npy` tells from which line of
-which source a row came, so that an error or a dump can name it. `store.json` is written last. The
+which source a row came, so that an error or a dump can name it, `values.npy` what number it brings along for
+its loss. `store.json` is written last. The
 directory's name is its digest: whoever finds it finds it whole, and two processes that write the same
 one at the same time leave one of the two equal results.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import uuid
@@ -26,7 +28,7 @@ import numpy as np
 from strop import files
 from strop.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 """Version of the files; also part of every digest, so that older stores are simply not found."""
 
 CHUNK_ROWS = 4096
@@ -45,6 +47,8 @@ class TokenisedRow:
     """[(tokens int32 [T], trained bool [T])], `seqs_per_row` of them."""
     merged_boundary: bool = False
     """A token spans the end of the prompt."""
+    value: float = math.nan
+    """A number that the row brings along for its loss, such as a margin; NaN where it has none."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class TokenStore:
     row_sources: np.ndarray
     """int64 [num_rows, 2]: index into `sources`, line."""
     sources: tuple[str, ...]
+    values_R: np.ndarray
+    """fp32 [num_rows]: `TokenisedRow.value`."""
     shared_R: np.ndarray | None = None
     """int64 [num_rows]: leading tokens that the second sequence of a row does not repeat (see
     `sharing_prompts`); row_lengths and spans are without them."""
@@ -150,6 +156,7 @@ class TokenStore:
             row_lengths=np.diff(offsets[::seqs_per_row]),
             row_sources=np.load(path / "rows.npy"),
             sources=tuple(meta["sources"]),
+            values_R=np.load(path / "values.npy"),
         )
 
     @classmethod
@@ -165,7 +172,7 @@ class TokenStore:
         """Write all rows into a directory beside `path`, then rename it to `path`, and open it.
 
         `finish` is called with that directory after the last row: it may add files (the ledger), or raise,
-        and then nothing is left. Memory: the offsets and row numbers (24 to 32 bytes a row), no tokens.
+        and then nothing is left. Memory: offsets, row numbers and values (28 to 36 bytes a row), no tokens.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,10 +181,11 @@ class TokenStore:
         aside.mkdir()
         try:
             with open(aside / "tokens.bin", "wb") as tokens, open(aside / "trained.bin", "wb") as trained:
-                offsets, row_sources, sources = _stream(rows, tokens, trained, SEQS_PER_ROW[kind])
+                offsets, row_sources, values, sources = _stream(rows, tokens, trained, SEQS_PER_ROW[kind])
             assert len(offsets) > 1, "a store without rows: an empty data set is refused before this"
             np.save(aside / "offsets.npy", offsets)
             np.save(aside / "rows.npy", row_sources)
+            np.save(aside / "values.npy", values)
             finish(aside)
             meta = {"format": FORMAT, "kind": kind, "digest": digest, "sources": sources}
             (aside / "store.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
@@ -194,10 +202,12 @@ def _next(marks: np.ndarray, begins: np.ndarray) -> np.ndarray:
 
 def _stream(
     rows: Iterator[TokenisedRow], tokens: BinaryIO, trained: BinaryIO, seqs_per_row: int
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Append every row to the two files; returns offsets [S + 1], row sources [R, 2] and source names."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
+    """Append every row to the two files; returns offsets [S + 1], row sources [R, 2], values [R] and source
+    names."""
     offsets = array("q", [0])
     row_sources = array("q")
+    values = array("f")
     sources: dict[str, int] = {}
     for row in rows:
         assert len(row.sequences) == seqs_per_row
@@ -207,10 +217,12 @@ def _stream(
             tokens.write(np.ascontiguousarray(ids, dtype=np.int32).data)
             trained.write(np.ascontiguousarray(mask, dtype=np.bool_).data)
             offsets.append(offsets[-1] + len(ids))
+        values.append(row.value)
         row_sources.extend((sources.setdefault(row.source, len(sources)), row.line))
     return (
         np.frombuffer(offsets, dtype=np.int64),
         np.frombuffer(row_sources, dtype=np.int64).reshape(-1, 2),
+        np.frombuffer(values, dtype=np.float32),
         list(sources),
     )
 

@@ -130,7 +130,8 @@ class Tokeniser:
         if longest > self.max_length:
             message = f"{longest:,} tokens, more than data.max_length={self.max_length}"
             return BadRow(row.source, row.line, "over_length", message, sum(len(ids) for ids, _ in sequences))
-        return TokenisedRow(row.source, row.line, sequences, any(merged for _, _, merged in encoded))
+        merged = any(merged for _, _, merged in encoded)
+        return TokenisedRow(row.source, row.line, sequences, merged, row.value)
 
     def _finish(self, row: Rendered, ids: list[int], trained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Plain text gets the BOS and EOS it lacks; the first token is never trained."""
