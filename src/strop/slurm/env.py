@@ -51,6 +51,8 @@ class Env:
     """Rank 0's way to the job's output, where its descriptors 1 and 2 go to a file of their own."""
     log_dir: Optional[Path] = None
     """STROP_LOG_DIR: where ranks write their logs first, on the node's own disk."""
+    raw_fd: Optional[int] = None
+    """The way to the process that writes what comes out of descriptors 1 and 2 (strop.obs.raw_writer)."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ def read_env(environ: Optional[Mapping[str, str]] = None) -> Env:
         ifname=e.get("STROP_IFNAME") or None,
         stdout_fd=int(e["STROP_STDOUT_FD"]) if e.get("STROP_STDOUT_FD") and "STROP_RANK" in e else None,
         log_dir=_log_dir(e) if "STROP_RANK" in e else None,
+        raw_fd=int(e["STROP_RAW_FD"]) if e.get("STROP_RAW_FD") and "STROP_RANK" in e else None,
     )
 
 
