@@ -16,14 +16,14 @@ LONGEST = 256 << 10
 """Characters of an unfinished line that are held."""
 KEPT = 16 << 10
 """Of a line that is cut so much stays at least: no token is longer."""
-STEP = 4 << 10
+TRIES = 6
 KEY_LINES = 400
 """A private key has fewer lines."""
 
 _ENDS = re.compile("(?<=[\n\r])")
 _BEGINS_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----")
 _ENDS_KEY = re.compile(r"-----END [A-Z ]*PRIVATE KEY-----")
-_SUSPECT = re.compile(r"key|token|secret|pass|credential|bearer|basic|://", re.IGNORECASE)
+_SUSPECT = re.compile(r"key|token|secret|pass|credential|bearer|basic|://|-----", re.IGNORECASE)
 
 
 class Filter:
@@ -90,7 +90,8 @@ class Filter:
     def _cut(self) -> bytes:
         text = _decoded(self._line)
         whole = self._redact(text)
-        for stop in range(len(text) - KEPT, 0, -STEP):
+        for halvings in range(TRIES):
+            stop = (len(text) - KEPT) >> halvings
             head, rest = self._redact(text[:stop]), text[stop:]
             if head + self._redact(rest) == whole:
                 break
