@@ -14,7 +14,6 @@ from strop.obs.rank_log import RankLog
 from strop.run import Position
 from strop.slurm.env import Env, read_env
 
-
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = """
 import os, sys
@@ -30,7 +29,7 @@ raw_writer.run(become, raw_writer.Segments(Path(folder), int(rank)), [], to_job=
 def launched(
     folder: Path, code: str, rank: int = 0, *, stdout: Union[int, Any, None] = None, **variables: str
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run `code` with its descriptors 1 and 2 in folder/rankNNNNN.err, by way of the process that writes it."""
+    """Run `code` with its descriptors 1 and 2 in folder/rankNNNNN.err, by way of its writer."""
     return subprocess.run(
         [sys.executable, "-c", LAUNCH, str(folder), str(rank), code],
         env={"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", **variables},

@@ -4,7 +4,8 @@
     python -m tools.logs runs/NAME --follow   what comes from now on, over requeues, until the run ends
     python -m tools.logs runs/NAME --why      why it failed last (or attempt N of --attempt N): which rank
                                               failed first, who only followed, and what was decided
-    python -m tools.logs runs/NAME --html report.html    the whole run as one page, to hand around
+    python -m tools.logs runs/NAME --html report.html    the whole run as one page, to hand around (or the
+                                              ranks and the end of attempt N)
 
 Which lines:
     --rank 37   --rank 0-7,12   --node gpu[01-04]   --attempt 2|last|all   --level warning
@@ -53,6 +54,7 @@ from strop.obs import html, log_files, log_follow, log_line, log_text, why
 from strop.obs.log_files import Logs
 from strop.obs.log_text import FOREVER_US, Selection, View
 from strop.obs.merge import Merge
+from strop.slurm import attempts as records
 from strop.slurm import hostlist
 from tools import status
 from tools.command_line import command_parser, run
@@ -190,12 +192,15 @@ def in_colour(options: argparse.Namespace) -> bool:
 
 def explain(options: argparse.Namespace, run_dir: Path) -> None:
     """--why and --html."""
+    attempt = attempt_of(options)
+    if attempt == "last":
+        attempt = max((record["attempt"] for record in records.read_all(run_dir)), default="all")
+    number = attempt if isinstance(attempt, int) else None
     if options.why:
-        attempt = attempt_of(options)
-        found = why.explain(run_dir, attempt if isinstance(attempt, int) else None)
+        found = why.explain(run_dir, number)
         sys.stdout.write(why.text(found, in_colour(options)))
     if options.html is not None:
-        page = html.report(run_dir)
+        page = html.report(run_dir, number)
         try:
             files.write_atomic(options.html, page)
         except OSError as error:

@@ -120,7 +120,7 @@ def test_time_of() -> None:
         (["--rank", "7-"], "--rank 7-: expected numbers and ranges"),
         (["--rank", "9"], "no logs of rank 9; there are 0-3"),
         (["--node", "n[1"], "--node n[1: brackets do not match"),
-        (["--attempt", "3"], "no logs of attempt 3; there are 1,2"),
+        (["--attempt", "3"], "no logs of attempt 3; there are 1-2"),
         (["--attempt", "newest"], "--attempt newest: expected a number, last or all"),
         (["--level", "loud"], "--level loud: expected one of debug, info"),
         (["--since", "yesterday"], "--since yesterday: expected a duration"),
@@ -141,7 +141,7 @@ def test_runs_without_logs(tmp_path: Path) -> None:
     assert "has no logs" in call(run.directory, code=78)[1]
     run.attempt(1, {0: 0.0, 1: 0.0})
     out, err = call(run.directory)
-    assert (out, err) == ("", "logs: attempt 1: rank 0,1 of 2 wrote nothing\n")
+    assert (out, err) == ("", "logs: attempt 1: rank 0-1 of 2 wrote nothing\n")
     assert "there is empty" in call("emty", cwd=tmp_path, code=78)[1]
     assert "no runs there" in call("--dir", tmp_path / "none", code=78)[1]
 

@@ -32,8 +32,8 @@ def make():
 
 
 PIECES = st.sampled_from(
-    [SECRET, WORDS, TOKEN, "password=hunter22 ", "\n", "\n", "\r", " ", "loss 0.69", "num_tokens: 12", "é", "\udc80",
-     "Bearer abcdefgh.i", "https://me:pw12345@host/x", KEY + "\n"]
+    [SECRET, WORDS, TOKEN, "password=hunter22 ", "\n", "\n", "\r", " ", "loss 0.69", "num_tokens: 12", "é",
+     "\udc80", "Bearer abcdefgh.i", "https://me:pw12345@host/x", KEY + "\n"]
 )  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def test_a_line_of_megabytes_is_cut_beside_its_secrets(at):
 def test_a_line_that_is_one_secret_from_end_to_end():
     screen = make()
     out = screen.feed(b"password=" + b"z" * (1 << 20)) + screen.end()
-    assert b"zz" not in out[:-raw_filter.KEPT]
+    assert b"zz" not in out[: -raw_filter.KEPT]
     assert out.startswith(b"[secret]") or out.startswith(b"password=[secret]")
 
 
@@ -165,7 +165,7 @@ def test_a_rank_dies_with_its_writer(tmp_path):
 
 
 def test_a_signal_that_reaches_only_the_writer_is_handed_on(tmp_path):
-    """As with proctrack/cgroup, where only the direct child of slurmstepd gets it. The rank has it blocked."""
+    """As with proctrack/cgroup, where only the direct child of slurmstepd gets it. It is blocked in the rank."""
     code = "os.write(2, str(signal.sigwait({signal.SIGUSR1})).encode())"
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
     try:

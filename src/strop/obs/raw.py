@@ -44,7 +44,7 @@ class RawFiles:
         return self._directory / log_line.Segment(self._rank, index, True).name
 
     def mark(self) -> tuple[int, int]:
-        """(segment, its length): all raw bytes so far, but for what the writer takes more than a moment for."""
+        """(segment, its length): all raw bytes so far, but for what the writer takes longer for."""
         if _pending() > 0:
             time.sleep(WRITER_S)
         size = os.fstat(self._fd).st_size

@@ -154,8 +154,8 @@ def run(
     become: Callable[[Mapping[str, str]], NoReturn], sink: Sink, values: Sequence[str], *, to_job: bool
 ) -> NoReturn:
     """Fork. The child calls `become` with the variables that it gets from here; this process reads what the
-    child writes until its end, and ends likewise. `values`: secrets beside those of the environment. `to_job`:
-    the child gets STROP_STDOUT_FD, too."""
+    child writes until its end, and ends likewise. `values`: secrets beside those of the environment.
+    `to_job`: the child gets STROP_STDOUT_FD, too."""
     raw_read, raw_write = _pipe()
     control_read, control_write = os.pipe()
     known = secrets.known_values(values)
@@ -217,8 +217,8 @@ class _Reader:
         os.set_blocking(control, False)
 
     def run(self) -> int:
-        """The child's wait status, once all it wrote is stored. What is left of its own children is not waited
-        for, as nobody waited for them before."""
+        """The child's wait status, once all it wrote is stored. What is left of its own children is not
+        waited for, as nobody waited for them before."""
         wake = self._listen_to_signals()
         poller = select.poll()
         by_fd = {source.fd: source for source in self._inputs}

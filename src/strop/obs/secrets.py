@@ -50,7 +50,7 @@ _ASSIGNED = re.compile(
     r"((?:(?<![a-z0-9])(?:api|access|secret|private|auth|signing|encryption|account)[_-]?key"
     r"|(?<!pad_)(?<!eos_)(?<!bos_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!mask_)(?<!special_)(?<!image_)token"
     r"|secret|password|passwd|passphrase|credentials?)[\"']?\s*[=:]\s*)(?!\[secret\])"
-    r"(\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|[^\s\"',;&)\]}]+)",
+    r"(\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|[\"']?[^\s\"',;&)\]}]+)",
     re.IGNORECASE,
 )
 _TOKENS = tuple((hint, re.compile(shape)) for shape, *hints in _SHAPES for hint in hints)
@@ -107,9 +107,7 @@ def values_in_args(args: Iterable[str]) -> list[str]:
     return [value for key, _, value in pairs if value and names_secret(key)]
 
 
-def known_values(
-    extra_values: Iterable[str] = (), environ: Optional[Mapping[str, str]] = None
-) -> list[str]:
+def known_values(extra_values: Iterable[str] = (), environ: Optional[Mapping[str, str]] = None) -> list[str]:
     """These secrets and those of the environment, in all forms in which they may occur in a text."""
     variables = env.all_variables() if environ is None else environ
     values = [value for name, value in variables.items() if names_secret(name)]
@@ -143,6 +141,28 @@ def redactor(
     return redact_text
 
 
+_PLAIN_RUN = re.compile(r"[^\"\\\x00-\x1f]{2,}")
+
+
+def hint_words() -> list[bytes]:
+    """What occurs, in lower case, in every line of JSON in which `redact` would find something."""
+    return [hint[1:] for hint in hints()]
+
+
+@functools.cache
+def hints() -> list[bytes]:
+    """The same with a `=` in front of each that needs a = or : behind it, and a blank in front of the others.
+
+    JSON may write a character as \\uNNNN, and a slash as \\/.
+    """
+    shapes = [hint for _, *found in _SHAPES for hint in found if hint != "gh"]
+    runs = [max(_PLAIN_RUN.findall(value), key=len, default='\\"') for value in known_values(_learnt)]
+    plain = [*shapes, *(f"gh{letter}_" for letter in "abcdefghijklmnopqrstuvwxyz"), *runs]
+    plain += ["bearer", "basic", "://", "\\u", "\\/"]
+    words = [" " + word for word in plain] + ["=" + word for word, _ in _NAMES] + ["=pass"]
+    return sorted({word.encode("utf-8", "surrogateescape").lower() for word in words})
+
+
 _learnt: set[str] = set()
 _pupils: list[Callable[[list[str]], None]] = []
 
@@ -151,6 +171,7 @@ def learn(values: Iterable[str]) -> None:
     """Let `redact` know these too: the secrets in this process's configuration."""
     _learnt.update(values)
     _default.cache_clear()
+    hints.cache_clear()
     for pupil in _pupils:
         pupil(sorted(_learnt))
 

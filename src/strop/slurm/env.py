@@ -22,7 +22,7 @@ from strop.slurm import hostlist
 OF_THIS_ATTEMPT = {
     *("STROP_RUN_DIR", "STROP_ATTEMPT", "STROP_JOB_ID", "STROP_RESTART_COUNT", "STROP_END_TIME"),
     *("STROP_TASKS_PER_NODE", "STROP_GPUS_PER_NODE", "STROP_NUM_NODES", "STROP_SHELL_PID"),
-    *("STROP_LOCAL_RESTARTS", "STROP_SUCCESSOR_JOB"),
+    *("STROP_LOCAL_RESTARTS", "STROP_SUCCESSOR_JOB", "STROP_LEFT_LOGS"),
 }
 OF_THIS_SUBMISSION = {
     *("SBATCH_ARRAY_INX", "SBATCH_GRES", "SBATCH_GPUS", "SBATCH_GPUS_PER_NODE", "SBATCH_GPUS_PER_TASK"),
@@ -80,6 +80,8 @@ class Job:
     """Of an attempt that has begun, in unix seconds; None when Slurm names no end."""
     log_dir: Optional[Path] = None
     """As in Env."""
+    node: str = ""
+    """Where this process is."""
 
     @property
     def target(self) -> Optional[str]:
@@ -153,6 +155,7 @@ def read_job(environ: Optional[Mapping[str, str]] = None) -> Job:
         successor_wish={"1": True, "0": False}.get(e.get("STROP_SUCCESSOR", "")),
         end_time=float(e["STROP_END_TIME"]) if e.get("STROP_END_TIME") else None,
         log_dir=_log_dir(e),
+        node=(None if local else e.get("SLURMD_NODENAME")) or socket.gethostname(),
     )
 
 
