@@ -195,7 +195,7 @@ main() {
     if [[ ${STROP_LAUNCHER:-} == local && $exit_code == 75 ]]; then
         local name=" run.name=${STROP_RUN_DIR##*/}"
         if [[ $* == *run.name=* ]]; then name=''; fi
-        say "to go on: STROP_LAUNCHER=local STROP_LOCAL_RANKS=${STROP_TASKS_PER_NODE:-1} bash sbatch/lib.sh $*$name"
+        say "to go on: STROP_LAUNCHER=local STROP_LOCAL_RANKS=${STROP_TASKS_PER_NODE:-1} bash sbatch/lib.sh $("$host_python" -m strop.slurm show "$@")$name"
     fi
     exit "$exit_code"
 }

@@ -163,6 +163,18 @@ def test_a_straggler_is_a_band_of_its_own(tmp_path):
     assert "6" in [band["ranks"] for band in bands]
 
 
+def test_one_attempt_of_several(big):
+    """The page of attempt 1: its cause, its ranks' lives, its row; and the same by the command."""
+    whole, one = (Page(html.report(big.directory, number)).data() for number in (None, 1))
+    numbers = [a["attempt"] for a in whole["timeline"]["attempts"]]
+    assert len(numbers) > 1
+    assert [a["attempt"] for a in one["timeline"]["attempts"]] == [1]
+    assert {life["attempt"] for band in one["timeline"]["bands"] for life in band["lives"]} == {1}
+    assert f"Attempt 1 of {len(numbers)}" in html.report(big.directory, 1)
+    with pytest.raises(UserError, match="--attempt 99"):
+        html.report(big.directory, 99)
+
+
 def test_a_page_of_a_run_without_anything(tmp_path):
     (tmp_path / "r/attempts").mkdir(parents=True)
     words = " ".join(text for _, text in Page(html.report(tmp_path / "r")).texts)

@@ -248,15 +248,21 @@ def test_secrets_are_taken_out_of_raw_lines(tmp_path: Path) -> None:
 SECRETS = ("hf_" + "a1B2" * 8, 'quo"ted\\back', "caf\u00e9-au-lait", "slash/es/here", "ghp_" + "x1" * 12)
 
 
+TOLD = re.compile(
+    "|".join(map(re.escape, (*SECRETS, "swordfish.swordfish", "'swordfish'", '"swordfish', "swordfish")))
+)
+
+
 @pytest.mark.parametrize("text", [
-    "login with {0}", "password: {1}", "the value {1}", "{2} and {2}", "{3}", "a {4} b", "API_KEY = 'swordfish'",
-    "token\": \"swordfish", "Bearer swordfish.swordfish", "https://me:swordfish@host/", "{0}\n{3}\x9b",
+    "login with {0}", "password: {1}", "the value {1}", "{2} and {2}", "{3}", "a {4} b",
+    "API_KEY = 'swordfish'", 'token": "swordfish', "Bearer swordfish.swordfish",
+    "https://me:swordfish@host/", "{0}\n{3}\x9b",
 ])  # fmt: skip
 @pytest.mark.parametrize("form", ["ours", "ascii", "slashes"])
 def test_secrets_of_another_writer_are_taken_out_when_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, form: str
 ) -> None:
-    """Whatever way of JSON's to write a character was chosen: in the message, the traceback, a field of its own.
+    """In whichever way JSON may write a character: in the message, the traceback, a field of its own.
     The truth is the text with each secret replaced by hand."""
     for i in (1, 2, 3):
         monkeypatch.setenv(f"MY_{i}_PASSWORD", SECRETS[i])
@@ -269,33 +275,20 @@ def test_secrets_of_another_writer_are_taken_out_when_read(
         "traceback": f"T {message}",
         "note": message,
     }
-    row = json.dumps(fields, ensure_ascii=form == "ascii", separators=(",", ":"))
+    row = json.dumps({**fields, "api_key": "swordfish"}, ensure_ascii=form == "ascii", separators=(",", ":"))
     row = row.replace("/", "\\/") if form == "slashes" else row
-    plain = json.dumps(
-        {"time": at(2.0), "level": "INFO", "message": "12 tokens: secretly"}, separators=(",", ":")
-    )
     run = LogRun(tmp_path / "run")
     run.attempt(1)
-    run.write(0, f"{row}\n{plain}\n".encode())
+    run.write(0, row.encode() + b"\n", line(2.0, "12 tokens: secretly"))
     try:
         for view in VIEWS:
             shown, _ = both(run.directory, view)
             assert "12 tokens: secretly" in shown
             assert "\x9b" not in shown
             if view.json:
-                first = json.loads(shown.splitlines()[0])
-                told = re.sub(
-                    "|".join(
-                        map(
-                            re.escape,
-                            (*SECRETS, "swordfish.swordfish", "'swordfish'", '"swordfish', "swordfish"),
-                        )
-                    ),
-                    "[secret]",
-                    message,
-                )
-                assert first["message"] == first["note"] == told
-                assert first["traceback"] == "T " + told
+                first, told = json.loads(shown.splitlines()[0]), TOLD.sub("[secret]", message)
+                assert (first["message"], first["note"], first["traceback"]) == (told, told, f"T {told}")
+                assert first["api_key"] == "[secret]"
             for secret in (*SECRETS, "swordfish"):
                 assert secret not in shown
                 assert json.dumps(secret)[1:-1] not in shown

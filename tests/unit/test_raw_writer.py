@@ -165,7 +165,7 @@ def test_a_rank_dies_with_its_writer(tmp_path):
 
 
 def test_a_signal_that_reaches_only_the_writer_is_handed_on(tmp_path):
-    """As with proctrack/cgroup, where only the direct child of slurmstepd gets it. It is blocked in the rank."""
+    """As with proctrack/cgroup, where only slurmstepd's direct child gets it. It is blocked in the rank."""
     code = "os.write(2, str(signal.sigwait({signal.SIGUSR1})).encode())"
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
     try:

@@ -35,8 +35,8 @@ TRACE_FRAMES = 8
 
 
 def report(run_dir: Path, attempt: Optional[int] = None) -> str:
-    """The page's text; of one attempt's ranks and end, if it is given. Raises UserError if that is no run, or has
-    no such attempt."""
+    """The page's text; of one attempt's ranks and end, if it is given. Raises UserError if that is no run, or
+    has no such attempt."""
     run = why_module.read(run_dir)
     now = status.assess(run)
     why = why_module.explain_read(run, now, attempt)

@@ -213,8 +213,8 @@ def _add(
 
 
 def _note_uncollected(logs: Logs, attempt: int, clock: Clock) -> None:
-    """Where logs are that were written to nodes' own disks, and not all copied: of ranks that still run, or of an
-    attempt that was killed together with its batch shell."""
+    """Where logs are that were written to nodes' own disks, and not all copied: of ranks that still run, or
+    of an attempt that was killed together with its batch shell."""
     try:
         record = records.read(logs.run_dir, attempt)
     except (OSError, UnicodeDecodeError):
@@ -227,8 +227,8 @@ def _note_uncollected(logs: Logs, attempt: int, clock: Clock) -> None:
     where = records.rank_log_dir(logs.run_dir, attempt, Path(record["log_dir"]))
     nodes = ", ".join(left[:8]) + (f" and {len(left) - 8} more" if len(left) > 8 else "")
     logs.notes.append(
-        f"attempt {attempt}: newer lines may lie on {nodes}{whose}, in {where}: they are copied when it ends, or "
-        "by --collect"
+        f"attempt {attempt}: newer lines may lie on {nodes}{whose}, in {where}: "
+        "they are copied when it ends, or by --collect"
     )
 
 

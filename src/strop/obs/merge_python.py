@@ -18,7 +18,7 @@ from strop.obs.log_text import LAST_TIME_US, RAW, Line, parse_line, redact_line,
 
 MAX_LINE = 256 << 10
 """Of a longer line only so much is shown."""
-LARGEST_CHUNK, SMALLEST_CHUNK = 32 << 10, 2 << 10
+LARGEST_CHUNK, SMALLEST_CHUNK = 32 << 10, 1 << 10
 CHUNKS_BYTES = 32 << 20
 """For all streams together."""
 CLOCK_BACK_US = 100_000
@@ -55,13 +55,14 @@ def pieces(
         position, start, rest = 0, 0, b""
         while chunk := _read(segment, position, counted, number, chunk_bytes):
             before, *lines = chunk.split(b"\n")
+            position += len(chunk)
+            del chunk  # of 20,000 ranks' files all lie here at once
             rest = (rest + before)[: MAX_LINE + 1]
-            end = position + len(before) + 1
+            end = position - sum(map(len, lines)) - len(lines) + 1
             for line in lines:
                 yield segment.index, start, _cut(rest, counted), True
                 rest, start = line, end
                 end += len(line) + 1
-            position += len(chunk)
         if rest:
             yield segment.index, start, _cut(rest, counted), False
 

@@ -3,7 +3,8 @@
 `begin ALGO ARGS` prints shell assignments for the ranks. `end --exit CODE --signals "USR1 TERM"` prints
 "ACTION EXIT_CODE"; the summary for the reader goes to stderr, which is the job's output file. `term` is
 called when TERM has reached the batch shell of a job with a successor. `collect` runs on every node;
-`collect earlier`, before the ranks start, leaves out this attempt.
+`collect earlier`, before the ranks start, leaves out this attempt. `show ARGS` prints a command line without
+its secrets.
 """
 
 from __future__ import annotations
@@ -25,18 +26,23 @@ def main(argv: Sequence[str]) -> int:
         return end(list(argv[1:]))
     if argv[:1] == ["collect"]:
         return collect_logs(earlier=argv[1:] == ["earlier"])
+    if argv[:1] == ["show"]:
+        print(" ".join(secrets.mask_args(argv[1:])))
+        return EXIT_DONE
     if argv[:1] == ["term"]:
         if body.cancel_successor(env.read_job()):
             say("cancelled, and its successor with it")
         return EXIT_DONE
     print(
-        "usage: python3 -m strop.slurm begin ALGO ARGS | collect [earlier] | end --exit CODE --signals NAMES | term",
+        "usage: python3 -m strop.slurm begin ALGO ARGS | collect [earlier] | "
+        "end --exit CODE --signals NAMES | term | show ARGS",
         file=sys.stderr,
     )
     return EXIT_USER
 
 
 def begin(algo: str, args: list[str]) -> int:
+    secrets.learn(secrets.values_in_args(args))
     job = env.read_job()
     try:
         tasks = env.tasks_per_node() if job.launcher == "slurm" else env.local_ranks()

@@ -5,7 +5,8 @@ place in the file, not appended: whoever does it twice at once does no harm. A r
 files from time to time and at its end. Ranks that were killed could not, so the batch shell runs
 `python3 -m strop.slurm collect` on every node once all have ended. Where Slurm ended the batch shell too, the
 next attempt does so on the nodes that it gets, before its own ranks start, and `python -m tools.logs RUN
---collect` on all. `logs/NNNN/collected-NODE` says that a node has nothing left; `uncollected` names the others.
+--collect` on all. `logs/NNNN/collected-NODE` says that a node has nothing left; `uncollected` names the
+others.
 """
 
 from __future__ import annotations
@@ -80,14 +81,12 @@ def uncollected(run_dir: Path, record: Mapping[str, Any]) -> list[str]:
 
 
 def from_this_node(run_dir: Path, log_dir: Path, node: str, current: int, *, earlier: bool) -> list[str]:
-    """Collect what this node has of the run: of the current attempt (or, with `earlier`, not yet of it), and of
-    others that left something here. What could not be copied, in words."""
+    """Collect what this node has of the run: of the current attempt (or, with `earlier`, not yet of it), and
+    of those before it that left something here. What could not be copied, in words."""
+    before = [r for r in attempts.read_all(run_dir) if r["attempt"] < current]
+    left = [r for r in before if r.get("log_dir") == str(log_dir) and node in uncollected(run_dir, r)]
     failed = []
-    for record in attempts.read_all(run_dir):
-        number = record["attempt"]
-        is_left = record.get("log_dir") == str(log_dir) and node in uncollected(run_dir, record)
-        if number > current or (earlier if number == current else not is_left):
-            continue
+    for number in [*(r["attempt"] for r in left), *([] if earlier else [current])]:
         shared = attempts.log_dir(run_dir, number)
         try:
             collect(attempts.rank_log_dir(run_dir, number, log_dir), shared)

@@ -266,6 +266,12 @@ def tasks_per_node(environ: Optional[Mapping[str, str]] = None) -> int:
     return int(asked)
 
 
+def host_python(environ: Optional[Mapping[str, str]] = None) -> str:
+    """HOST_PYTHON: what takes the decisions on batch hosts."""
+    e = os.environ if environ is None else environ
+    return e.get("HOST_PYTHON") or "python3"
+
+
 def all_variables() -> dict[str, str]:
     """A copy of the environment, to pass on to a child."""
     return dict(os.environ)
