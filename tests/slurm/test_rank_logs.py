@@ -54,6 +54,25 @@ def test_what_a_killed_rank_had_written_is_collected(submit, tmp_path, monkeypat
     assert attempts.read(run, 1)["args"][-1] == "+metadata.api_key=[secret]"
 
 
+@pytest.mark.parametrize("kind", ["segv", "kill", "exception"])
+def test_no_secret_of_a_dying_rank_reaches_a_disk(submit, tmp_path, monkeypatch, kind):
+    """Written by C past Python, whole and in halves, the last time just before the end. The words around it
+    are there, and Slurm's own view of the end is that of a rank without a writer."""
+    monkeypatch.setenv("DB_PASSWORD", PASSWORD)
+    monkeypatch.setenv("STROP_TEST_PYTHON", sys.executable)
+    words = ["run.name=r", "log=1", "steps=4", f"fail={kind}", "rank=1", "at=2", "once=1", "leak=DB_PASSWORD"]
+    job = submit("--nodes=2", *words)
+    assert ended(job, 240)["JobState"] == "COMPLETED", output(job)
+    cause = {"segv": "segfault", "kill": "killed"}.get(kind, kind)
+    assert causes(Path("runs/r")) == [cause, "done"], output(job)
+    raw = Path("runs/r/logs/0001/rank00001.err").read_text()
+    assert raw.startswith("before [secret] after\nhalf: [secret] done\nlast words [secret]"), raw
+    assert ("Segmentation fault" in raw) == (kind == "segv")
+    for path in [p for p in tmp_path.rglob("*") if p.is_file()]:
+        assert PASSWORD.encode() not in path.read_bytes(), path
+    assert PASSWORD not in output(job)
+
+
 def test_logs_that_cannot_be_collected_do_not_keep_the_job_from_its_end(submit, tmp_path, monkeypatch):
     """A directory stands where one copy of the second attempt should go."""
     assert ended(submit("run.name=r", "steps=1"), 240)["JobState"] == "COMPLETED"

@@ -85,7 +85,7 @@ def begin(algo: str, args: Sequence[str], job: env.Job) -> Begun:
         args=secrets.mask_args(args),
         named=run.given,
         code=code_now,
-        **({"log_dir": str(job.log_dir)} if job.log_dir else {}),
+        log_dir=str(job.log_dir) if job.log_dir else None,
         **deaths.mark(),
     )
     (run.directory / "requeue_pending").unlink(missing_ok=True)
