@@ -11,7 +11,7 @@ at a tenth of the speed or less, with the same output.
 
 Raw stderr has no times: a raw line stands before the first structured line that was written after it began,
 with that line's time, and what is behind the last one has the file's. It is shown at level RAW, which counts
-as a warning. Secrets are taken out of it here, since its writers could not.
+as a warning. Our writers have left out secrets already; another one's are taken out here.
 """
 
 from __future__ import annotations

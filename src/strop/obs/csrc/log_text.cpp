@@ -129,7 +129,14 @@ void take(Line* line, string_view key, string_view value) {
     }
 }
 
-unsigned char lower(unsigned char c) { return c >= 'A' && c <= 'Z' ? c + 32 : c; }
+struct Lower {
+    constexpr Lower() : of() {
+        for (int c = 0; c < 256; c++) of[c] = c >= 'A' && c <= 'Z' ? c + 32 : c;
+    }
+    constexpr unsigned char operator[](unsigned char c) const { return of[c]; }
+    unsigned char of[256];
+};
+constexpr Lower LOWER;
 
 // Whether a = or : follows, behind quotes, blanks and what JSON makes of them.
 bool assigned(string_view text, size_t at) {
@@ -137,7 +144,7 @@ bool assigned(string_view text, size_t at) {
         char c = text[at];
         if (c == '=' || c == ':') return true;
         if (c == '\\') at++;
-        else if (c != '"' && c != '\'' && c != ' ' && lower(c) != 's') return false;
+        else if (c != '"' && c != '\'' && c != ' ' && LOWER[(unsigned char)c] != 's') return false;
     }
     return false;
 }
@@ -218,25 +225,26 @@ const char* colour_of(string_view level) {
 
 }  // namespace
 
-Hints::Hints(const char* lines) : pairs_(1 << 16) {
+Hints::Hints(const char* lines) : groups_(1 << 16), words_(1) {
     for (const char* end; (end = strchr(lines, '\n')); lines = end + 1) {
-        words_.emplace_back(lines, end);
-        pairs_[(unsigned char)lines[1] << 8 | (unsigned char)lines[2]] = true;
+        uint16_t& group = groups_[(unsigned char)lines[1] << 8 | (unsigned char)lines[2]];
+        if (!group) group = words_.size(), words_.emplace_back();
+        words_[group].emplace_back(lines, end);
     }
 }
 
 bool Hints::in(string_view text) const {
-    unsigned char before = 0;
+    unsigned before = 0;
     for (size_t i = 0; i < text.size(); i++) {
-        unsigned char c = lower(text[i]);
-        bool hit = pairs_[before << 8 | c];
+        unsigned c = LOWER[(unsigned char)text[i]];
+        uint16_t group = groups_[before << 8 | c];
         before = c;
-        if (!hit) continue;
-        for (const string& word : words_) {
+        if (!group) continue;
+        for (const string& word : words_[group]) {
             size_t size = word.size() - 1;
             if (size > text.size() - (i - 1)) continue;
-            size_t n = 0;
-            while (n < size && lower(text[i - 1 + n]) == (unsigned char)word[n + 1]) ++n;
+            size_t n = 2;
+            while (n < size && LOWER[(unsigned char)text[i - 1 + n]] == (unsigned char)word[n + 1]) ++n;
             if (n == size && (word[0] != '=' || assigned(text, i - 1 + n))) return true;
         }
     }

@@ -69,8 +69,8 @@ class Hints {
     bool in(string_view text) const;
 
   private:
-    std::vector<bool> pairs_;  // the first two bytes of the words
-    std::vector<string> words_;
+    std::vector<uint16_t> groups_;            // by the first two bytes of a word: which of `words_`, or 0
+    std::vector<std::vector<string>> words_;  // of one group each
 };
 
 int level_number(string_view level);
