@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from strop.obs import log_files
 from strop.slurm import attempts
 from tests.log_lines import read
-from tests.slurm.body_jobs import causes, ended, output, submitting
+from tests.slurm.body_jobs import causes, ended, output, submitting, wait_until
 
 PASSWORD = "correct-horse-battery"
 
@@ -88,3 +90,25 @@ def test_logs_that_cannot_be_collected_do_not_keep_the_job_from_its_end(submit, 
     assert f"logs were left on the nodes, in {disk}" in output(job)
     assert (disk / "r/0002/rank00000.jsonl").is_file()
     assert (tmp_path / "runs/r/logs/0002/rank00001.err").is_file()  # the others are copied all the same
+
+
+def test_what_a_killed_job_left_on_its_nodes_is_fetched_by_the_next_attempt(submit, tmp_path, monkeypatch):
+    """The batch shell is killed with its ranks, long before they copy anything by themselves."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    monkeypatch.setenv("STROP_LOG_DIR", str(disk))
+    monkeypatch.setenv("STROP_TEST_PYTHON", sys.executable)
+    job = submit("--nodes=2", "run.name=r", "log=1", "steps=600", "step_s=0.3")
+    local = disk / "r/0001"
+    wait_until(lambda: all((local / f"rank0000{r}.jsonl").exists() for r in (0, 1)), 120)
+    wait_until(lambda: len(read(local, 1)) > 2, 60)
+    subprocess.run(["scancel", "--full", "--signal=KILL", job], check=True)
+    ended(job, 120)
+    written = {path.name: path.read_bytes() for path in local.iterdir()}
+    run = Path("runs/r")
+    assert any(f"newer lines may lie on node1, node2, in {local}" in n for n in log_files.find(run).notes)
+    job = submit("--nodes=2", "run.name=r", "log=1", "steps=1")
+    assert ended(job, 240)["JobState"] == "COMPLETED", output(job)
+    assert list(disk.iterdir()) == [], output(job)
+    assert {name: (run / "logs/0001" / name).read_bytes() for name in written} == written
+    assert not any("newer lines" in note for note in log_files.find(run).notes)
