@@ -152,7 +152,7 @@ def test_what_no_kernel_takes_is_said_once(fresh, caplog):
     ]
 
 
-@pytest.mark.skipif(not native.has_fused_head(torch.bfloat16), reason="this CPU has no AVX-512 bf16")
+@pytest.mark.avx512
 def test_the_fused_heads_c_functions_refuse_what_does_not_fit():
     """Through the C interface: a status, and nothing written."""
     lib = native.library("cpu")
