@@ -41,7 +41,7 @@ def install(model: nn.Module) -> None:
                 if own not in tried:
                     tried[own] = agrees(module)
                 if tried[own]:
-                    module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
+                    module.forward = types.MethodType(forward, module)
     for name in {type(module).__module__ for module in model.modules()}:
         _install_rotary(sys.modules[name])
 
@@ -63,9 +63,10 @@ def _looks_like_norm(module: nn.Module) -> bool:
 
 def _is_norm(module: nn.Module) -> bool:
     trial = copy.copy(module)
-    trial._parameters = {"weight": nn.Parameter(torch.linspace(-1.5, 2.0, 8))}
+    weight = nn.Parameter(torch.linspace(-1.5, 2.0, 8))
+    trial._parameters = {"weight": weight}
     x = torch.linspace(-2, 1, 24).view(1, 3, 8)
-    wanted = trial.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _eps(module))
+    wanted = weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _eps(module))
     return _agree(lambda: trial(x), wanted)
 
 
