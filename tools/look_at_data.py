@@ -5,20 +5,20 @@
     python -m tools.look_at_data --algo sft --row training.jsonl:17
 
 Prepares the data exactly as the trainer does (or finds what the trainer, tools.prepare or a former call left
-in data.cache_dir; the job then finds it, too), and prints of each set
-
-  its ledger   rows read, used and left out, with the reason, for each source
-  lengths      percentiles, a histogram, steps, how full the packed micro batches are
-  concerns     BOS twice, no EOS, a prompt that is no prefix of prompt + completion, chosen == rejected, answers
-               without text, answers told by their length, rows that are there twice or also in the training
-               set, and more; each with how many, where, and what to do
-
-and then --n examples, decoded from the tokens that are trained on:
+in data.cache_dir; the job then finds it, too). Prints --n examples, decoded from the tokens trained on:
 
   trained      green; in a pipe or with --no-color ⟦between these marks⟧. The loss is taken of these tokens
   context      as it is: prompts, and the turns of others
   special      cyan: tokens such as BOS or end of turn, not text that looks like them
   ⏎ → · ‹U+›   line breaks, tabs, blanks at the ends, characters that cannot be seen
+
+and of each set
+
+  its ledger   rows read, used and left out, with the reason, for each source
+  lengths      percentiles, a histogram, steps, how full the packed micro batches are
+  concerns     BOS twice, no EOS, a prompt that is no prefix of prompt + completion, chosen == rejected,
+               answers without text, answers told by their length, rows that are there twice or also in the
+               training set, and more; each with how many, where, and what to do
 
 Examples are spread evenly over the set; --seed N draws them, --longest takes the longest, --row shows one:
 by its number (from 1) or as SOURCE:LINE, which also tells why a line is not used. Preference pairs show their
@@ -27,13 +27,14 @@ shared prompt once; text (cpt) shows blocks with the documents in them.
 Bad rows do not stop this tool as they may stop training (data.on_bad_row, data.over_length,
 data.max_dropped_fraction): all of them are counted, and a warning says that training would stop.
 
-Without --algo the configuration's `algo:` or the file's name (my-dpo.yaml) decides. Exit code 0, with --strict
-1 if there are warnings; 78: your error in configuration or data; 74: storage.
+Without --algo the configuration's `algo:` or the file's name (my-dpo.yaml) decides. Exit code 0 (1 with
+--strict and warnings); 78: your error in configuration or data; 74: storage.
 
 --json FILE ("-": stdout, and nothing else there): {"sets": {name: {"ledger", "rows", "sequences", "tokens",
-"trained_tokens", "lengths", "prompts", "trained", "histogram", "steps"}}, "concerns": {name: [{"level",
-"name", "text", "advice", "count", "share", "examples"}]}, "samples": [{"row", "place", "tokens", "trained",
-"value", "parts": [{"title", "tokens", "trained", "spans": [{"text", "trained", "special", "tokens"}]}]}]}.
+"trained_tokens", "lengths", "prompts", "trained", "histogram": [[from, up to, count], ...]}}, "steps": {...},
+"concerns": {name: [{"level", "name", "text", "advice", "count", "share", "examples"}]}, "samples": [{"row",
+"place", "tokens", "trained", "value", "parts": [{"title", "tokens", "trained", "spans": [{"text", "trained",
+"special", "tokens"}]}]}]}. Text has "documents" beside "rows", which are its blocks.
 """
 
 from __future__ import annotations

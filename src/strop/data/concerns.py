@@ -53,7 +53,7 @@ class Concern:
 
 def of_set(look: Look, config: Config, tokenizer: Any, templated: bool) -> list[Concern]:
     """templated: the rows went through a chat template."""
-    out = [*_dropped(look.ledger), *_boundaries(look)]
+    out = [*_dropped(look.ledger, config), *_boundaries(look)]
     out += [*_beginnings(look, tokenizer, templated), *_endings(look, tokenizer), *_content(look, templated)]
     if not look.is_text:
         out += _prompts(look, config, tokenizer)
@@ -92,7 +92,7 @@ def percent(share: float) -> str:
     return f"{value:.1f}%" if value >= 0.1 else f"{value:.1g}%"
 
 
-def _dropped(ledger: Ledger) -> list[Concern]:
+def _dropped(ledger: Ledger, config: Config) -> list[Concern]:
     """Rows left out, by reason; not those that filters were asked to leave out."""
     out = []
     reasons = {reason for entry in ledger.sources.values() for reason in entry.dropped}
@@ -108,7 +108,9 @@ def _dropped(ledger: Ledger) -> list[Concern]:
         share = count / ledger.read
         text = f"{count:,} of {ledger.read:,} rows ({percent(share)}) are left out: {reason}"
         advice = ADVICE.get(reason, "correct them, or data.on_bad_row=skip leaves them out")
-        out.append(Concern("warn", reason, text, advice, count, share, examples[:3]))
+        wanted = reason == "over_length" and share <= config.data.max_dropped_fraction
+        level = "note" if wanted else "warn"
+        out.append(Concern(level, reason, text, advice, count, share, examples[:3]))
     return out
 
 
@@ -189,7 +191,7 @@ def _prompts(look: Look, config: Config, tokenizer: Any) -> list[Concern]:
     if len(bare) and not config.sft.train_on_prompt:
         text, advice = "have no prompt", "the model learns to say this to everything"
         out.append(_concern(look, "warn", "no_prompt", text, advice, count=len(bare), rows=bare[:3].tolist()))
-    if len(look.common) >= COMMON:
+    if len(look.common) >= COMMON and look.name == "train":
         begin = tokenizer.decode(look.common, skip_special_tokens=False)
         text = f"all sequences begin with the same {len(look.common)} tokens: {short(begin)}"
         advice = "prompt the trained model with them too"

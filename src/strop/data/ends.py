@@ -1,4 +1,4 @@
-"""How sequences begin and end: BOS once, and an end that is trained. Without one a model never learns to stop.
+"""How sequences begin and end: BOS once, and an end that is trained, or the model never learns to stop.
 
 Many sequences lie side by side in flat arrays, as in a token store; everything is looked at for all of them
 at once.

@@ -1,4 +1,4 @@
-"""What tools.look_at_data prints: spans of tokens with what cannot be seen made visible, tables, bars, concerns.
+"""What tools.look_at_data prints: text with what cannot be seen made visible, tables, bars, concerns.
 
 Lines that are not data fit `Paper.width`. On a terminal trained text is green, special tokens are cyan, both
 at once green on a bar; elsewhere trained text stands between ⟦ and ⟧. Colours are closed at every end of a
@@ -62,13 +62,11 @@ class Paper:
 
     def wrap(self, text: str, first: str = "", rest: str = "") -> str:
         """Paragraphs within the width; a word that is too long, such as a path, is not cut."""
-        options = {"break_long_words": False, "break_on_hyphens": False}
-        lines = [
-            textwrap.fill(
-                line, self.width, initial_indent=first if i == 0 else rest, subsequent_indent=rest, **options
-            )  # fmt: skip
-            for i, line in enumerate(text.splitlines())
-        ]
+        wrapper = textwrap.TextWrapper(self.width, break_long_words=False, break_on_hyphens=False)
+        lines = []
+        for i, line in enumerate(text.splitlines()):
+            wrapper.initial_indent, wrapper.subsequent_indent = rest if i else first, rest
+            lines.append(wrapper.fill(line))
         return "\n".join(lines)
 
 
@@ -109,7 +107,7 @@ def spans_text(spans: Iterable[Span], paper: Paper) -> str:
             out.append(
                 paper.style(visible(text), (kind, span.special)) if shown else paper.style(text, "dim")
             )
-    return "".join(out) + ("⟧" if inside and not paper.colour else "")
+    return "".join(out).rstrip("\n") + ("⟧" if inside and not paper.colour else "")
 
 
 def _shortened(span: Span, full: bool) -> Iterator[tuple[str, bool]]:
@@ -123,11 +121,11 @@ def _shortened(span: Span, full: bool) -> Iterator[tuple[str, bool]]:
     yield span.text[-END_CHARS:], True
 
 
-def sample_text(sample: Sample, number: int, of: int, total: int, what: str, paper: Paper) -> str:
+def sample_text(sample: Sample, title: str, total: int, what: str, paper: Paper) -> str:
     """One row or block; total: how many the set has."""
     value = "" if sample.value is None else f", value {sample.value:g}"
     lines = [
-        paper.heading(f"example {number} of {of}: {printable(sample.place)}"),
+        paper.heading(f"{title}: {printable(sample.place)}"),
         paper.wrap(
             f"{what} {sample.row:,} of {total:,}, {sample.tokens:,} tokens, {sample.trained:,} trained{value}"
         ),
@@ -141,7 +139,7 @@ def sample_text(sample: Sample, number: int, of: int, total: int, what: str, pap
 
 
 def _part_text(part: Part, paper: Paper) -> list[str]:
-    body = spans_text(part.spans, paper).rstrip("\n")
+    body = spans_text(part.spans, paper)
     if not part.title:
         return [body]
     counts = f"{part.tokens:,} tokens" + (f", {part.trained:,} trained" if part.trained else "")
@@ -149,14 +147,14 @@ def _part_text(part: Part, paper: Paper) -> list[str]:
 
 
 def ledger_text(ledger: Ledger, paper: Paper) -> str:
-    """The ledger's table, the names of sources cut at their beginning where the lines would be too long."""
+    """The ledger's table without its title, sources' names cut at their beginning where it is too wide."""
     over = max(len(line) for line in ledger.table().split("\n")) - paper.width
     if over > 0:
         room = max(12, max(len(entry.name) for entry in ledger.sources.values()) - over)
         ledger = copy.deepcopy(ledger)
         for entry in ledger.sources.values():
             entry.name = entry.name if len(entry.name) <= room else "…" + entry.name[1 - room :]
-    return str(printable(ledger.table()))
+    return str(printable(ledger.table().partition("\n")[2]))
 
 
 def lengths_text(look: Look, limit: int, paper: Paper) -> str:
@@ -178,20 +176,21 @@ def lengths_text(look: Look, limit: int, paper: Paper) -> str:
 
 
 def bars(look: Look, paper: Paper) -> Iterator[str]:
-    """The histogram; sequences that were left out as too long as its last line."""
+    """The histogram, and how many rows were left out as too long."""
     found = [(f"{a:,}" if a == b else f"{a:,} - {b:,}", n) for a, b, n in inspect.bins(look.lengths_S)]
-    dropped = [entry.dropped.get("over_length") for entry in look.ledger.sources.values()]
-    too_long = sum(rows.rows for rows in dropped if rows is not None)
-    if too_long:
-        found.append(("longer, left out (rows)", too_long))
     name_width = max(len(name) for name, _ in found)
     most, total = max(n for _, n in found), sum(n for _, n in found)
     count_width = max(len(f"{n:,}") for _, n in found)
     room = min(60, paper.width - name_width - count_width - 11)
     for name, n in found:
-        eighths = round(8 * room * n / most)
-        bar = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip() if n else ""
-        yield f"{name:>{name_width}}  {n:>{count_width},} {percent(n / total):>6}  {bar or '▏' * (n > 0)}"
+        eighths = max(round(8 * room * n / most), n > 0)
+        bar = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8]
+        yield f"{name:>{name_width}}  {n:>{count_width},} {percent(n / total):>6}  {bar}".rstrip()
+    dropped = [entry.dropped.get("over_length") for entry in look.ledger.sources.values()]
+    too_long = sum(rows.rows for rows in dropped if rows is not None)
+    if too_long:
+        share = percent(too_long / look.ledger.read)
+        yield f"{too_long:,} of {look.ledger.read:,} rows ({share}) are longer and left out"
 
 
 def totals_text(look: Look, steps: Steps | None, micro_batch_tokens: int, paper: Paper) -> str:
@@ -252,17 +251,16 @@ def set_text(report: Report, name: str, config: Config, paper: Paper) -> str:
 
 
 def report_text(report: Report, config: Config, shown: str, paper: Paper) -> Iterator[str]:
-    """Everything, piece by piece; `shown`: the set of the samples. The sum of the concerns comes last, where
-    it is seen."""
+    """Everything, piece by piece; `shown`: the set of the samples. Concerns come last, to be seen."""
+    own = report.looks[shown]
+    if report.samples:
+        yield legend(paper) + "\n"
+    for i, sample in enumerate(report.samples, start=1):
+        title = f"{printable(shown)} example {i} of {len(report.samples)}"
+        yield sample_text(sample, title, own.rows.num_rows, "block" if own.is_text else "row", paper)
     for name in report.looks:
         yield set_text(report, name, config, paper)
     if general := report.concerns[GENERAL]:
         body = "\n\n".join(concern_text(concern, paper) for concern in general)
         yield paper.heading("the run") + "\n" + body + "\n"
-    if report.samples:
-        yield legend(paper) + "\n"
-    own = report.looks[shown]
-    what = "block" if own.is_text else "row"
-    for i, sample in enumerate(report.samples, start=1):
-        yield sample_text(sample, i, len(report.samples), own.rows.num_rows, what, paper)
     yield summary_text([c for found in report.concerns.values() for c in found], paper)

@@ -1,7 +1,7 @@
 """All that tools.look_at_data knows of a run's data: sets prepared as the trainer prepares them, then read.
 
-A row that would stop training must not stop the one who looks for such rows. So a set that the configuration's
-policies refuse is prepared anew with lenient ones, and the refusal becomes a concern.
+A row that would stop training must not stop the one who looks for such rows. So a set that the policies of
+the configuration refuse is prepared anew with lenient ones, and the refusal becomes a concern.
 """
 
 from __future__ import annotations
