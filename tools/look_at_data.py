@@ -62,6 +62,8 @@ if TYPE_CHECKING:
 
 LINE_EVERY_S = 2.0
 PIPE_WIDTH = 100
+MIN_WIDTH = 72
+"""The tables need as much."""
 
 
 def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -107,7 +109,7 @@ def paper(options: argparse.Namespace) -> Paper:
         options.color == "auto" and terminal and not os.environ.get("NO_COLOR")
     )
     width = options.width or (shutil.get_terminal_size().columns if terminal else PIPE_WIDTH)
-    return Paper(colour, max(60, width), options.full)
+    return Paper(colour, max(MIN_WIDTH, width), options.full)
 
 
 def look(options: argparse.Namespace) -> tuple[config_module.Config, Report]:

@@ -191,7 +191,7 @@ def _prompts(look: Look, config: Config, tokenizer: Any) -> list[Concern]:
     if len(bare) and not config.sft.train_on_prompt:
         text, advice = "have no prompt", "the model learns to say this to everything"
         out.append(_concern(look, "warn", "no_prompt", text, advice, count=len(bare), rows=bare[:3].tolist()))
-    if len(look.common) >= COMMON and look.name == "train":
+    if len(look.common) >= COMMON and look.num_rows >= FEW and look.name == "train":
         begin = tokenizer.decode(look.common, skip_special_tokens=False)
         text = f"all sequences begin with the same {len(look.common)} tokens: {short(begin)}"
         advice = "prompt the trained model with them too"
