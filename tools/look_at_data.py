@@ -1,7 +1,7 @@
 """See what a run trains on: rows as the model gets them, what became of every row, and what looks wrong.
 
     python -m tools.look_at_data --config configs/sft.yaml [--n 5] [key=value ...]
-    python -m tools.look_at_data --algo dpo data.train=pairs.jsonl model.path=assets/tiny --n 20 | less -R
+    python -m tools.look_at_data --algo dpo data.train=pairs.jsonl --n 20 --color always | less -R
     python -m tools.look_at_data --algo sft --row training.jsonl:17
 
 Prepares the data exactly as the trainer does (or finds what the trainer, tools.prepare or a former call left
@@ -87,7 +87,7 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 class Progress:
-    """A line on stderr now and then, on a terminal in place."""
+    """A line on stderr now and then."""
 
     def __init__(self) -> None:
         self.begin = self.last = time.monotonic()

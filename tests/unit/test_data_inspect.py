@@ -11,7 +11,7 @@ from data_helpers import CHATML, tiny_tokenizer, write_jsonl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from strop.config import Config, DataConfig, TrainConfig
+from strop.config import Config, DataConfig, TrainConfig, ValidationConfig
 from strop.data import concerns, ends, inspect, inspect_text, looking, repeats, samples, units
 from strop.data.repeats import Hashes, Repeats
 from strop.data.spans import Span, spans, special_mask
@@ -34,11 +34,15 @@ def pair(question, chosen, rejected):
 def look_at(tmp_path):
     """look_at(kind, {train: rows, validation: rows}, tokenizer, data keys ...) -> (report, config)."""
 
-    def look(kind, rows, tokenizer=None, train=None, **keys):
+    def look(kind, rows, tokenizer=None, train=None, watch=None, **keys):
         for name, own in rows.items():
             write_jsonl(tmp_path / f"{name}.jsonl", own)
         paths = {name: str(tmp_path / f"{name}.jsonl") for name in rows}
-        config = Config(data=DataConfig(**paths, **keys), train=train or TrainConfig())
+        config = Config(
+            data=DataConfig(**paths, **keys),
+            train=train or TrainConfig(),
+            validation=ValidationConfig(watch=watch or {}),
+        )
         tokenizer = tokenizer or tiny_tokenizer()
         report = looking.look(config, kind, tokenizer, tmp_path / "cache", 1, lambda what, done, total: None)
         return report, config
@@ -246,6 +250,14 @@ def test_prompts_of_training_in_validation(look_at):
     assert told(report, "validation") == {"end_is_not_eos": 0, "leaked_prompts": 1}
 
 
+def test_sets_watched_beside(look_at, tmp_path):
+    """They are looked at as the validation set is: what of them is in training is no test of forgetting."""
+    old = write_jsonl(tmp_path / "old.jsonl", [GOOD[0], dialogue("Old?", "Very.")])
+    report, _ = look_at("sft", {"train": GOOD}, watch={"old": str(old)})
+    assert list(report.looks) == ["train", "old"]
+    assert told(report, "old") == {"end_is_not_eos": 0, "leakage": 1}
+
+
 def test_bad_rows_are_all_counted_and_training_would_stop(look_at):
     """on_bad_row=error ends training at the first of them; who looks wants to know them all."""
     same = [pair("Is it?", "Yes.", "Yes."), pair("Was it?", "No.", "No.")]
@@ -297,6 +309,15 @@ def test_documents(texts):
     assert int(own.trained_S.sum()) == int(own.lengths_S.sum()) - 7  # all but each first token
     assert told(report, "train") == {}
     assert told(report, "validation") == {"leakage": 1}
+
+
+def test_bad_documents_are_counted(look_at):
+    """A row without text ends the preparation, but not the look at it; the others are all there."""
+    rows = [{"text": "Some words."}, {"txt": "x"}, {"text": "Other words."}, {"text": 3}]
+    report, _ = look_at("text", {"train": rows}, max_length=16)
+    assert told(report, "train") == {"wrong_fields": 2}
+    assert [c.name for c in report.concerns["all"]] == ["training_stops"]
+    assert report.looks["train"].num_rows == 2
 
 
 def test_blocks_show_their_documents(texts):

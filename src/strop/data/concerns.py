@@ -189,7 +189,8 @@ def _prompts(look: Look, config: Config, tokenizer: Any) -> list[Concern]:
     out = []
     bare = np.flatnonzero(look.prompts_S[:: look.seqs_per_row] <= 1)
     if len(bare) and not config.sft.train_on_prompt:
-        text, advice = "have no prompt", "the model learns to say this to everything"
+        text = "have a prompt of one token or none"
+        advice = "the model learns to say this to everything"
         out.append(_concern(look, "warn", "no_prompt", text, advice, count=len(bare), rows=bare[:3].tolist()))
     if len(look.common) >= COMMON and look.num_rows >= FEW and look.name == "train":
         begin = tokenizer.decode(look.common, skip_special_tokens=False)

@@ -72,7 +72,8 @@ def _prepared(
 ) -> Iterator[tuple[str, sets.RowSet, Ledger, UserError | None]]:
     """(set, its rows, its ledger, the error that training would end with)."""
     digest = tokenizer_digest(tokenizer)
-    data = dataclasses.replace(config.data, on_bad_row="skip", over_length="drop", max_dropped_fraction=1.0)
+    keep = "drop" if config.data.over_length == "error" else config.data.over_length
+    data = dataclasses.replace(config.data, on_bad_row="skip", over_length=keep, max_dropped_fraction=1.0)
     lenient = dataclasses.replace(config, data=data)
     makers = [
         Maker(c, kind, tokenizer, digest, cache_dir, workers, lambda a, b: progress("preparing", a, b))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -86,12 +85,9 @@ def split_name(name: str) -> tuple[str, int]:
 def why_not(config: Config, kind: str, tokenizer: Any, split: str, name: str) -> str:
     """Why a line of a source is not in the set; for rows, which can be rendered anew."""
     source, line = split_name(name)
-    lenient = dataclasses.replace(config.data, on_bad_row="skip", over_length="drop")
-    config = dataclasses.replace(config, data=lenient)
-    ledger = Ledger(split)
     found = (
         row
-        for row in prepare.rendered(config, tokenizer, kind, split, ledger)
+        for row in prepare.rendered(config, tokenizer, kind, split, Ledger(split))
         if row.line == line and row.source.endswith(source)
     )
     for row in Tokeniser(tokenizer, config.data.max_length)(itertools.islice(found, 1)):

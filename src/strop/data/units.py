@@ -27,10 +27,6 @@ class Chunk:
     """int64 [S + 1]: where its sequences begin."""
 
 
-def seqs_per_unit(rows: RowSet) -> int:
-    return rows.seqs_per_row
-
-
 def num_units(rows: RowSet) -> int:
     """Rows, or documents."""
     return sum(p.end - p.begin for p in rows.parts) if isinstance(rows, Blocks) else rows.num_rows
