@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 from strop import config as config_module
 from strop.config import Config
-from strop.data import sources
+from strop.data import hub
 from strop.data.sets import Maker
 from strop.data.tokenise import tokenizer_digest
 from strop.doctor import memory, model, place, rows, schedule, text, tokens
@@ -130,7 +130,7 @@ def _scanned(split: str, scan: Callable[[], rows.Scan], offline: bool, checks: C
     try:
         return scan()
     except UserError as error:
-        if sources.HUB_IS_AWAY in str(error) and not offline:
+        if hub.IS_AWAY in str(error) and not offline:
             advice = "fetch it on a node with internet: hf download --repo-type dataset NAME"
             checks.warn(f"{split} data", "it is not in the hub cache, and is not looked at", advice)
         else:
