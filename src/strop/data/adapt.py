@@ -76,7 +76,7 @@ def of_path(config: DataConfig, kind: str) -> Use | None:
         close = difflib.get_close_matches(config.adapter.lower(), TABLE, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(TABLE)}"
         raise UserError(
-            f"{KEY}: no adapter is called {config.adapter!r}: {hint}, or package.module:name, or none"
+            f"{KEY}: no adapter is called {config.adapter!r}: {hint} (or package.module:name, or none)"
         )
     return Use(config.adapter, kind, dict(config.adapter_args))
 
