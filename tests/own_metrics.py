@@ -14,8 +14,9 @@ def everything(rows: ValidationRows) -> dict[str, float]:
         for s, completion in enumerate(rows.completions[i]):
             out[f"text/{i}/{s}"] = crc32((rows.prompts[i] + completion).encode())
             out[f"prompt/{i}/{s}"] = len(rows.prompts[i])
-            out[f"logp/{i}/{s}"] = rows.logps[i, s]
             out[f"trained/{i}/{s}"] = rows.num_trained[i, s]
+            if rows.logps is not None:
+                out[f"logp/{i}/{s}"] = rows.logps[i, s]
             if rows.ref_logps is not None and rows.rewards is not None:
                 out[f"ref/{i}/{s}"] = rows.ref_logps[i, s]
                 out[f"reward/{i}/{s}"] = rows.rewards[i, s]

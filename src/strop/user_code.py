@@ -117,4 +117,4 @@ def told(error: BaseException, name: str) -> str:
     own = [f for f in frames if module is not None and f.filename == module.__file__]
     outside = [f for f in frames if "importlib" not in f.filename and f.filename != __file__]
     shown = (own or outside)[-1:]
-    return text + "".join(f"\n  {f.filename}:{f.lineno}, in {f.name}: {f.line}" for f in shown)
+    return text + "".join(f"\n  {f.filename}:{f.lineno}, in {f.name}: {f.line or ''}" for f in shown)

@@ -50,10 +50,10 @@ class ValidationRows:
     """[R] what comes before the first trained token, without special tokens."""
     completions: list[list[str]]
     """[R][S] the trained tokens, without special ones."""
-    logps: np.ndarray
-    """fp64 [R, S]: log-probs of the trained tokens, summed over the sequence."""
     num_trained: np.ndarray
-    """int64 [R, S]: how many tokens that sum has."""
+    """int64 [R, S]: trained tokens."""
+    logps: Optional[np.ndarray] = None
+    """fp64 [R, S]: log-probs of the trained tokens, summed over the sequence; None where there are none."""
     ref_logps: Optional[np.ndarray] = None
     """fp64 [R, S]: the same sums of the reference model; None for an algorithm without one."""
     rewards: Optional[np.ndarray] = None
@@ -86,14 +86,13 @@ class Seen:
     """rows [R] and sums [R, S] of each batch, by name."""
 
     @torch.no_grad()
-    def add(self, out: Output, batch: Batch) -> None:
-        """Note a batch on the model's device."""
+    def add(self, out: Any, batch: Batch) -> None:
+        """Note a batch on the model's device, and what the model gave for it."""
         if batch.is_dummy:
             return
-        sums = {
-            "logps": ops.segment_sum(out.logp_T, batch.cu_seqlens),
-            "num_trained": ops.segment_sum(batch.trained_T.float(), batch.cu_seqlens),
-        }
+        sums = {"num_trained": ops.segment_sum(batch.trained_T.float(), batch.cu_seqlens)}
+        if isinstance(out, Output):
+            sums["logps"] = ops.segment_sum(out.logp_T, batch.cu_seqlens)
         if batch.ref_logp_T is not None:
             sums["ref_logps"] = ops.segment_sum(batch.ref_logp_T, batch.cu_seqlens)
         if self.rewards is not None:

@@ -19,6 +19,14 @@ from strop.data.sources import Row, Source
 from strop.errors import UserError
 
 
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """No network: a request would fail, and nothing may ask for one."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    return tmp_path
+
+
 def find(kind="preference", split="train", **settings):
     return sources.find(DataConfig(**settings), split, kind)
 
@@ -45,6 +53,8 @@ def test_names_stand_for_hub_sets():
     assert splits == {"preference": ["train_prefs", "test_prefs"], "sft": ["train_sft", "test_sft"]}
     [other] = find("sft", train="openmathinstruct2", hub_split="train_1M")
     assert other.name == "nvidia/OpenMathInstruct-2:train_1M"
+    [judged] = find("unpaired", train="hh")  # takes pairs apart
+    assert (judged.split, judged.adapter) == ("train", adapt.Use("hh", "unpaired"))
     [explicit] = find("sft", "validation", train="x.jsonl", validation="gsm8k")
     assert explicit.name == "openai/gsm8k/main:test"
 
@@ -98,8 +108,22 @@ def test_names_that_cannot_be_meant(tmp_path):
         "openai/gsm8k to have it read by another one"
     )
     assert error_of(find, "sft", "validation", train="x.jsonl", validation="tulu3-sft") == (
-        "data.hub_validation_split is not set: tulu3-sft has none of its own"
+        "data.hub_validation_split is not set: which split of allenai/tulu-3-sft-mixture is for validation? "
+        "(data.split makes one)"
     )
+
+
+def test_a_copy_without_the_subset(offline):
+    """Left as `datasets` finds it, with the key that helps."""
+    (offline / "gsm8k").mkdir()
+    (offline / "gsm8k" / "README.md").write_text("# A set\n")
+    write_jsonl(offline / "gsm8k" / "test.jsonl", [GSM8K])
+    settings = {"train": str(offline / "gsm8k"), "adapter": "gsm8k"}
+    assert "BuilderConfig 'main' not found. Available: ['default']" in error_of(
+        find, "sft", "validation", **settings
+    )
+    [source] = find("sft", "validation", **settings, hub_subset="default")
+    assert [row.fields for row in sources.read(source)] == [ONE_TO_ONE[10][3]]
 
 
 def test_a_mistyped_name_is_told_the_nearest(monkeypatch):
@@ -113,14 +137,6 @@ def test_a_mistyped_name_is_told_the_nearest(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------- local copies
-
-
-@pytest.fixture
-def offline(tmp_path, monkeypatch):
-    """No network: a request would fail, and nothing may ask for one."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    return tmp_path
 
 
 def read_all(kind, split="train", **settings):

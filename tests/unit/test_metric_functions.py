@@ -14,9 +14,7 @@ from strop.config import Config, ValidationConfig
 from strop.errors import UserError
 from strop.user_metrics import ValidationRows, _call
 
-ROWS = ValidationRows(
-    "validation", 3, [("a", 1)], ["p"], [["c"]], np.zeros((1, 1)), np.ones((1, 1), dtype=int)
-)
+ROWS = ValidationRows("validation", 3, [("a", 1)], ["p"], [["c"]], np.ones((1, 1), dtype=np.int64))
 
 
 @pytest.fixture

@@ -27,7 +27,14 @@ if TYPE_CHECKING:
 
 KEY = "data.adapter"
 NONE = "none"
-ROWS_OF = {"preference": "preference pairs", "sft": "answers to be learnt", "text": "text"}
+ROWS_OF = {
+    "preference": "preference pairs",
+    "unpaired": "answers that are called good or bad, or pairs",
+    "sft": "answers to be learnt",
+    "text": "text",
+}
+SERVED_BY = {"unpaired": "preference"}
+"""Kinds that take the rows of another one."""
 
 
 @dataclass(frozen=True)
@@ -82,18 +89,21 @@ def of_path(config: DataConfig, kind: str) -> Use | None:
 
 
 def _of_table(name: str, key: str, kind: str) -> Use:
-    if kind not in TABLE[name].forms:
+    served = SERVED_BY.get(kind, kind)
+    if served not in TABLE[name].forms:
         holds = " and ".join(ROWS_OF[own] for own in TABLE[name].forms)
-        others = ", ".join(own for own, adapter in TABLE.items() if kind in adapter.forms)
+        others = ", ".join(own for own, adapter in TABLE.items() if served in adapter.forms)
         raise UserError(
-            f"{key}: {name} holds {holds}, and this algorithm needs {ROWS_OF.get(kind, kind)}, as in {others}"
+            f"{key}: {name} holds {holds}, and this algorithm needs {ROWS_OF[kind]}, as in {others}"
         )
     return Use(name, kind)
 
 
 def form(use: Use | None) -> Form | None:
     """The form of a set of the table."""
-    return use.known.forms[use.kind] if use is not None and use.known is not None else None
+    if use is None or use.known is None:
+        return None
+    return use.known.forms[SERVED_BY.get(use.kind, use.kind)]
 
 
 def nearest(name: str) -> str:

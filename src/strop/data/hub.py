@@ -38,11 +38,15 @@ def load(name: str, path: str, subset: str | None, split: str | None) -> Any:
 
 
 def splits(path: Path, subset: str | None) -> list[str]:
-    """Names of the splits in a directory; none, where `datasets` saved a set without any."""
+    """Names of the splits in a directory; none, where `datasets` saved a set without any. UserError for one
+    that it cannot read."""
     import datasets
 
     if (path / "state.json").exists():
         return []
     if (path / "dataset_dict.json").exists():
         return list(json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"])
-    return list(datasets.get_dataset_split_names(str(path), subset))
+    try:
+        return list(datasets.get_dataset_split_names(str(path), subset))
+    except (datasets.exceptions.DatasetsError, FileNotFoundError, ValueError) as error:
+        raise UserError(f"{path}: {first_line(error)}") from None

@@ -148,8 +148,9 @@ class Maker:
 
 
 def data_train(data: DataConfig) -> list[str]:
-    """The entries of data.train; UserError as `sources.check_split`."""
+    """The entries of data.train; UserError as `sources.check_split` and `check_adapter`."""
     sources.check_split(data)
+    sources.check_adapter(data)
     return _entries(data.train, "data.train")
 
 

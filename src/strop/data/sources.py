@@ -70,7 +70,7 @@ def find(config: DataConfig, split: str, kind: str) -> list[Source]:
     kind: preference, sft or text, what an adapter is to make of the rows.
     """
     check_split(config)
-    _check_adapter(config)
+    check_adapter(config)
     if split == "train" or config.split is not None:
         if config.train is None:
             raise UserError("data.train is not set: a file, a directory, a hub name or a list of these")
@@ -83,8 +83,8 @@ def find(config: DataConfig, split: str, kind: str) -> list[Source]:
     return [source for source in found if source is not None]
 
 
-def _check_adapter(config: DataConfig) -> None:
-    """A `data.adapter` that no entry of data.train goes through is a misunderstanding."""
+def check_adapter(config: DataConfig) -> None:
+    """UserError for a `data.adapter` that no entry of data.train would go through."""
     entries = config.train if isinstance(config.train, (list, tuple)) else [config.train]
     short = [entry for entry in entries if entry in adapt.TABLE and not Path(entry).exists()]
     if config.adapter is not None and config.train is not None and len(short) == len(entries):
@@ -129,9 +129,7 @@ def find_one(name: str, key: str, split: str, config: DataConfig, kind: str) -> 
     if _looks_like_path(name):
         raise UserError(f"{key}: no such file or directory: {name}{_nearest(path)}")
     use = adapt.of_name(name, key, config, kind)
-    repository = (
-        use.known.repository if use is not None and use.known is not None and name == use.name else name
-    )
+    repository = adapt.TABLE[name].repository if name in adapt.TABLE else name
     return _hub(repository, repository, split, config, use)
 
 
@@ -186,10 +184,10 @@ def _hub(name: str, path: str, split: str, config: DataConfig, use: adapt.Use | 
     """What `datasets` loads from the hub or a directory; subset and split as set, else by the adapter."""
     subset, own_split = _subset(config, use), _split_of(config, split, use)
     if own_split is None:
-        whose = (
-            f"{use.name} has none of its own" if adapt.form(use) and use else "which split is for validation?"
+        raise UserError(
+            f"data.hub_validation_split is not set: which split of {name} is for validation? "
+            "(data.split makes one)"
         )
-        raise UserError(f"data.hub_validation_split is not set: {whose}")
     full = f"{name}{'/' + subset if subset else ''}:{own_split}"
     return Source(full, "hub", path, subset, own_split, use)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from strop import config as config_module
+from strop import user_code
 from strop.config import Config
 from strop.data import hub
 from strop.data.sets import Maker
@@ -68,6 +69,7 @@ def examine(question: Question) -> Answer:
         needed = schedule.needed_memory(config, shape, longest, world, gpu, q.gpu_mem_gib, checks)
         schedule.disk(config, shape, run_dir, checks)
         answer.numbers |= _numbers(shape, needed, world)
+    _own_metrics(config, checks)
     place.git_state(checks)
     place.host(q.variables, checks)
     options = [f"--nodes={nodes}"] + ([f"--gpus-per-node={gpus}"] if gpus else [])
@@ -123,6 +125,17 @@ def _data(
         schedule.cadences(config, total, validation.usable_rows if validation else 0, checks)
         answer.numbers |= {"steps": total, "train_rows": train.usable_rows}
     return train
+
+
+def _own_metrics(config: Config, checks: Checks) -> None:
+    """Whether the user's functions can be imported here."""
+    metrics = config.validation.metrics or []
+    for name in [metrics] if isinstance(metrics, str) else metrics:
+        try:
+            user_code.load(name, "validation.metrics")
+            checks.ok("validation metrics", f"{name} can be imported")
+        except UserError as error:
+            checks.fail("validation metrics", str(error))
 
 
 def _scanned(split: str, scan: Callable[[], rows.Scan], offline: bool, checks: Checks) -> Optional[rows.Scan]:
