@@ -9,6 +9,8 @@ import pytest
 from data_helpers import tiny_tokenizer, write_jsonl
 
 from strop.config import Config, DataConfig
+from strop.data import sets
+from strop.data.corpus import Corpus
 from strop.data.prepare import prepare
 from strop.errors import UserError
 
@@ -117,6 +119,31 @@ def test_one_row_into_several_and_none(own, run):
         "dull": (1, True),
         "odd": (1, False),
     }
+
+
+def test_documents_of_text(own, tmp_path):
+    """In parts; what is left out on purpose is no loss, and the code is part of the address."""
+    own("own_rows.py", "def text(row):\n    return [{'text': t} for t in row['texts']]\n")
+    rows = [{"texts": [f"The first {n}.", f"The second {n}."] if n % 2 else []} for n in range(40)]
+    path = str(write_jsonl(tmp_path / "t.jsonl", rows))
+    config = Config(algo="cpt", data=DataConfig(train=path, adapter="own_rows:text", max_length=16))
+
+    def make():
+        place, ledger = sets.Maker(config, "text", TOKENIZER, "t", tmp_path / "cache", 2).prepare("train")
+        [(store, begin, end)] = place
+        return store, [Corpus.open(store).document(row) for row in range(begin, end)], ledger
+
+    store, documents, ledger = make()
+    assert [TOKENIZER.decode(d) for d in documents[:3]] == [
+        "The first 1.</s>",
+        "The second 1.</s>",
+        "The first 3.</s>",
+    ]
+    dropped = ledger.sources[path].dropped["left_out"]
+    assert (len(documents), dropped.rows, dropped.wanted) == (40, 20, True)
+    own("own_rows.py", "def text(row):\n    return [{'text': t} for t in row['texts'][:1]]\n")
+    changed, documents, _ = make()
+    assert (changed != store, len(documents)) == (True, 20)
 
 
 def test_rows_of_one_line_stay_on_one_side_of_a_split(own, run):
