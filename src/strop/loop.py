@@ -305,8 +305,9 @@ def _means(t: Trainer, name: str, store: RowSet, ref: Optional[np.ndarray]) -> O
     means |= t.algo.derived(means)
     if seen is not None:
         assert isinstance(store, TokenStore)
+        t.position.enter("metrics")  # the watchdog gives it longer than a micro batch
         means |= seen.results(name, t.state.step, store, t.dist, means)
-        t.position.beat()
+        t.position.enter("validation")
     return means
 
 

@@ -94,7 +94,7 @@ def _source_files(module: ModuleType) -> list[Path]:
         if not inside or path in found or current.__name__.partition(".")[0] == "strop":
             continue
         found[path] = None
-        for value in vars(current).values():
+        for value in list(vars(current).values()):
             other = value if isinstance(value, ModuleType) else sys.modules.get(_home(value))
             if other is not None and getattr(other, "__file__", None):
                 waiting.append(other)
