@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS = (
-    ("strop", "strop.errors", "strop.aliases", "strop.files", "strop.libraries"),
+    ("strop", "strop.errors", "strop.aliases", "strop.files", "strop.libraries", "strop.user_code"),
     (
         "strop.config",
         "strop.config_check",
@@ -45,6 +45,7 @@ LAYERS = (
         "strop.watchdog",
         "strop.preflight",
         "strop.stragglers",
+        "strop.user_metrics",
         "strop.run",
         "strop.submission",
         "strop.recipes",

@@ -27,7 +27,7 @@ from strop.slurm.hostlist import ranges
 
 HERE = Path(__file__).parent
 PHASES = ("start", "preflight", "data", "rendezvous", "model", "resume", "probe", "reference", "train",
-          "validation", "save")  # fmt: skip
+          "validation", "metrics", "save")  # fmt: skip
 """In the order of a run's life; the style sheet has a colour for each."""
 SHORTENED_WAIT = 0.06
 """Waiting between two attempts takes at most this share of all running time on the timeline's axis."""
