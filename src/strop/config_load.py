@@ -99,7 +99,8 @@ class Entry:
     value: Any
     """As YAML reads it."""
     text: Optional[str]
-    """The characters of a scalar, for keys that take text: `revision: 1e10` is a commit, not a number."""
+    """The characters of a scalar, for keys that take text: `revision: 1e10` is a commit, not a number. Of a
+    word of the command line those of a mapping too."""
     where: str
     """"configs/dpo.yaml:12" or "command line"."""
 
@@ -238,7 +239,10 @@ def read_words(words: Sequence[str]) -> list[Entry]:
         loader = _Loader(text)
         try:
             node = loader.get_single_node() or yaml.ScalarNode("tag:yaml.org,2002:null", "")
-            entries.append(_entry(loader, key, node, COMMAND_LINE))
+            entry = _entry(loader, key, node, COMMAND_LINE)
+            if isinstance(node, yaml.MappingNode):  # `data.prompt_template=Question: {input}` means text
+                entry = dataclasses.replace(entry, text=text)
+            entries.append(entry)
         except TooDeep as error:
             raise UserError(f"{COMMAND_LINE}: {key} is {error.problem}") from None
         except yaml.YAMLError:
@@ -278,10 +282,10 @@ def fit(entry: Entry, hint: Any) -> Any:
     inner, optional = _without_none(hint)
     if value is None and (optional or inner is Any):
         return None
-    if text is not None and INTERPOLATION in text:
-        return text  # resolved, and checked once more, after the merge
     if inner is str and text is not None and value is not None:
         return text
+    if text is not None and INTERPOLATION in text and not isinstance(value, dict):
+        return text  # resolved, and checked once more, after the merge
     name, belongs = KINDS[inner]
     if not belongs(value):
         raise UserError(
