@@ -220,7 +220,17 @@ class Ledger:
                 )
             if entry.other_split:
                 body.append(("  other split", f"({entry.other_split:,})", "", "", "", "", ""))
-        return f"{self.split} set\n" + _columns([head, *body]) + overlap.describe(self.overlap)
+        return f"{self.split} set\n" + _columns([head, *body]) + self._overlap_text()
+
+    def _overlap_text(self) -> str:
+        found = self.overlap
+        if not found or not found["prompts"]:
+            return ""
+        text = (
+            f"\nwarning: {found['prompts']:,} of {found['of']:,} rows have a prompt of the training set "
+            f"({found['rows']:,} are equal as a whole); nothing was taken out. The first:"
+        )
+        return text + "".join(f"\n  {example}" for example in found["examples"])
 
 
 def _columns(rows: Iterable[tuple[str, ...]]) -> str:

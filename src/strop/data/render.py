@@ -5,7 +5,7 @@ and EOS. A row of messages goes through a chat template, which writes all specia
 halves of a preference pair share one prompt. What counts as completion is everything that the template
 writes from the end of its generation prompt on, the end-of-turn token included; in `messages`, each turn
 of the assistant likewise. (TRL has the same reading of rows: losses can be compared.) SFT takes the turns
-from a template that marks them (strop.data.marks), and `sft.train_on` or a message's weight chooses among them.
+from a template that marks them (strop.data.marks); `sft.train_on` or a message's weight chooses among them.
 """
 
 from __future__ import annotations
@@ -105,14 +105,14 @@ class Renderer:
     """Renders rows of one kind with one tokenizer and template."""
 
     def __init__(
-        self, kind: str, tokenizer: Any, template: str | None, options: Options = Options()
+        self, kind: str, tokenizer: Any, template: str | None, options: Options | None = None
     ) -> None:
         self.kind = kind
         self.tokenizer = tokenizer
         self.template = FIXED_DATE + template if template and "strftime_now" in template else template
         self.signed = marks.with_signs(self.template)
         """The template with signs at its marks; None where it has none."""
-        self.options = options
+        self.options = options or Options()
 
     def __call__(self, row: Row) -> Rendered | BadRow:
         try:
@@ -172,7 +172,7 @@ class Renderer:
         if self.options.system_prompt is not None:
             raise Refused(
                 "wrong_fields",
-                "data.system_prompt is for messages, and this is plain text: data.prompt_template can hold it",
+                "data.system_prompt is for messages, this is plain text: data.prompt_template can hold it",
             )
         text = prompt + completion
         return Text(text, [(len(prompt), len(text))])

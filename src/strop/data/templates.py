@@ -33,7 +33,8 @@ class Template:
 
     def _value(self, name: str, fields: dict[str, Any]) -> str:
         if name not in fields:
-            raise Unfilled(f"{self.key} wants {{{name}}}; the row's fields are {', '.join(fields) or '(none)'}")
+            there = ", ".join(fields) or "(none)"
+            raise Unfilled(f"{self.key} wants {{{name}}}; the row's fields are {there}")
         value = fields[name]
         if isinstance(value, str):
             return value
