@@ -306,7 +306,8 @@ def _without_none(hint: Any) -> tuple[Any, bool]:
 def _show(entry: Entry) -> str:
     if entry.value is None:
         return "null"
-    return repr(entry.value) if entry.text is None else repr(entry.text)
+    is_text = entry.text is not None and not isinstance(entry.value, dict)
+    return repr(entry.text if is_text else entry.value)
 
 
 def rename(entry: Entry, notes: list[str]) -> Entry:

@@ -1,8 +1,8 @@
 """Chat templates that mark what the assistant says: {% generation %} ... {% endgeneration %}.
 
-transformers gives the marks away only as a mask of tokens, and misplaces those that stand in a macro. So
-the template is rewritten to print a sign at each mark; the signs are taken out of the rendered text again, and
-the caller compares what is left with the text that the untouched template gives.
+transformers gives the marks away only as a mask of tokens, and misplaces those that stand in a macro. So the
+template is rewritten to print a sign at each mark; the signs are taken out of the rendered text again, and
+what is left is compared, by the caller, with the text that the untouched template gives.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def record(train_store: TokenStore, val_store: TokenStore) -> dict[str, Any]:
 
 
 def _hashed(store: TokenStore) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, uint64 [rows]) of each chunk: Σ w[position] (token + 1) mod 2^64 with random odd weights."""
+    """(first row, uint64 [rows]) of each chunk: Σ w[position] (token + 1) mod 2^64, w random and odd."""
     n = store.seqs_per_row
     for begin in range(0, store.num_rows, CHUNK_ROWS):
         rows = slice(begin, min(begin + CHUNK_ROWS, store.num_rows))
