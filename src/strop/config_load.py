@@ -239,10 +239,9 @@ def read_words(words: Sequence[str]) -> list[Entry]:
         loader = _Loader(text)
         try:
             node = loader.get_single_node() or yaml.ScalarNode("tag:yaml.org,2002:null", "")
-            entry = _entry(loader, key, node, COMMAND_LINE)
-            if isinstance(node, yaml.MappingNode):  # `data.prompt_template=Question: {input}` means text
-                entry = dataclasses.replace(entry, text=text)
-            entries.append(entry)
+            # `data.prompt_template=Question: {input}` is a mapping, and text for a key that takes text
+            raw = {"text": text} if isinstance(node, yaml.MappingNode) else {}
+            entries.append(dataclasses.replace(_entry(loader, key, node, COMMAND_LINE), **raw))
         except TooDeep as error:
             raise UserError(f"{COMMAND_LINE}: {key} is {error.problem}") from None
         except yaml.YAMLError:
@@ -306,8 +305,7 @@ def _without_none(hint: Any) -> tuple[Any, bool]:
 def _show(entry: Entry) -> str:
     if entry.value is None:
         return "null"
-    is_text = entry.text is not None and not isinstance(entry.value, dict)
-    return repr(entry.text if is_text else entry.value)
+    return repr(entry.value if entry.text is None or isinstance(entry.value, dict) else entry.text)
 
 
 def rename(entry: Entry, notes: list[str]) -> Entry:

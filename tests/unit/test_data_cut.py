@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from data_helpers import CHATML, WITH_BOS, tiny_tokenizer, write_jsonl
 
 from strop.config import Config, DataConfig
+from strop.data.cut import completion
 from strop.data.ledger import BadRow, Ledger
 from strop.data.prepare import prepare
 from strop.data.render import Renderer
@@ -106,6 +108,16 @@ def test_the_ends_of_both_completions_go():
     # At 9 both are `? 7`: the pair says nothing any more.
     bad = cut(pair, RIGHT, 9, kind="preference")
     assert (bad.reason, bad.tokens) == ("over_length", 24)
+
+
+def test_a_half_without_a_trained_token_drops_the_pair():
+    """Where a token spans the boundary in one half only, its completion begins earlier than the other's."""
+    tokens = np.arange(5)
+    halves = [(tokens, tokens >= 2), (tokens + 1, tokens >= 3)]
+    assert completion(halves, 3) is None
+    short = completion(halves, 4)
+    assert short is not None
+    assert [trained.tolist() for _, trained in short] == [[False] * 2 + [True] * 2, [False] * 3 + [True]]
 
 
 def test_a_rendered_prompt_is_cut_as_it_is():
