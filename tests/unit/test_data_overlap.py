@@ -59,6 +59,14 @@ def test_equal_prompts_and_equal_rows(tmp_path):
     assert "warning" not in none.table()
 
 
+def test_an_equal_row_need_not_be_the_first_with_its_prompt(tmp_path):
+    train = made(tmp_path, "train", [qa("two", "7"), qa("two", "84")])
+    val = made(tmp_path, "val", [qa("two", "84")])
+    assert leakage(train, val) == [(0, 0)]
+    found = overlap.record(train, val)
+    assert (found["prompts"], found["rows"]) == (1, 1)
+
+
 def test_pairs_go_by_their_prompt(tmp_path):
     rows = [{"prompt": f"{word}?", "chosen": " a", "rejected": " b"} for word in ("one", "two", "three")]
     train = made(tmp_path, "train", rows[:2], "preference")
@@ -104,8 +112,11 @@ def test_against_a_dictionary(tmp_path_factory, train, val, chunk):
         first.setdefault(key(row), i)
     expected = [(first[key(row)], i) for i, row in enumerate(val) if key(row) in first]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(overlap, "CHUNK_ROWS", chunk)
-        assert leakage(write("train", train), write("val", val)) == expected
+        patch.setattr(overlap, "CHUNK_TOKENS", chunk)
+        stores = write("train", train), write("val", val)
+        assert leakage(*stores) == expected
+        same = [(train.index(row), i) for i, row in enumerate(val) if row in train]
+        assert overlap.equal_rows(*stores) == same
 
 
 def test_equal_hashes_of_other_prompts_do_not_count(tmp_path, monkeypatch):

@@ -149,6 +149,12 @@ def test_marks_are_those_of_transformers(texts):
     assert trained.tolist() == [bool(m) for m in out["assistant_masks"]]
 
 
+def test_tools_reach_a_template_with_marks():
+    template = "[{{ tools | length }}]" + MARKED
+    row = {"messages": TALK, "tools": [{"name": "a"}, {"name": "b"}]}
+    assert render(row, template) == ["[2]" + expected(MARKED, True, True)]
+
+
 def test_several_marks_in_a_turn_belong_to_it():
     thinking = [{**m, "thought": "12 x 7"} if m["content"] == "84" else m for m in TALK]
     head = "s:Be brief.\nu:How many apples?\na:"
