@@ -57,7 +57,7 @@ WITHOUT_TORCH = 1
 """The highest layer that may not import torch."""
 HOST_PYTHON = (
     *("strop.slurm", "strop.errors", "strop.aliases", "strop.files"),
-    *("strop.obs.secrets", "strop.obs.log_line"),
+    *("strop.obs.secrets", "strop.obs.log_line", "strop.obs.raw_writer", "strop.obs.raw_filter"),
 )
 """What runs on the host's bare python3 3.9 (with the packages' own empty __init__)."""
 MAX_FILE_LINES = 400
