@@ -229,7 +229,7 @@ def _flatten(
 
 
 def read_words(words: Sequence[str | Entry]) -> list[Entry]:
-    """The settings of the command line: `a.b=value`, value as in YAML; those read elsewhere stay as they are."""
+    """The settings of the command line: `a.b=value`, value as in YAML. Read ones stay as they are."""
     entries = []
     for word in words:
         if isinstance(word, Entry):

@@ -1,22 +1,22 @@
-"""pipeline.yaml -> `Pipeline`: the stages in an order in which they can run, each with its strop configuration.
+"""pipeline.yaml -> `Pipeline`: stages in an order in which they can run, each with its configuration.
 
-    name: demo                  the stages' runs are runs/demo-cpt, runs/demo-sft, ...
-    dir: runs                   directory of all runs
-    set: {data.cache_dir: ...}  strop's keys for all stages, over their files
-    slurm: {partition: low}     sbatch's long options for all jobs
-    stages:
-      texts:                    its name
-        algo: prepare           or an algorithm; default: the stage's name
-        prepares: cpt           (prepare) the stage whose data it makes ready; default: the one that hangs on it
-      sft:
-        config: configs/sft.yaml      default: configs/<algo>.yaml
-        set: {train.max_steps: 40}    over the file and the common `set`
-        after: [texts]                what must have succeeded before; default: the stage above
-        model: cpt                    a stage, whose export it starts from, or a path or hub name; default:
-                                      the export of the run that it comes after, else model.path of its file
-        slurm: {nodes: 2}             over the common ones
-        export: {step: best, dtype: bf16, slurm: {mem: 32G}}    step: best, latest or a number; default: best
-                                                                where there is checkpoint.best_metric
+name: demo                  the stages' runs are runs/demo-cpt, runs/demo-sft, ...
+dir: runs                   directory of all runs
+set: {data.cache_dir: ...}  strop's keys for all stages, over their files
+slurm: {partition: low}     sbatch's long options for all jobs
+stages:
+  texts:                    its name
+    algo: prepare           or an algorithm; default: the stage's name
+    prepares: cpt           (prepare) the stage whose data it makes ready; default: the one that hangs on it
+  sft:
+    config: configs/sft.yaml      default: configs/<algo>.yaml
+    set: {train.max_steps: 40}    over the file and the common `set`
+    after: [texts]                what must have succeeded before; default: the stage above
+    model: cpt                    a stage, whose export it starts from, or a path or hub name; default:
+                                  the export of the run that it comes after, else model.path of its file
+    slurm: {nodes: 2}             over the common ones
+    export: {step: best, dtype: bf16, slurm: {mem: 32G}}    step: best, latest or a number; default: best
+                                                            where there is checkpoint.best_metric
 """
 
 from __future__ import annotations
@@ -183,13 +183,12 @@ def _stage_names(file: Path) -> list[str]:
 
 def _place(entry: Entry, common: _Raw, raws: Mapping[str, _Raw]) -> None:
     parts = entry.key.split(".")
-    raw, known, of = common, TOP, ""
+    raw, of = common, ""
+    known: Sequence[str] = TOP
     if parts[0] == "stages":
         raw, known, of = raws[parts[1]], STAGE, f"stages.{parts[1]}."
         raw.where = raw.where if raw.values or raw.lines else entry.where
         parts = parts[2:]
-    if raw is not common and raw.values.get("algo", parts[0]) == "prepare" and parts[0] in STAGE:
-        known = OF_PREPARE
     if parts[0] not in known:
         raise UserError(f"{entry.where}: unknown key {of}{parts[0]}{_nearest(parts[0], known)}")
     if parts[0] == "set":
@@ -257,9 +256,7 @@ def _text(raw: _Raw, key: str) -> Optional[str]:
 # -------------------------------------------------------------------------------------------- stages
 
 
-def _stage(
-    name: str, raw: _Raw, common: _Raw, above: tuple[str, ...], raws: Mapping[str, _Raw]
-) -> Stage:
+def _stage(name: str, raw: _Raw, common: _Raw, above: tuple[str, ...], raws: Mapping[str, _Raw]) -> Stage:
     algo = _text(raw, "algo") or name
     if algo not in ("prepare", *ALGOS):
         told = "algo" in raw.lines
@@ -324,7 +321,9 @@ def _with_sources(stages: dict[str, Stage], raws: Mapping[str, _Raw]) -> dict[st
             changes["source"] = next(iter(candidates), None)
         source = changes.get("source")
         if source is not None and not stages[source].trains:
-            raise UserError(f"{stage.where}: model of {name} is {source}, a preparation, which gives no model")
+            raise UserError(
+                f"{stage.where}: model of {name} is {source}, a preparation, which gives no model"
+            )
         if source is not None and stages[source].algo in NO_MODEL:
             raise UserError(
                 f"{stage.where}: {name} would start from the export of {source}, a reward model, which is no "

@@ -79,7 +79,7 @@ class Job:
     log_dir: Optional[Path] = None
     """As in Env."""
     dependants: Optional[Path] = None
-    """STROP_DEPENDANTS: the file with the numbers of the jobs that wait for this one (strop.slurm.dependants)."""
+    """STROP_DEPENDANTS: file of the jobs that wait for this one (strop.slurm.dependants)."""
 
     @property
     def target(self) -> Optional[str]:
