@@ -16,6 +16,7 @@ import yaml
 
 from strop import config as config_module
 from strop import files
+from strop.config import Config
 from strop.errors import UserError
 from strop.pipeline import graph as graph_module
 from strop.pipeline import parts as parts_module
@@ -58,7 +59,7 @@ def plan(pipeline: Pipeline, executor: str, allow_change: bool) -> tuple[Graph, 
             )
         if lines or kept != config_module.to_dict(stage.config):
             changed.add(stage.name)
-        if lines or _steps(kept) != _steps(config_module.to_dict(stage.config)):
+        if lines or _is_longer(stage.config, kept):
             extended.add(stage.name)
     found = parts_module.of(pipeline, ["run.allow_config_change=true"] if allow_change else [])
     graph = Graph(pipeline.name, directory, str(pipeline.file), cwd, executor, {})
@@ -73,8 +74,12 @@ def _kept(file: Path) -> Optional[dict[str, Any]]:
     return yaml.safe_load(file.read_text()) if file.exists() else None
 
 
-def _steps(tree: Mapping[str, Any]) -> tuple[Any, Any]:
-    return tree["train"]["max_steps"], tree["train"]["max_epochs"]
+def _is_longer(new: Config, kept: Mapping[str, Any]) -> bool:
+    """Whether a run that has finished is to go on."""
+    steps, epochs = kept["train"]["max_steps"], kept["train"]["max_epochs"]
+    if new.train.max_steps is None or steps is None:
+        return new.train.max_steps != steps or new.train.max_epochs > epochs
+    return new.train.max_steps > steps
 
 
 def refuse_conflicts(graph: Graph, standings: Mapping[str, Standing]) -> None:

@@ -79,12 +79,14 @@ def check(graph: Graph, parts: Sequence[Part], wanted: Sequence[str]) -> None:
     for part in parts:
         if part.name in wanted:
             words = parts_module.sbatch(graph.name, graph.directory, part, "")
+            words = [words[0], "--test-only", *words[2:]]
             try:
-                command.slurm([words[0], "--test-only", *words[2:]], with_stderr=True)
+                command.slurm(words, with_stderr=True)
             except command.NoController:
                 raise
             except command.SlurmError as error:
-                why = str(error).replace("sbatch: error: ", "").splitlines()[0].rpartition(": ")[2]
+                told = str(error)[len(" ".join(words)) + 2 :].replace("sbatch: error: ", "")
+                why = "; ".join(line.strip() for line in told.splitlines() if line.strip())
                 raise UserError(
                     f"stage {part.stage}: sbatch refuses the job of {part.name}: {why}"
                 ) from error

@@ -256,7 +256,9 @@ def _next(node: Node, state: str, cause: Optional[str], graph: Graph) -> str:
         return f"see to the cause, then: scontrol release {node.jobs[-1] if node.jobs else ''}".rstrip()
     again = f"python -m tools.pipeline {shlex.quote(graph.source)}"
     if node.kind == "run" and state in ("failed", "dead", "stopped", "pending"):
-        return f"python -m tools.logs {shlex.quote(node.result)} --why; then {again}"
+        run = Path(node.result)
+        shown = run.relative_to(graph.cwd) if run.is_relative_to(graph.cwd) else run
+        return f"python -m tools.logs {shlex.quote(str(shown))} --why; then {again}"
     output = f"see {node.outputs[-1]}; then " if node.outputs and Path(node.outputs[-1]).exists() else ""
     return f"{output}{again}"
 

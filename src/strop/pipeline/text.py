@@ -1,4 +1,4 @@
-"""A pipeline for people: the stages as a small tree, each under the last of those that it waits for."""
+"""A pipeline for people: the stages as a small tree, each under the last run (else preparation) that it waits for."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def tree(graph: Graph, standings: Mapping[str, Standing]) -> RenderableType:
 
 def _above(graph: Graph, stage: str) -> str | None:
     first = next(node for node in graph.nodes.values() if node.stage == stage)
-    return graph.nodes[first.after[-1]].stage if first.after else None
+    exports = [name for name in first.after if graph.nodes[name].kind == "export"]
+    return graph.nodes[(exports or first.after)[-1]].stage if first.after else None
 
 
 def _depth(stage: str, above: Mapping[str, str | None]) -> int:
