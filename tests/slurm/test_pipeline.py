@@ -1,7 +1,7 @@
 """tools.pipeline with the real trainer on a toy model: as jobs of the local cluster, and without Slurm.
 
-The truths are Slurm's own states of the jobs, the runs' records, and the weights: what a stage exports must be
-what its checkpoint holds, and what the next one begins with.
+The truths are Slurm's own states of the jobs, the runs' records, and the weights: what a stage exports
+must be what its checkpoint holds, and what the next one begins with.
 """
 
 from __future__ import annotations
@@ -132,7 +132,9 @@ def test_failed_stage_cancels_the_rest_and_the_next_call_goes_on(on_slurm, toy):
         **dict.fromkeys(("sft.export", "dpo", "dpo.export"), "CANCELLED"),
     }
     assert "training.jsonl" in failed.stderr
-    assert "python -m tools.logs" in failed.stderr and "--why" in failed.stderr
+    assert (
+        "next: python -m tools.logs runs/p-sft --why; then python -m tools.pipeline p.yaml" in failed.stderr
+    )
     shell = [sys.executable, "-m", "tools.status", "--pipeline", "p"]
     status = subprocess.run(shell, capture_output=True, text=True)
     assert status.returncode == 1

@@ -104,7 +104,10 @@ def _facts(node: Node, job: Optional[Mapping[str, str]]) -> Facts:
         standing = status.assess(run_files.read(result, quick=True, slurm_deadline_s=DEADLINE_S))
         code = (attempts.read_all(result) or [{}])[-1].get("exit_code")
         done = standing.state == "finished" and not node.again
-        return Facts(done, standing, job, is_alive(node), node.exit_code if code is None else code)
+        if _was_refused(standing, job):
+            code = _exit_code(job)
+        told = "" if done else _last_words(node)
+        return Facts(done, standing, job, is_alive(node), node.exit_code if code is None else code, told)
     if node.kind == "prepare":
         done = stores_are_there(result)
     else:
@@ -190,7 +193,7 @@ def _state(node: Node, f: Facts) -> tuple[str, str]:
     if node.again or not node.jobs:
         return "not submitted", "its configuration has changed" if node.again else ""
     if s is not None:
-        return s.state, _message(s)
+        return ("failed", f.words) if _was_refused(s, job) else (s.state, _message(s))
     if node.jobs[-1].startswith("local-"):
         return ("failed", f.words) if f.exit_code is not None else ("dead", "its process is gone")
     if f.job is None:
@@ -218,6 +221,14 @@ def _never_began(f: Facts) -> bool:
     if f.status is not None:
         return f.status.state in ("failed", "cancelled") and bool(f.job) and _unstarted(f.job)
     return not f.words and (not f.job or _unstarted(f.job))
+
+
+def _was_refused(s: Status, job: Optional[Mapping[str, str]]) -> bool:
+    """The newest job could not begin an attempt, as when the code was changed: the records tell of older ones."""
+    if not job or job.get("JobState") != "FAILED" or not s.attempts:
+        return False
+    before = s.attempts[-1].job_id or ""
+    return before.isdigit() and int(job["JobId"]) > int(before)
 
 
 def _unstarted(job: Optional[Mapping[str, str]]) -> bool:

@@ -1,4 +1,4 @@
-"""A pipeline for people: the stages as a small tree, each under the last run (else preparation) that it waits for."""
+"""A pipeline for people: a small tree, each stage under the last run (else preparation) before it."""
 
 from __future__ import annotations
 
