@@ -60,6 +60,15 @@ def test_defaults():
     assert [c.train.max_steps for c in configs] == [4, 7, 4]
 
 
+@pytest.mark.parametrize("name", ["pipeline", "gsm8k-pipeline"])
+def test_what_the_repository_brings(monkeypatch, name):
+    """Each begins with texts and ends with DPO; nobody loads data for that."""
+    monkeypatch.chdir(ROOT)
+    p = spec.load(Path(f"configs/{name}.yaml"))
+    assert p.stages[0].prepares == "cpt"
+    assert [p.stage(s).source for s in ("cpt", "sft", "dpo")] == [None, "cpt", "sft"]
+
+
 def test_what_wins():
     """A stage's file < the common keys < the stage's < the command line; options of sbatch likewise."""
     body = (

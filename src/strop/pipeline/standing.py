@@ -85,15 +85,24 @@ def gather(graph: Graph) -> dict[str, Facts]:
     found = {}
     answers = shutil.which("scontrol") is not None
     for node in graph.nodes.values():
-        job = None
-        newest = node.jobs[-1] if node.jobs else None
-        if answers and newest is not None and not newest.startswith("local-"):
+        facts = _facts(node, None)
+        if answers and _is_open(node, facts):
             try:
-                job = command.show_job(newest, deadline_s=DEADLINE_S) or {}
+                job = command.show_job(node.jobs[-1], deadline_s=DEADLINE_S) or {}
+                facts = _facts(node, job)
             except command.SlurmError:
                 answers = False
-        found[node.name] = _facts(node, job)
+        found[node.name] = facts
     return found
+
+
+def _is_open(node: Node, facts: Facts) -> bool:
+    """Whether its newest job may still tell something: not that of a part that it has brought to its end."""
+    if not node.jobs or node.jobs[-1].startswith("local-"):
+        return False
+    s = facts.status
+    ended_by_it = s is None or s.attempts[-1].job_id == node.jobs[-1]
+    return not (facts.done and ended_by_it)
 
 
 def _facts(node: Node, job: Optional[Mapping[str, str]]) -> Facts:
@@ -224,7 +233,7 @@ def _never_began(f: Facts) -> bool:
 
 
 def _was_refused(s: Status, job: Optional[Mapping[str, str]]) -> bool:
-    """The newest job could not begin an attempt, as when the code was changed: the records tell of older ones."""
+    """The newest job could not begin an attempt (the code was changed, say): the records tell of others."""
     if not job or job.get("JobState") != "FAILED" or not s.attempts:
         return False
     before = s.attempts[-1].job_id or ""
