@@ -47,7 +47,8 @@ def on_slurm(slurm_cluster, place, monkeypatch):
 
 
 def write(stages: dict, **top) -> None:
-    Path("p.yaml").write_text(yaml.safe_dump({"name": "p", **top, "stages": stages}, sort_keys=False))
+    tree = json.loads(json.dumps({"name": "p", **top, "stages": stages}))  # nothing in it twice: no anchors
+    Path("p.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
 
 
 def call(*words: str) -> subprocess.CompletedProcess[str]:
