@@ -180,7 +180,7 @@ def test_run_that_goes_on_as_a_successor(on_slurm, monkeypatch):
     assert ended(run)["ExitCode"] == "75:0"
     done = call("--wait")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert command.show_job(export)["JobState"] == "COMPLETED"
+    assert ended(export)["JobState"] == "COMPLETED"
     assert [r["target"] for r in attempts.read_all(Path("runs/p-sft"))][1:] == [run, behind]
     assert_exported("p-sft", 150)
 
