@@ -19,6 +19,7 @@ and not the jobs. Without Slurm, Ctrl-C lets the run under way commit and ends.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -74,14 +75,18 @@ def main() -> None:
         Console(highlight=False, soft_wrap=True).print(text.tree(graph, standings))
         say("\n".join(["", *jobs.planned(graph, found, standings)]))
         return
+    if options.executor == "slurm" and shutil.which("sbatch") is None:
+        raise UserError("sbatch: no such program here; --executor local runs it on this machine")
     try:
         with graph_module.locked(pipeline.directory):
-            sys.exit(advance(pipeline, options))
+            graph, exit_code = advance(pipeline, options)
     except command.SlurmError as error:
         raise UserError(f"{error}\nwhat was submitted before stays; the same call goes on") from error
+    sys.exit(watch(graph) if options.wait and options.executor == "slurm" else exit_code)
 
 
-def advance(pipeline: spec.Pipeline, options: argparse.Namespace) -> int:
+def advance(pipeline: spec.Pipeline, options: argparse.Namespace) -> tuple[Graph, int]:
+    """Submit what is to be submitted; without Slurm, run it. (the graph, an exit code)"""
     graph, found, changed = begin.plan(pipeline, options.executor, options.allow_config_change)
     if options.executor == "slurm":
         for line in jobs.adopt(graph):
@@ -91,20 +96,18 @@ def advance(pipeline: spec.Pipeline, options: argparse.Namespace) -> int:
     begin.refuse_running(standings, everything=options.executor == "local")
     if options.executor == "local":
         begin.write(pipeline, graph, changed)
-        return run_here(graph, found)
+        return graph, run_here(graph, found)
     wanted, to_cancel = jobs.to_submit(graph, standings)
     begin.write(pipeline, graph, changed)
     jobs.check(graph, found, wanted)
     if to_cancel:
         command.slurm(["scancel", *to_cancel])
     jobs.submit(graph, found, standings, wanted, say)
-    if options.wait:
-        return watch(graph)
-    if wanted:
+    if wanted and not options.wait:
         say(f"to see how it stands: python -m tools.status --pipeline {graph.name}")
-    else:
+    elif not options.wait:
         Console(highlight=False, soft_wrap=True).print(text.tree(graph, standing.look(graph)))
-    return 0
+    return graph, 0
 
 
 def run_here(graph: Graph, found: Sequence[Part]) -> int:
