@@ -7,6 +7,9 @@ or with the names that users of NeMo RL know:
 
     python -m tools.convert_dcp_to_hf --config FILE --dcp-ckpt-path STEP_DIR --hf-ckpt-path DIR
 
+For a job behind the run's own: --finished refuses a run that has not come to its end, and --update leaves a
+result alone that is of this very checkpoint, and replaces another one.
+
 Without --out the result is runs/NAME/export/step-000100, without --dtype it has the base model's type.
 """
 
@@ -19,6 +22,8 @@ from pathlib import Path
 
 from strop.config import ALGOS, ModelConfig, load
 from strop.errors import UserError
+from strop.pipeline import exports
+from strop.slurm import attempts
 from tools.command_line import command_parser, run
 
 
@@ -32,6 +37,14 @@ def read_model_config(file: Path) -> ModelConfig:
     if model.path is None:
         raise UserError(f"{file}: model.path is not set")
     return model
+
+
+def refuse_unfinished(run_dir: Path) -> None:
+    """A job behind the run's may have been let go by a job that ended well, and was not the run's end."""
+    newest = (attempts.read_all(run_dir) or [{"state": "X"}])[-1]
+    if newest["state"] != "DONE":
+        why = (newest.get("summary") or "it has no outcome").splitlines()[0]
+        raise UserError(f"--finished: {run_dir} has not finished: {why}")
 
 
 def parse_size(text: str) -> int:
@@ -55,7 +68,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"))
     parser.add_argument("--max-shard-size", default="4GB")
     parser.add_argument("--force", action="store_true", help="replace an existing --out")
+    parser.add_argument("--finished", action="store_true", help="only of a run that has finished")
+    parser.add_argument("--update", action="store_true", help="replace an existing --out if it is outdated")
     args = parser.parse_args()
+    if args.run is not None and args.finished:
+        refuse_unfinished(args.run)
     by_path = args.config is not None and args.dcp_ckpt_path is not None and args.out is not None
     if (args.run is None) == (not by_path):
         parser.error("give --run, or --config with --dcp-ckpt-path and --hf-ckpt-path")
@@ -75,15 +92,20 @@ def main() -> None:
         base = read_model_config(args.run / "config.yaml")
         directory = export.find_checkpoint(args.run, args.step)
         out = args.out or args.run / "export" / directory.name
+        if args.update and exports.is_of(out, directory, args.dtype):
+            print(f"{out} is of {directory} already", file=sys.stderr)
+            return
     export.export_checkpoint(
         directory,
         base,
         out,
         dtype=args.dtype,
         max_shard_bytes=parse_size(args.max_shard_size),
-        replace=args.force,
+        replace=args.force or args.update,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
+    if not by_path:
+        exports.mark(out, directory, args.dtype)
     print(f"wrote {out}", file=sys.stderr)
 
 

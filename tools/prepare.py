@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Optional
 
 from strop import config as config_module
+from strop import files
 from strop.errors import UserError
 from strop.slurm import env, naming
 from tools.command_line import command_parser, run
@@ -43,6 +44,7 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument("--algo", choices=config_module.ALGOS, default="cpt")
     parser.add_argument("--config", type=Path, help="default: configs/<algo>.yaml")
     parser.add_argument("--workers", type=int, help="processes; default: the CPUs there are")
+    parser.add_argument("--record", type=Path, help="JSON file to write when all is done: the stores")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     return parser.parse_intermixed_args(argv)
 
@@ -90,6 +92,7 @@ def main() -> None:
         Progress(),
     )
     train = None
+    made: list[str] = []
     for name in maker.names():
         begin = time.monotonic()
         place, ledger = maker.prepare(name)
@@ -100,7 +103,12 @@ def main() -> None:
         print(ledger.table())
         print(describe(sets.open_set(place, config, name), config.data.max_length))
         paths = [place] if isinstance(place, str) else list(dict.fromkeys(path for path, _, _ in place))
+        made += paths
         print(f"store: {', '.join(paths)} ({time.monotonic() - begin:.1f} s)\n", flush=True)
+    if options.record is not None:
+        source = options.config or config_module.default_path(options.algo)
+        told = {"config": str(source.resolve()), "config_sha256": files.sha256(source)}
+        files.write_json(options.record, {**told, "stores": [str(Path(path).resolve()) for path in made]})
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ __all__ = [
 def load(
     algo: str,
     config_path: Union[str, Path, None],
-    overrides: Sequence[str],
+    overrides: Sequence[Union[str, config_load.Entry]],
     notes: Optional[list[str]] = None,
 ) -> Config:
     """Defaults < YAML file < `key=value` words, checked. UserError names key, file and line.

@@ -229,10 +229,13 @@ def _flatten(
             yield _entry(loader, key, value_node, f"{file}:{line}")
 
 
-def read_words(words: Sequence[str]) -> list[Entry]:
-    """The settings of the command line: `a.b=value`, value as in YAML."""
+def read_words(words: Sequence[str | Entry]) -> list[Entry]:
+    """The settings of the command line: `a.b=value`, value as in YAML. Read ones stay as they are."""
     entries = []
     for word in words:
+        if isinstance(word, Entry):
+            entries.append(word)
+            continue
         key, equals, text = word.partition("=")
         if not equals or not key:
             raise UserError(f"{COMMAND_LINE}: {word!r} is not key=value")

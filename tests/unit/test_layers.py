@@ -49,6 +49,7 @@ LAYERS = (
         "strop.run",
         "strop.submission",
         "strop.recipes",
+        "strop.pipeline",
         "strop.doctor",
     ),
     ("tools",),

@@ -26,6 +26,7 @@ from strop.slurm import (
     command,
     deaths,
     decide,
+    dependants,
     env,
     evidence,
     hostlist,
@@ -98,11 +99,23 @@ def begin(algo: str, args: Sequence[str], job: env.Job) -> Begun:
             behind = successor.prepare(run.directory, attempt, known, job, algo, named)
         except command.SlurmError as error:
             notes.append(f"NO SUCCESSOR, and this job cannot be requeued: {error}")
-    notes += [f"job {behind} is its successor: this one cannot be requeued"] if behind else []
+    if behind:
+        notes += [f"job {behind} is its successor: this one cannot be requeued", *_tell(job, behind)]
     left = any(not set(job.nodes).isdisjoint(collect.uncollected(run.directory, r)) for r in records)
     return Begun(
         run.directory, attempt, _end_time(known or {}), tuple(notes), behind, bool(job.log_dir) and left
     )
+
+
+def _tell(job: env.Job, behind: str) -> list[str]:
+    """Those that wait for this job may also wait for its successor; what to note of it."""
+    assert job.target is not None
+    waiting = dependants.read(job.dependants) if job.dependants else []
+    try:
+        told = dependants.follow(waiting, job.target, behind)
+    except command.SlurmError as error:
+        return [f"what waits for this job does not wait for its successor: {error}"]
+    return [f"job {number} waits for either of both" for number in told]
 
 
 def _records_of(run: naming.RunName, job: env.Job) -> list[dict[str, Any]]:

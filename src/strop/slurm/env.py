@@ -80,6 +80,8 @@ class Job:
     """Of an attempt that has begun, in unix seconds; None when Slurm names no end."""
     log_dir: Optional[Path] = None
     """As in Env."""
+    dependants: Optional[Path] = None
+    """STROP_DEPENDANTS: file of the jobs that wait for this one (strop.slurm.dependants)."""
     node: str = ""
     """Where this process is."""
 
@@ -155,6 +157,7 @@ def read_job(environ: Optional[Mapping[str, str]] = None) -> Job:
         successor_wish={"1": True, "0": False}.get(e.get("STROP_SUCCESSOR", "")),
         end_time=float(e["STROP_END_TIME"]) if e.get("STROP_END_TIME") else None,
         log_dir=_log_dir(e),
+        dependants=Path(e["STROP_DEPENDANTS"]) if e.get("STROP_DEPENDANTS") and not local else None,
         node=(None if local else e.get("SLURMD_NODENAME")) or socket.gethostname(),
     )
 
