@@ -48,6 +48,8 @@ class Batch:
     value_R: Tensor | None = None
     """fp32 [R] (a dummy: [1]): the number that each row of a token store brings along for its loss, NaN where
     it has none."""
+    baseline: float = 0.0
+    """What rewards are compared with, the same in all batches of a step; see `strop.baseline`."""
     cu_keys: Tensor | None = None
     """int32 [S + 1], where prompts are shared: the same sums as cu_seqlens with the shared prompts counted.
     A sequence with more keys than tokens goes on where the prompt of the one before it ends."""
