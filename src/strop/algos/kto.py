@@ -50,8 +50,8 @@ def kl(out: Output, batch: Batch, cfg: Config) -> tuple[Tensor, int]:
 def loss(out: Output, batch: Batch, cfg: Config) -> tuple[Tensor, Metrics]:
     """Σ λ_D σ(β(z0 - r)) over desirable rows + Σ λ_U σ(β(r - z0)) over undesirable ones, and metrics.
 
-    z0 = max(0, baseline), without gradient; Ethayarajh et al. 2024, equation 7, with the constant λ left out as
-    in their code: 1 - σ(x) = σ(-x). apo_zero_unpaired is the same with z0 = 0; D'Oosterlinck et al. 2024.
+    z0 = max(0, baseline), without gradient; Ethayarajh et al. 2024, equation 7, with 1 - σ(x) = σ(-x).
+    apo_zero_unpaired is the same with z0 = 0; D'Oosterlinck et al. 2024.
     """
     assert batch.value_R is not None
     c, z0 = cfg.kto, max(0.0, batch.baseline)
@@ -102,7 +102,9 @@ def imbalance(num_good: int, num_bad: int, cfg: Config) -> str | None:
     """What to say about the labels of a training set; None where their weights are balanced."""
     if not (num_good and num_bad):
         only = "desirable" if num_good else "undesirable"
-        return f"all {num_good + num_bad:,} training rows are {only}: nothing says what the other kind is like"
+        return (
+            f"all {num_good + num_bad:,} training rows are {only}: nothing says what the other kind is like"
+        )
     good, bad = cfg.kto.desirable_weight * num_good, cfg.kto.undesirable_weight * num_bad
     low, high = BALANCED
     if low - 0.005 <= good / bad <= high + 0.005:

@@ -45,7 +45,7 @@ def prepare(
 ) -> tuple[TokenStore, Ledger]:
     """The token store and ledger of one set: found in the cache, else made.
 
-    kind: preference or sft. split: train or validation (see `has_validation`). tokenizer: a transformers
+    kind: preference, unpaired or sft. split: train or validation (see `has_validation`). tokenizer: a transformers
     tokenizer. progress is called with the number of rows done, now and then.
     Raises UserError (key, file or row named; nothing is left behind) and StorageError.
     """
@@ -105,7 +105,7 @@ def _rendered(
             elif config.split is not None and sources.in_split(row, config.split) != split:
                 ledger.of(source.name).other_split += 1
             else:
-                yield renderer(row)
+                yield from renderer.rows(row)
 
 
 def _counted(

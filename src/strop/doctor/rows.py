@@ -106,11 +106,11 @@ def _rendered(
             if config.data.split is not None and sources.in_split(row, config.data.split) != split:
                 result.ledger.of(source.name).other_split += 1
                 continue
-            rendered = renderer(row)
-            if isinstance(rendered, Rendered):
-                result.templated += rendered.templated
-                result.plain += not rendered.templated
-            yield rendered
+            for rendered in renderer.rows(row):
+                if isinstance(rendered, Rendered):
+                    result.templated += rendered.templated
+                    result.plain += not rendered.templated
+                yield rendered
         total, exact = num_rows(source, taken, last) if taken == limit else (taken, True)
         result.total_rows += total
         result.exact = result.exact and exact
