@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Optional
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,5 +62,5 @@ def _measured(t: Trainer, batches: Iterable[Batch]) -> Optional[float]:
             total, count = t.algo.kl(t.policy(moved), moved, t.config)
         sums.append(total)
         num_rows += count
-    total, num_rows = t.dist.sum([float(torch.stack(sums).sum()), num_rows])
-    return total / num_rows
+    total, num_rows_of_all = t.dist.sum([float(torch.stack(sums).sum()), num_rows])
+    return total / num_rows_of_all

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 KINDS = {"cpt": "text", "sft": "sft", "kto": "unpaired", "dpo": "preference"}
-"""What a row of each algorithm's data is: a block of text, an answer, a labelled answer, a pair of answers."""
+"""What a row of each algorithm's data is: a block of text, an answer, one with a label, a pair of answers."""
 ALGOS = tuple(KINDS)
 
 
@@ -175,16 +175,16 @@ class DpoConfig:
     """How strongly the policy is held to the reference (`reference_policy_kl_penalty` in NeMo RL). simpo: the
     scale of its rewards, 2 to 10 in its paper. orpo: the weight of the odds ratio beside the NLL, their λ."""
     loss: str = "sigmoid"
-    """sigmoid, sigmoid_norm (per token), hinge, ipo, robust, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero,
-    apo_down, or without a reference model simpo or orpo; formulas in strop/ops/preference.py."""
+    """sigmoid, sigmoid_norm (per token), hinge, ipo, robust, exo_pair, nca_pair, bco_pair, sppo_hard,
+    apo_zero, apo_down, or without a reference model simpo or orpo; formulas in strop/ops/preference.py."""
     label_smoothing: float = 0.0
     """Share of pairs assumed to be labelled the wrong way round: [0, 0.5); robust and exo_pair need one.
     Used by sigmoid, sigmoid_norm, robust, exo_pair and simpo."""
     simpo_gamma: float = 0.5
     """simpo: the margin γ by which the reward of the chosen one shall be larger."""
     sft_loss_weight: Optional[float] = None
-    """Weight of the negative log-likelihood of the chosen completion, per token; null: 1 for orpo, to which it
-    belongs, 0 for all others."""
+    """Weight of the negative log-likelihood of the chosen completion, per token; null: 1 for orpo, to which
+    it belongs, 0 for all others."""
     preference_loss_weight: float = 1.0
     """Weight of the preference loss."""
     average_log_probs: bool = False

@@ -1,10 +1,10 @@
 """The one training loop, for every algorithm.
 
-A step: the batches of this rank (made ahead by a thread), their count over all ranks, what rewards are compared
-with where the loss does that (strop.baseline), forward and backward with the loss's *sum* divided by that
-count, one update. Then validation and a checkpoint, if due. Whatever
-one rank alone finds out (a signal, a NaN) is reduced before anybody acts on it, so all ranks leave the loop
-together. Stopping at any moment is ordinary: what is not committed is computed again to the same bits.
+A step: the batches of this rank (made ahead by a thread), their count over all ranks, what rewards are
+compared with where the loss does that (strop.baseline), forward and backward with the loss's *sum* divided by
+that count, one update. Then validation and a checkpoint, if due. Whatever one rank alone finds out (a signal,
+a NaN) is reduced before anybody acts on it, so all ranks leave the loop together. Stopping at any moment is
+ordinary: what is not committed is computed again to the same bits.
 """
 
 from __future__ import annotations

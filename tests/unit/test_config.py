@@ -114,7 +114,7 @@ WORD_MISTAKES = [
     (
         "dpo.loss=kto",
         "dpo.loss is 'kto'; it must be one of sigmoid, hinge, ipo, robust, "
-        "exo_pair, nca_pair, sppo_hard, apo_zero, apo_down, sigmoid_norm",
+        "exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero, apo_down, sigmoid_norm, simpo, orpo",
     ),
     ("train.precision=bf61", "train.precision is 'bf61'; it must be one of auto, bf16, fp16, fp32"),
     ("data.train=3", "data.train is 3; it must be text or a list of texts"),

@@ -3,8 +3,8 @@
 A row holds one completion and its label in `Batch.value_R`: 1 desirable, 0 undesirable. Its log-ratio
 r = log p_policy - log p_reference, summed over the completion, is compared with z0, the mean log-ratio of
 completions that belong to other prompts: an estimate of how far the policy has moved from the reference.
-z0 is `Batch.baseline`: measured by `kl` before the step, over the whole global batch (strop.baseline), so that it
-depends on neither ranks nor micro batches. TRL estimates it in each micro batch of each rank.
+z0 is `Batch.baseline`: measured by `kl` before the step, over the whole global batch (strop.baseline), so
+that it depends on neither ranks nor micro batches. TRL estimates it anew in each micro batch.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _log_ratio(out: Output, batch: Batch) -> Tensor:
 
 
 def _metrics(reward_R: Tensor, is_good_R: Tensor, out: Output, batch: Batch) -> Metrics:
-    """TRL's names: chosen are the desirable rows, rejected the undesirable ones; means over those there are."""
+    """TRL's names: chosen are the desirable rows, rejected the undesirable ones; means over what there is."""
     logp_R = ops.segment_sum(out.logp_T, batch.cu_seqlens)
     tokens = batch.trained_T.float()
     is_good_T = is_good_R.repeat_interleave(batch.cu_seqlens.diff().long())
@@ -110,8 +110,8 @@ def imbalance(num_good: int, num_bad: int, cfg: Config) -> str | None:
     if low - 0.005 <= good / bad <= high + 0.005:
         return None
     return (
-        f"{num_good:,} desirable and {num_bad:,} undesirable training rows, weighted {good / bad:.2f} to 1, which "
-        f"should be 1 to {high:.2f}: set kto.desirable_weight between {low * bad / num_good:.2f} and "
+        f"{num_good:,} desirable and {num_bad:,} undesirable training rows, weighted {good / bad:.2f} to 1, "
+        f"which should be 1 to {high:.2f}: set kto.desirable_weight between {low * bad / num_good:.2f} and "
         f"{high * bad / num_good:.2f}, or kto.undesirable_weight between {good / high / num_bad:.2f} and "
         f"{good / low / num_bad:.2f}"
     )

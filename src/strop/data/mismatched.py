@@ -25,8 +25,8 @@ class Mismatched:
     shared_R = None
 
     def __init__(self, store: TokenStore, max_length: int, what: str) -> None:
-        """max_length: tokens at which a long prompt with a long completion ends. Raises UserError, with `what`
-        the set is called, where there is no other row."""
+        """max_length: tokens at which a long prompt with a long completion ends. what: the set's name. Raises
+        UserError where there is no other row."""
         assert store.seqs_per_row == 1
         if store.num_rows < 2:
             raise UserError(

@@ -45,8 +45,9 @@ class Maker:
         """train, validation where there is one, and the names of `validation.watch`."""
         c = self.config
         if c.validation.watch and self.kind in ("preference", "unpaired"):
+            algo = c.algo.upper()
             raise UserError(
-                f"validation.watch: not for {c.algo.upper()}, which would need reference log-probs of each set"
+                f"validation.watch: not for {algo}, which would need reference log-probs of each set"
             )
         if self.kind == "text":
             beside = any(documents.beside(entry, c.data) for entry in _entries(c.data.train, "data.train"))

@@ -82,15 +82,15 @@ def simpo(c: Tensor, d: Tensor, beta: float, eps: float, delta: float) -> Tensor
 
 
 def orpo(c: Tensor, d: Tensor, beta: float, eps: float, delta: float) -> Tensor:
-    """-β log σ(logit(c) - logit(d)), logit(x) = x - log(1 - exp x), on mean log-probs without a reference; Hong
-    et al. 2024 (ORPO), equation 7, β their λ. The whole loss has the NLL of the chosen beside it."""
+    """-β log σ(odds(c) - odds(d)), odds(x) = x - log(1 - exp x), on mean log-probs without a reference;
+    Hong et al. 2024 (ORPO), equation 7, β their λ. The whole loss has the NLL of the chosen beside it."""
     odds_c, odds_d = (x - torch.log(-torch.expm1(x)) for x in (c.clamp(max=CERTAIN), d.clamp(max=CERTAIN)))
     return -beta * F.logsigmoid(odds_c - odds_d)
 
 
 CERTAIN = -1e-6
-"""orpo: a mean log-prob nearer to 0 than fp32 tells a certain token from an almost certain one counts as this:
-the odds of 0 would be infinite."""
+"""orpo: a mean log-prob nearer to 0 than this, where fp32 has only noise to tell, counts as this: the odds
+of 0 would be infinite."""
 
 KINDS: dict[str, Loss] = {
     "sigmoid": sigmoid,

@@ -35,8 +35,8 @@ STROP_ANYWHERE Real log_sigmoid(Real x) {
     return fmin(x, Real(0)) - log1p(exp(-fabs(x)));
 }
 
-// A mean log-prob nearer to 0 than fp32 tells a certain token from an almost certain one counts as this: the odds
-// of 0 would be infinite.
+// A mean log-prob nearer to 0 than this, where fp32 has only noise to tell, counts as this: the odds of 0 would be
+// infinite.
 #define STROP_CERTAIN (-1e-6f)
 
 template <class Real>
