@@ -137,7 +137,7 @@ def _check_dpo(flat: Mapping[str, Any], fail: Callable[..., None]) -> None:
     if loss in REFERENCE_FREE and flat["dpo.reference"] is not None:
         fail("dpo.reference", f"must be null for dpo.loss={loss}, which knows no reference model")
     if loss in REFERENCE_FREE and flat["dpo.average_log_probs"]:
-        fail("dpo.average_log_probs", f"must not be set for dpo.loss={loss}, which always takes the mean")
+        fail("dpo.average_log_probs", f"must be false for dpo.loss={loss}: it always takes the mean")
 
 
 def check(flat: Mapping[str, Any], where: Mapping[str, str], path: Path) -> None:

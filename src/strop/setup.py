@@ -25,7 +25,7 @@ from strop import config as config_module
 from strop import run as run_module
 from strop.algos import reference
 from strop.config import Config
-from strop.data import plan
+from strop.data import labels, plan
 from strop.data.mismatched import Mismatched
 from strop.data.sets import Maker, RowSet, open_set
 from strop.data.store import TokenStore
@@ -63,6 +63,8 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
     preflight.check_machine(run, config.dist)
     position.enter("data")
     sets = _data(run, config, algo, report, position)
+    if run.env.rank == 0:
+        _tell_imbalance(config, sets["train"])
     mismatched = _mismatched(config, algo, sets)
     train_store = sets.pop("train")
     position.enter("rendezvous")
@@ -142,6 +144,13 @@ def _data(
     else:
         rendezvous.wait_for_file(run.dir, run.attempt, run.env.rank, told, run.stop)
     return {name: open_set(place, config, name) for name, place in json.loads(told.read_text()).items()}
+
+
+def _tell_imbalance(config: Config, store: RowSet) -> None:
+    if config_module.KINDS[config.algo] == "unpaired" and isinstance(store, TokenStore):
+        num_good = int((store.values_R == 1).sum())
+        if line := labels.imbalance(num_good, store.num_rows - num_good, config.kto):
+            log.warning("training data: %s", line)
 
 
 def _mismatched(config: Config, algo: ModuleType, sets: dict[str, RowSet]) -> dict[str, Mismatched]:

@@ -278,3 +278,25 @@ def test_pairs_are_taken_apart(ranks, toy, tmp_path):
         lines.append(t.metrics(run(ranks, toy, tmp_path, "kto", name, data=data)))
     assert lines[0] == lines[1]
     assert lines[0][-1]["loss"] < 0.49
+
+
+def test_what_kto_refuses_and_what_it_tells(ranks, toy, tmp_path):
+    """A row without a label, one row, a set to watch; and all rows desirable, which trains with a warning."""
+    rows = [{"prompt": f"{i} the", "completion": " fox", "label": True} for i in range(4)]
+    bad = [{**rows[0], "label": "yes"}, *rows]
+    for name, lines, words, expected in (
+        ("text", bad, [], f"{tmp_path / 'text.jsonl'}, line 1: label is 'yes'; it must be true or false"),
+        ("one", rows[:1], [], "the train set has one usable row, and kto.loss=kto compares each with"),
+        ("watch", rows, [f"validation.watch={{a: {tmp_path / 'watch.jsonl'}}}"], "watch: not for KTO"),
+    ):
+        data = {"train": str(t.write_jsonl(tmp_path / f"{name}.jsonl", lines)), "max_length": 64}
+        config = t.config(toy, "kto", tmp_path / f"{name}.yaml", data=data)
+        code, text = ranks.fail("kto", config, f"{tmp_path.name}-{name}", *words, world_size=2)
+        assert (code, expected in text) == (78, True), text
+    data["train"] = str(tmp_path / "watch.jsonl")
+    job = ranks.run("kto", t.config(toy, "kto", tmp_path / "all.yaml", data=data), f"{tmp_path.name}-all")
+    assert "all 4 rows are desirable" in job.text()
+    assert "rewards/margins" not in t.metrics(job.run_dir)[0]
+    data["train"] = str(tmp_path / "one.jsonl")
+    config = t.config(toy, "kto", tmp_path / "apo.yaml", data=data)
+    ranks.run("kto", config, f"{tmp_path.name}-apo", "kto.loss=apo_zero_unpaired")

@@ -287,19 +287,6 @@ def test_kto_metrics_and_baseline():
     assert kto.derived({"rewards/chosen": 2.0}) == {}
 
 
-def test_labels_out_of_balance_are_told():
-    """TRL's bounds, of equation 8 in the paper: 90 good and 30 bad rows want an undesirable_weight of 2.25 to
-    3 or a desirable_weight of 0.33 to 0.44."""
-    assert kto.imbalance(40, 40, Config()) is None
-    assert kto.imbalance(40, 30, Config()) is None
-    assert kto.imbalance(90, 30, Config(kto=KtoConfig(undesirable_weight=2.5))) is None
-    assert "desirable_weight between 0.33 and 0.44, or kto.undesirable_weight between 2.25 and 3.00" in (
-        kto.imbalance(90, 30, Config())
-    )
-    assert "all 7 training rows are desirable" in kto.imbalance(7, 0, Config())
-    assert "all 7 training rows are undesirable" in kto.imbalance(0, 7, Config())
-
-
 @pytest.mark.parametrize("algo", ALGOS)
 def test_metrics_that_a_configuration_may_name_are_those_that_there_are(algo):
     """The loop adds the loss itself; sft_loss is there where it has a weight."""

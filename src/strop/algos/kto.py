@@ -18,9 +18,6 @@ from strop.config import Config
 from strop.data.batch import Batch
 from strop.models.policy import Output
 
-BALANCED = (1.0, 4 / 3)
-"""Where λ_D n_D / (λ_U n_U) should lie, by equation 8 of the paper."""
-
 
 def needs_reference(cfg: Config) -> bool:
     """Whether batches carry the log-probs of a reference model."""
@@ -96,22 +93,3 @@ def derived(means: dict[str, float]) -> dict[str, float]:
     if not {"rewards/chosen", "rewards/rejected"} <= means.keys():
         return {}
     return {"rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}
-
-
-def imbalance(num_good: int, num_bad: int, cfg: Config) -> str | None:
-    """What to say about the labels of a training set; None where their weights are balanced."""
-    if not (num_good and num_bad):
-        only = "desirable" if num_good else "undesirable"
-        return (
-            f"all {num_good + num_bad:,} training rows are {only}: nothing says what the other kind is like"
-        )
-    good, bad = cfg.kto.desirable_weight * num_good, cfg.kto.undesirable_weight * num_bad
-    low, high = BALANCED
-    if low - 0.005 <= good / bad <= high + 0.005:
-        return None
-    return (
-        f"{num_good:,} desirable and {num_bad:,} undesirable training rows, weighted {good / bad:.2f} to 1, "
-        f"which should be 1 to {high:.2f}: set kto.desirable_weight between {low * bad / num_good:.2f} and "
-        f"{high * bad / num_good:.2f}, or kto.undesirable_weight between {good / high / num_bad:.2f} and "
-        f"{good / low / num_bad:.2f}"
-    )

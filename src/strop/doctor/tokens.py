@@ -119,6 +119,8 @@ def _endings(
 def preview(row: TokenisedRow, tokenizer: Any, kind: str) -> Iterable[tuple[str, list[tuple[str, bool]]]]:
     """(title, [(text, trained)]) of each sequence of a row, as the model will see it."""
     titles = ("chosen", "rejected") if kind == "preference" else ("",)
+    if kind == "unpaired":
+        titles = ("desirable" if row.value == 1 else "undesirable",)
     for title, (tokens, trained) in zip(titles, row.sequences):
         edges = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(tokens)]
         pieces = [
