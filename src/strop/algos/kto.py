@@ -51,7 +51,7 @@ def loss(out: Output, batch: Batch, cfg: Config) -> tuple[Tensor, Metrics]:
     apo_zero_unpaired is the same with z0 = 0; D'Oosterlinck et al. 2024.
     """
     assert batch.value_R is not None
-    c, z0 = cfg.kto, max(0.0, batch.baseline)
+    c, z0 = cfg.kto, max(batch.baseline, 0.0)  # in this order a NaN stays one
     ratio_R = _log_ratio(out, batch)
     is_good_R = batch.value_R == 1.0  # false for the NaN of a dummy
     sign_R = is_good_R * 2.0 - 1.0
