@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from strop.config_schema import KINDS
 from strop.errors import UserError
 from strop.slurm import naming
 
@@ -140,6 +141,17 @@ def _check_dpo(flat: Mapping[str, Any], fail: Callable[..., None]) -> None:
         fail("dpo.average_log_probs", f"must be false for dpo.loss={loss}: it always takes the mean")
 
 
+def _check_user_metrics(flat: Mapping[str, Any], fail: Callable[[str, str], None]) -> bool:
+    """Whether there are any. What they will be called is known at the first validation only."""
+    metrics = flat["validation.metrics"]
+    functions = metrics if isinstance(metrics, list) else [metrics or ""]
+    if not all(isinstance(function, str) for function in functions):
+        fail("validation.metrics", "must be package.module:name or a list of such")
+    if metrics and KINDS[flat["algo"]] == "text":
+        fail("validation.metrics", "needs rows with an answer; a block of text has none")
+    return bool(metrics)
+
+
 def check(flat: Mapping[str, Any], where: Mapping[str, str], path: Path) -> None:
     """UserError for the first key whose value cannot be meant; `where` says where each was set."""
 
@@ -176,7 +188,9 @@ def check(flat: Mapping[str, Any], where: Mapping[str, str], path: Path) -> None
     has_sft_loss = flat["dpo.loss"] == "orpo" if (w := flat["dpo.sft_loss_weight"]) is None else w > 0
     if not has_sft_loss and "eval_sft_loss" in metrics:
         metrics.remove("eval_sft_loss")
-    if flat["checkpoint.best_metric"] is not None and flat["checkpoint.best_metric"] not in metrics:
+    best = flat["checkpoint.best_metric"]
+    own = _check_user_metrics(flat, fail) and str(best).startswith("eval_")
+    if best is not None and best not in metrics and not own:
         fail("checkpoint.best_metric", f"must be one of {', '.join(metrics)}")
     _check_dpo(flat, fail)
     if flat["validation.patience"] is not None and flat["checkpoint.best_metric"] is None:

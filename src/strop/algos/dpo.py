@@ -49,13 +49,7 @@ def loss(out: Output, batch: Batch, cfg: Config) -> tuple[Tensor, Metrics]:
     `batch.baseline`, the mean reward of all earlier steps (`running_reward`); TRL 1.16 has δ = 0 throughout.
     """
     kind, beta = cfg.dpo.loss, cfg.dpo.beta
-    # Only a batch that stands in for a rank without rows has sequences without trained tokens.
-    num_trained = ops.segment_sum(batch.trained_T.float(), batch.cu_seqlens).clamp(min=1.0)
-    ratio = logp = ops.segment_sum(out.logp_T, batch.cu_seqlens)
-    if batch.ref_logp_T is not None:
-        ratio = logp - ops.segment_sum(batch.ref_logp_T, batch.cu_seqlens)
-    if cfg.dpo.average_log_probs or kind in preference.AVERAGED:
-        ratio = ratio / num_trained
+    ratio, logp, num_trained = _ratio(out, batch, cfg)
     delta = cfg.dpo.simpo_gamma if kind == "simpo" else batch.baseline
     losses = ops.dpo_loss(ratio.view(-1, 2), kind, beta, cfg.dpo.label_smoothing, delta)
     nll = -logp[0::2] / num_trained[0::2]
@@ -74,6 +68,24 @@ def _sft_weight(cfg: Config) -> float:
     """ORPO is the odds ratio beside the NLL of the chosen."""
     default = 1.0 if cfg.dpo.loss == "orpo" else 0.0
     return default if cfg.dpo.sft_loss_weight is None else cfg.dpo.sft_loss_weight
+
+
+def rewards(out: Output, batch: Batch, cfg: Config) -> Tensor:
+    """[2P] of each completion: β times its log-ratio, the mean of which the metrics `rewards/...` are."""
+    return cfg.dpo.beta * _ratio(out, batch, cfg)[0]
+
+
+def _ratio(out: Output, batch: Batch, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-ratio (without a reference: log-prob), log-prob and number of trained tokens of each completion,
+    [2P] each."""
+    # Only a batch that stands in for a rank without rows has sequences without trained tokens.
+    num_trained = ops.segment_sum(batch.trained_T.float(), batch.cu_seqlens).clamp(min=1.0)
+    ratio = logp = ops.segment_sum(out.logp_T, batch.cu_seqlens)
+    if batch.ref_logp_T is not None:
+        ratio = logp - ops.segment_sum(batch.ref_logp_T, batch.cu_seqlens)
+    if cfg.dpo.average_log_probs or cfg.dpo.loss in preference.AVERAGED:
+        ratio = ratio / num_trained
+    return ratio, logp, num_trained
 
 
 def _metrics(ratio: Tensor, logp: Tensor, beta: float, out: Output, batch: Batch) -> Metrics:

@@ -44,6 +44,11 @@ def kl(out: Output, batch: Batch, cfg: Config) -> tuple[Tensor, int]:
     return _log_ratio(out, batch).double().sum(), len(batch.rows)
 
 
+def rewards(out: Output, batch: Batch, cfg: Config) -> Tensor:
+    """[R] of each completion: β times its log-ratio, the mean of which the metrics `rewards/...` are."""
+    return cfg.kto.beta * _log_ratio(out, batch)
+
+
 def loss(out: Output, batch: Batch, cfg: Config) -> tuple[Tensor, Metrics]:
     """Σ λ_D σ(β(z0 - r)) over desirable rows + Σ λ_U σ(β(r - z0)) over undesirable ones, and metrics.
 
