@@ -15,6 +15,9 @@ from strop.config_schema import KINDS
 from strop.errors import UserError
 from strop.slurm import naming
 
+REFERENCE_FREE = ("simpo", "orpo")
+"""Of dpo.loss; they know no reference model, and take means over tokens."""
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention": ("auto", "packed", "padded"),
     "data.over_length": ("drop", "truncate_prompt_left", "truncate_completion", "error"),
@@ -32,11 +35,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
         "robust",
         "exo_pair",
         "nca_pair",
+        "bco_pair",
         "sppo_hard",
         "apo_zero",
         "apo_down",
         "sigmoid_norm",
+        *REFERENCE_FREE,
     ),
+    "kto.loss": ("kto", "apo_zero_unpaired"),
     "dist.backend": ("auto", "nccl", "gloo"),
     "log.level": ("debug", "info", "warning", "error"),
 }
@@ -47,6 +53,12 @@ METRICS: dict[str, tuple[str, ...]] = {
     "dpo": (
         *("loss", "preference_loss", "sft_loss"),
         *("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
+        *("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected"),
+        *("entropy", "mean_token_accuracy"),
+    ),
+    "kto": (
+        *("loss", "kl"),
+        *("rewards/chosen", "rewards/rejected", "rewards/margins"),
         *("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected"),
         *("entropy", "mean_token_accuracy"),
     ),
@@ -96,8 +108,12 @@ RANGES: dict[str, Range] = {
     "sft.neftune_alpha": POSITIVE,
     "dpo.beta": POSITIVE,
     "dpo.label_smoothing": (lambda v: 0 <= v < 0.5, "must lie in [0, 0.5)"),
+    "dpo.simpo_gamma": NOT_NEGATIVE,
     "dpo.sft_loss_weight": NOT_NEGATIVE,
     "dpo.preference_loss_weight": NOT_NEGATIVE,
+    "kto.beta": POSITIVE,
+    "kto.desirable_weight": POSITIVE,
+    "kto.undesirable_weight": POSITIVE,
     "dist.timeout_s": POSITIVE,
     "dist.rendezvous_timeout_s": POSITIVE,
     "dist.shard_size": POSITIVE,
@@ -123,6 +139,17 @@ def _is_interval(every: Any) -> bool:
     return text == "auto" or bool(re.fullmatch(r"(\d+(\.\d+)?)[smh]", text) and float(text[:-1]) > 0)
 
 
+def _check_dpo(flat: Mapping[str, Any], fail: Callable[..., None]) -> None:
+    """What the losses of DPO need, and what would be of no use to them."""
+    loss = flat["dpo.loss"]
+    if loss in ("robust", "exo_pair") and flat["dpo.label_smoothing"] == 0:
+        fail("dpo.label_smoothing", f"must be greater than 0 for dpo.loss={loss}", "dpo.loss")
+    if loss in REFERENCE_FREE and flat["dpo.reference"] is not None:
+        fail("dpo.reference", f"must be null for dpo.loss={loss}, which knows no reference model")
+    if loss in REFERENCE_FREE and flat["dpo.average_log_probs"]:
+        fail("dpo.average_log_probs", f"must be false for dpo.loss={loss}: it always takes the mean")
+
+
 def _check_user_metrics(flat: Mapping[str, Any], fail: Callable[[str, str], None]) -> bool:
     """Whether there are any. What they will be called is known at the first validation only."""
     metrics = flat["validation.metrics"]
@@ -144,8 +171,6 @@ def check(flat: Mapping[str, Any], where: Mapping[str, str], path: Path) -> None
     for key, what in REQUIRED.items():
         if not flat[key]:
             raise UserError(f"{path}: {key} is not set; give {what} there or as {key}=...")
-    if flat["dpo.loss"] == "bco_pair":
-        fail("dpo.loss", "needs a running mean of rewards over all ranks, which no checkpoint holds yet")
     for key, allowed in CHOICES.items():
         if flat[key] not in allowed:
             fail(key, f"must be one of {', '.join(allowed)}")
@@ -169,14 +194,14 @@ def check(flat: Mapping[str, Any], where: Mapping[str, str], path: Path) -> None
             fail(key, RANGES[key][1])
     watched = [key.split(".", 2)[2] + "_" for key in flat if key.startswith("validation.watch.")]
     metrics = [f"eval_{own}{name}" for own in ("", *watched) for name in METRICS[flat["algo"]]]
-    if not flat["dpo.sft_loss_weight"] and "eval_sft_loss" in metrics:
+    has_sft_loss = flat["dpo.loss"] == "orpo" if (w := flat["dpo.sft_loss_weight"]) is None else w > 0
+    if not has_sft_loss and "eval_sft_loss" in metrics:
         metrics.remove("eval_sft_loss")
     best = flat["checkpoint.best_metric"]
     own = _check_user_metrics(flat, fail) and str(best).startswith("eval_")
     if best is not None and best not in metrics and not own:
         fail("checkpoint.best_metric", f"must be one of {', '.join(metrics)}")
-    if flat["dpo.loss"] in ("robust", "exo_pair") and flat["dpo.label_smoothing"] == 0:
-        fail("dpo.label_smoothing", f"must be greater than 0 for dpo.loss={flat['dpo.loss']}", "dpo.loss")
+    _check_dpo(flat, fail)
     if flat["validation.patience"] is not None and flat["checkpoint.best_metric"] is None:
         fail("validation.patience", "needs checkpoint.best_metric, such as eval_loss")
     name = flat["run.name"]

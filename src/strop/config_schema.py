@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-KINDS = {"cpt": "text", "sft": "sft", "dpo": "preference"}
-"""What a row of each algorithm's data is: a block of text, an answer, a pair of answers."""
+KINDS = {"cpt": "text", "sft": "sft", "kto": "unpaired", "dpo": "preference"}
+"""What a row of each algorithm's data is: a block of text, an answer, one with a label, a pair of answers."""
 ALGOS = tuple(KINDS)
 
 
@@ -108,7 +108,7 @@ class PrepareConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     global_batch_size: int = 16
-    """Rows (CPT: blocks, SFT: sequences, DPO: pairs) in one optimiser step, over all ranks."""
+    """Rows (CPT: blocks, SFT and KTO: sequences, DPO: pairs) in one optimiser step, over all ranks."""
     micro_batch_tokens: int = 4096
     """Most tokens in one forward of one rank (a longer single row makes a batch of its own).
     Changes memory and speed, never the loss."""
@@ -173,7 +173,7 @@ class ValidationConfig:
     """How much `checkpoint.best_metric` must gain to count as better, for `patience` and the best one."""
     watch: dict[str, Any] = field(default_factory=dict)
     """Further sets, watched beside for what is forgotten: {name: file, ...}, as data.validation would name
-    them; their metrics are eval_<name>_loss and so on. Not for DPO."""
+    them; their metrics are eval_<name>_loss and so on. Not for DPO and KTO."""
     metrics: Any = None
     """A function of your own, as package.module:name, or a list of them: it gets a
     `strop.user_metrics.ValidationRows` (texts, log-probs, rewards of every row) and returns {name: number},
@@ -201,19 +201,40 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class DpoConfig:
     beta: float = 0.1
-    """How strongly the policy is held to the reference (`reference_policy_kl_penalty` in NeMo RL)."""
+    """How strongly the policy is held to the reference (`reference_policy_kl_penalty` in NeMo RL). simpo: the
+    scale of its rewards, 2 to 10 in its paper. orpo: the weight of the odds ratio beside the NLL, their λ."""
     loss: str = "sigmoid"
-    """sigmoid, sigmoid_norm (per token), hinge, ipo, robust, exo_pair, nca_pair, sppo_hard, apo_zero or
-    apo_down; formulas in strop/ops/preference.py."""
+    """sigmoid, sigmoid_norm (per token), hinge, ipo, robust, exo_pair, nca_pair, bco_pair, sppo_hard,
+    apo_zero, apo_down, or without a reference model simpo or orpo; formulas in strop/ops/preference.py."""
     label_smoothing: float = 0.0
     """Share of pairs assumed to be labelled the wrong way round: [0, 0.5); robust and exo_pair need one.
-    Used by sigmoid, sigmoid_norm, robust and exo_pair."""
-    sft_loss_weight: float = 0.0
-    """Weight of the negative log-likelihood of the chosen completion, per token."""
+    Used by sigmoid, sigmoid_norm, robust, exo_pair and simpo."""
+    simpo_gamma: float = 0.5
+    """simpo: the margin γ by which the reward of the chosen one shall be larger."""
+    sft_loss_weight: Optional[float] = None
+    """Weight of the negative log-likelihood of the chosen completion, per token; null: 1 for orpo, to which
+    it belongs, 0 for all others."""
     preference_loss_weight: float = 1.0
     """Weight of the preference loss."""
     average_log_probs: bool = False
-    """Mean instead of sum of a completion's token log-probs (ipo and sigmoid_norm: always the mean)."""
+    """Mean instead of sum of a completion's token log-probs (ipo, sigmoid_norm, simpo and orpo:
+    always the mean)."""
+    reference: Optional[str] = None
+    """Reference model; null: the model itself before training."""
+
+
+@dataclass(frozen=True)
+class KtoConfig:
+    beta: float = 0.1
+    """How strongly the policy is held to the reference."""
+    loss: str = "kto"
+    """kto: rewards are compared with the mean log-ratio of answers to other prompts (a second forward without
+    gradient in each step); apo_zero_unpaired: with 0. Formulas in strop/algos/kto.py."""
+    desirable_weight: float = 1.0
+    """Weight of the loss of desirable answers. (desirable_weight x desirable rows) / (undesirable_weight x
+    undesirable rows) should lie between 1 and 4/3."""
+    undesirable_weight: float = 1.0
+    """Weight of the loss of undesirable ones."""
     reference: Optional[str] = None
     """Reference model; null: the model itself before training."""
 
@@ -316,6 +337,7 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
+    kto: KtoConfig = field(default_factory=KtoConfig)
     cpt: CptConfig = field(default_factory=CptConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     dist: DistConfig = field(default_factory=DistConfig)

@@ -1,9 +1,10 @@
 """The one training loop, for every algorithm.
 
-A step: the batches of this rank (made ahead by a thread), their count over all ranks, forward and backward
-with the loss's *sum* divided by that count, one update. Then validation and a checkpoint, if due. Whatever
-one rank alone finds out (a signal, a NaN) is reduced before anybody acts on it, so all ranks leave the loop
-together. Stopping at any moment is ordinary: what is not committed is computed again to the same bits.
+A step: the batches of this rank (made ahead by a thread), their count over all ranks, what rewards are
+compared with where the loss does that (strop.baseline), forward and backward with the loss's *sum* divided by
+that count, one update. Then validation and a checkpoint, if due. Whatever one rank alone finds out (a signal,
+a NaN) is reduced before anybody acts on it, so all ranks leave the loop together. Stopping at any moment is
+ordinary: what is not committed is computed again to the same bits.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from strop import optim, setup, trainer, user_metrics
+from strop import baseline, optim, setup, trainer, user_metrics
 from strop.algos import Metrics
 from strop.config import Config
 from strop.data.batch import Batch, Prefetcher, make_batch
@@ -106,7 +107,7 @@ def _run_steps(t: Trainer) -> str:
         return "YIELD"
     with Prefetcher(_batches(t)) as steps:
         asked = time.monotonic()
-        for batches in steps:
+        for batches, mismatched in steps:
             data_s = time.monotonic() - asked
             if _patience_is_over(t):
                 log.info(
@@ -115,18 +116,22 @@ def _run_steps(t: Trainer) -> str:
                     t.config.checkpoint.best_metric,
                 )
                 break
-            if not _step(t, batches, data_s) or not _after_step(t):
+            if not _step(t, batches, mismatched, data_s) or not _after_step(t):
                 return "YIELD"
             asked = time.monotonic()
     _save(t, last=True)
     return "DONE"
 
 
-def _batches(t: Trainer) -> Iterator[list[Batch]]:
+def _batches(t: Trainer) -> Iterator[tuple[list[Batch], list[Batch]]]:
+    """Of each step what is trained on, and what its baseline is measured on."""
     for step in range(t.state.step, t.max_steps):
         own = trainer.step_bins(t, step)[t.dist.rank]
         batches = [_keyed(t, step, make_batch(t.train_store, rows, t.train_ref)) for rows in own]
-        yield [b.pin() for b in batches] if t.dist.device.type == "cuda" else batches
+        mismatched = list(baseline.batches(t, step))
+        if t.dist.device.type == "cuda":
+            batches, mismatched = [b.pin() for b in batches], [b.pin() for b in mismatched]
+        yield batches, mismatched
 
 
 def _keyed(t: Trainer, step: int, batch: Batch) -> Batch:
@@ -136,7 +141,7 @@ def _keyed(t: Trainer, step: int, batch: Batch) -> Batch:
     return dataclasses.replace(batch, keys_S=neftune.keys(t.config.train.seed, step, batch.rows))
 
 
-def _step(t: Trainer, batches: list[Batch], data_s: float) -> bool:
+def _step(t: Trainer, batches: list[Batch], mismatched: list[Batch], data_s: float) -> bool:
     """One optimiser step. False if asked to stop before its end; then the state before it is committed."""
     c, state = t.config, t.state
     begin = time.monotonic()
@@ -154,6 +159,9 @@ def _step(t: Trainer, batches: list[Batch], data_s: float) -> bool:
         t.saver.wait()
     if stops:
         return _abandon(t)
+    compared_with = baseline.of_step(t, mismatched)
+    if compared_with is None:
+        return _abandon(t)
     meter = Meter()
     for i, batch in enumerate(batches):
         if i > 0 and trainer.stop_agreed(t):
@@ -161,16 +169,18 @@ def _step(t: Trainer, batches: list[Batch], data_s: float) -> bool:
         whole = i < len(batches) - 1 and not t.reduce_each
         t.policy.set_requires_gradient_sync(not whole)
         t.policy.set_reshard_after_backward(not whole)
-        loss, metrics = _forward(t, batch)
+        loss, metrics = _forward(t, batch, compared_with)
         weight = 0.0 if batch.is_dummy else 1.0
         (loss * (weight * state.loss_scale / count)).backward()
         t.position.beat()
         meter.add(metrics, weight)
     means = meter.reduce(t.dist)
+    means |= t.algo.derived(means)
     lr = optim.learning_rate(c.optim, state.step, t.max_steps)
     norm = _update(t, lr, means["loss"], batches)
     state.step += 1
     state.num_tokens += int(tokens)
+    baseline.remember(t, means, count)
     state.validated = False
     t.position.step = state.step
     line = {
@@ -198,10 +208,12 @@ def _abandon(t: Trainer) -> bool:
     return False
 
 
-def _forward(t: Trainer, batch: Batch, seen: Optional[user_metrics.Seen] = None) -> tuple[Tensor, Metrics]:
+def _forward(
+    t: Trainer, batch: Batch, compared_with: float, seen: Optional[user_metrics.Seen] = None
+) -> tuple[Tensor, Metrics]:
     """The loss's sum over the batch, and metrics with the loss among them; `seen` notes it for the user's."""
     count = t.algo.count(batch)
-    batch = batch.to(t.dist.device)
+    batch = dataclasses.replace(batch.to(t.dist.device), baseline=compared_with)
     out = t.policy(batch)
     loss, metrics = t.algo.loss(out, batch, t.config)
     if seen is not None:
@@ -284,9 +296,12 @@ def _validate(t: Trainer) -> bool:
         t.state.validated = True
         return True
     t.position.enter("validation")
+    compared_with = baseline.of_validation(t)
+    if compared_with is None:
+        return False
     means: dict[str, float] = {}
     for name, prefix, store, ref in sets:
-        own = _means(t, name, store, ref)
+        own = _means(t, name, store, ref, compared_with)
         if own is None:
             return False
         means |= {prefix + metric: value for metric, value in own.items()}
@@ -296,7 +311,9 @@ def _validate(t: Trainer) -> bool:
     return True
 
 
-def _means(t: Trainer, name: str, store: RowSet, ref: Optional[np.ndarray]) -> Optional[dict[str, float]]:
+def _means(
+    t: Trainer, name: str, store: RowSet, ref: Optional[np.ndarray], compared_with: float
+) -> Optional[dict[str, float]]:
     """Loss and metrics over one set, with those of the user; None if asked to stop in the middle."""
     meter = Meter()
     seen = user_metrics.begin(t.config, t.algo)
@@ -306,7 +323,7 @@ def _means(t: Trainer, name: str, store: RowSet, ref: Optional[np.ndarray]) -> O
             if trainer.stop_agreed(t):
                 return None
             with torch.no_grad():
-                _, metrics = _forward(t, batch, seen)
+                _, metrics = _forward(t, batch, compared_with, seen)
             meter.add(metrics, 0.0 if batch.is_dummy else 1.0)
     means = meter.reduce(t.dist)
     means |= t.algo.derived(means)

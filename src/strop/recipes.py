@@ -153,6 +153,11 @@ def dpo(model: Optional[str] = None, nodes: int = 1, **shorthand: Any) -> Recipe
     return _recipe("dpo", model, nodes, shorthand)
 
 
+def kto(model: Optional[str] = None, nodes: int = 1, **shorthand: Any) -> Recipe:
+    """KTO of `model` on `nodes` nodes; the same arguments."""
+    return _recipe("kto", model, nodes, shorthand)
+
+
 def cpt(model: Optional[str] = None, nodes: int = 1, **shorthand: Any) -> Recipe:
     """Continued pretraining of `model` on `nodes` nodes; the same arguments."""
     return _recipe("cpt", model, nodes, shorthand)

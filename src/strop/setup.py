@@ -25,7 +25,8 @@ from strop import config as config_module
 from strop import run as run_module
 from strop.algos import reference
 from strop.config import Config
-from strop.data import plan
+from strop.data import labels, plan
+from strop.data.mismatched import Mismatched
 from strop.data.sets import Maker, RowSet, find_overlap, open_set
 from strop.data.store import TokenStore
 from strop.data.tokenise import load_tokenizer, tokenizer_digest
@@ -46,6 +47,9 @@ log = logging.getLogger("strop")
 FIRST_LOSS_SCALE = 2.0**16
 """Of fp16; halved at the first overflow."""
 
+MISMATCHED = ", mismatched"
+"""Behind the name of a set: its prompts with the completions of other rows."""
+
 WORTH_SHARING = 0.95
 """Prompts are shared where that leaves at most this part of the tokens."""
 
@@ -59,6 +63,9 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
     preflight.check_machine(run, config.dist)
     position.enter("data")
     sets = _data(run, config, algo, report, position)
+    if run.env.rank == 0:
+        _tell_imbalance(config, sets["train"])
+    mismatched = _mismatched(config, algo, sets)
     train_store = sets.pop("train")
     position.enter("rendezvous")
     dist = start_dist(config.dist, run.env, run.dir, run.attempt, run.stop)
@@ -93,6 +100,7 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
         position,
         per_epoch,
         max_steps,
+        mismatched=mismatched,
     )
     t.pace = Pace(policy, dist, nodes)
     t.reduce_each = parallel.reduce_each_micro_batch(policy)
@@ -144,6 +152,21 @@ def _data(
     return {name: open_set(place, config, name) for name, place in json.loads(told.read_text()).items()}
 
 
+def _tell_imbalance(config: Config, store: RowSet) -> None:
+    if config_module.KINDS[config.algo] == "unpaired" and isinstance(store, TokenStore):
+        num_good = int((store.values_R == 1).sum())
+        if line := labels.imbalance(num_good, store.num_rows - num_good, config.kto):
+            log.warning("training data: %s", line)
+
+
+def _mismatched(config: Config, algo: ModuleType, sets: dict[str, RowSet]) -> dict[str, Mismatched]:
+    """What the baseline of train and validation is measured on, for a loss that does so (strop.baseline)."""
+    if not (hasattr(algo, "needs_mismatched") and algo.needs_mismatched(config)):
+        return {}
+    length = config.data.max_length
+    return {name: Mismatched(s, length, name) for name, s in sets.items() if isinstance(s, TokenStore)}
+
+
 def _check_names(config: Config, algo: ModuleType) -> None:
     """Before minutes go into the data: the models that a run loads from elsewhere are there."""
     model = config.model
@@ -152,8 +175,8 @@ def _check_names(config: Config, algo: ModuleType) -> None:
     if model.tokenizer:
         hf.check_hub("model.tokenizer", model.tokenizer, model.revision, "tokenizer_config.json")
     if algo.needs_reference(config) and (other := algo.reference_model(config)):
-        hf.check_model(other, "dpo.reference")
-        hf.check_hub("dpo.reference", other, None, "config.json")
+        hf.check_model(other, f"{config.algo}.reference")
+        hf.check_hub(f"{config.algo}.reference", other, None, "config.json")
 
 
 def _settle(run: Run, config: Config, dist: Dist) -> Config:
@@ -321,10 +344,11 @@ def _reference_files(t: Trainer) -> dict[str, str]:
     return {name: str(reference.cache_file(cache, store, facts)) for name, store in _stores(t).items()}
 
 
-def _stores(t: Trainer) -> dict[str, TokenStore]:
-    """Those that have a reference: rows, never text."""
+def _stores(t: Trainer) -> dict[str, reference.RowStore]:
+    """Those that have a reference: rows, never text, and what a baseline is measured on."""
     stores = {"train": t.train_store} | ({"validation": t.val_store} if t.val_store is not None else {})
-    return {name: store for name, store in stores.items() if isinstance(store, TokenStore)}
+    own: dict[str, reference.RowStore] = {n: s for n, s in stores.items() if isinstance(s, TokenStore)}
+    return own | {f"{name}{MISMATCHED}": view for name, view in t.mismatched.items()}
 
 
 def _reference_is_missing(t: Trainer, choices: dict[str, Any]) -> bool:
@@ -341,14 +365,16 @@ def _reference_is_missing(t: Trainer, choices: dict[str, Any]) -> bool:
 def _reference_bins(t: Trainer, name: str) -> reference.Bins:
     """Batches as the loop will see them, up to the one in which the last row is seen for the first time (the
     first epoch, unless some of its steps are left out or data.weights draws rows); or those of validation."""
-    if name == "validation":
-        return validation_bins(t, _stores(t)[name])
+    store = _stores(t)[name]
+    if name.startswith("validation"):
+        return validation_bins(t, store)
+    view = store if isinstance(store, Mismatched) else None
     ranks: reference.Bins = [[] for _ in range(t.dist.world_size)]
     unseen, left = np.ones(t.train_store.num_rows, dtype=np.bool_), t.train_store.num_rows
     for step in range(t.max_steps):
         if not left:
             break
-        for micro_batch in zip(*step_bins(t, step)):
+        for micro_batch in zip(*step_bins(t, step, view)):
             rows = np.unique(np.concatenate(micro_batch))
             new = rows[unseen[rows]]
             if len(new):
@@ -382,3 +408,5 @@ def _open_reference(t: Trainer, choices: dict[str, Any]) -> None:
     t.train_ref = np.load(choices["reference"]["train"], mmap_mode="r")
     if t.val_store is not None:
         t.val_ref = np.load(choices["reference"]["validation"], mmap_mode="r")
+    for name in t.mismatched:
+        t.mismatched_refs[name] = np.load(choices["reference"][f"{name}{MISMATCHED}"], mmap_mode="r")

@@ -118,7 +118,7 @@ WORD_MISTAKES = [
     (
         "dpo.loss=kto",
         "dpo.loss is 'kto'; it must be one of sigmoid, hinge, ipo, robust, "
-        "exo_pair, nca_pair, sppo_hard, apo_zero, apo_down, sigmoid_norm",
+        "exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero, apo_down, sigmoid_norm, simpo, orpo",
     ),
     ("train.precision=bf61", "train.precision is 'bf61'; it must be one of auto, bf16, fp16, fp32"),
     ("data.train=3", "data.train is 3; it must be text or a list of texts"),
@@ -285,7 +285,7 @@ def test_a_file_that_cannot_be_read(file, make, reason):
 
 
 def test_unknown_algorithm(file):
-    assert message(file, algo="dop") == "unknown algorithm 'dop': expected one of cpt, sft, dpo"
+    assert message(file, algo="dop") == "unknown algorithm 'dop': expected one of cpt, sft, kto, dpo"
 
 
 def test_the_default_file_is_configs_algo_yaml_here(file):
@@ -429,3 +429,30 @@ def test_help_names_every_key_of_the_algorithm_with_its_default(capsys):
     assert "\n  train.seed = 42\n      Order of the rows and every other random draw.\n" in text
     assert "sft.train_on = all" in text
     assert "dpo.beta" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            ["dpo.loss=simpo", "dpo.reference=other"],
+            "dpo.reference is 'other'; it must be null for dpo.loss=simpo, which knows no reference model",
+        ),
+        (
+            ["dpo.loss=orpo", "dpo.average_log_probs=true"],
+            "dpo.average_log_probs is True; it must be false for dpo.loss=orpo: it always takes the mean",
+        ),
+        (["dpo.loss=simpo", "dpo.simpo_gamma=-0.1"], "dpo.simpo_gamma is -0.1; it must not be negative"),
+        (["kto.loss=dpo"], "kto.loss is 'dpo'; it must be one of kto, apo_zero_unpaired"),
+        (["kto.desirable_weight=0"], "kto.desirable_weight is 0.0; it must be greater than 0"),
+    ],
+)
+def test_what_losses_without_reference_or_pairs_do_not_take(file, words, expected):
+    assert message(file, *words) == f"command line: {expected}"
+
+
+def test_orpo_has_an_sft_loss_to_choose_the_best_by(file):
+    words = ["checkpoint.best_metric=eval_sft_loss"]
+    assert "must be one of" in message(file, *words)
+    assert "must be one of" in message(file, *words, "dpo.loss=orpo", "dpo.sft_loss_weight=0")
+    assert loaded(file, *words, "dpo.loss=orpo").dpo.sft_loss_weight is None

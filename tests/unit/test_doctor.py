@@ -230,6 +230,22 @@ def test_bad_rows_are_named(ask, tmp_path):
     assert any("same_pair" in t for t in warns)
 
 
+def test_labels_of_unpaired_rows(ask, tmp_path):
+    """Pairs are balanced; with three more desirable rows they are not; and one row has no others."""
+    question = Question("kto", ("--config", "c.yaml"))
+    answer = examine.examine(question)
+    assert ("labels", "40 of 80 rows are desirable") in found(answer, "ok")
+    assert [title for title, _ in answer.previews] == ["desirable"]
+    good = [{"prompt": f"{n}?", "completion": "Yes.", "label": True} for n in range(3)]
+    write_jsonl(tmp_path / "data" / "training.jsonl", [pair("a?"), pair("b?"), *good])
+    warns = [text for name, text in found(examine.examine(question), "warn") if name == "labels"]
+    assert [text.partition(",")[0] for text in warns] == ["5 desirable and 2 undesirable rows"]
+    write_jsonl(tmp_path / "data" / "training.jsonl", good[:1])
+    assert ("labels", "a single row cannot be compared with others") in found(
+        examine.examine(question), "FAIL"
+    )
+
+
 def test_rows_of_a_known_set(ask, tmp_path):
     """Every third row is a tie: left out, and no reason to stop."""
     for name, count in (("training", 30), ("validation", 6)):

@@ -40,6 +40,7 @@ LAYERS = (
         "strop.loop",
         "strop.setup",
         "strop.trainer",
+        "strop.baseline",
         "strop.saver",
         "strop.report",
         "strop.watchdog",

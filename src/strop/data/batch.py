@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from strop.data.blocks import Blocks
+from strop.data.mismatched import Mismatched
 from strop.data.store import TokenStore
 
 DUMMY_LENGTH = 2
@@ -48,6 +49,8 @@ class Batch:
     value_R: Tensor | None = None
     """fp32 [R] (a dummy: [1]): the number that each row of a token store brings along for its loss, NaN where
     it has none."""
+    baseline: float = 0.0
+    """What rewards are compared with, the same in all batches of a step; see `strop.baseline`."""
     cu_keys: Tensor | None = None
     """int32 [S + 1], where prompts are shared: the same sums as cu_seqlens with the shared prompts counted.
     A sequence with more keys than tokens goes on where the prompt of the one before it ends."""
@@ -95,7 +98,9 @@ class Batch:
         return dataclasses.replace(self, **tensors)
 
 
-def make_batch(store: TokenStore | Blocks, rows: np.ndarray, ref: np.ndarray | None = None) -> Batch:
+def make_batch(
+    store: TokenStore | Mismatched | Blocks, rows: np.ndarray, ref: np.ndarray | None = None
+) -> Batch:
     """Pack `rows` of the store in the given order; no rows give a dummy.
 
     ref: fp32 [total], laid out like store.tokens.
@@ -106,13 +111,13 @@ def make_batch(store: TokenStore | Blocks, rows: np.ndarray, ref: np.ndarray | N
         return _dummy(store.seqs_per_row, rows, with_ref=ref is not None)
     seqlens = np.array([len(tokens) for tokens, _ in sequences])
     first_positions = [0] * len(sequences)
-    shares = isinstance(store, TokenStore) and store.shared_R is not None
-    if isinstance(store, TokenStore):
+    shares = not isinstance(store, Blocks) and store.shared_R is not None
+    if not isinstance(store, Blocks):
         first_positions = [first for row in rows for first in store.first_positions(row)]
     trained = np.concatenate([trained for _, trained in sequences])
     ref_logp_T = None
     if ref is not None:
-        assert isinstance(store, TokenStore)
+        assert not isinstance(store, Blocks)
         ref_logp = np.concatenate([ref[a:b] for row in rows for a, b in store.spans(row)])
         ref_logp_T = torch.from_numpy(np.where(trained, ref_logp, 0).astype(np.float32))
     return Batch(
@@ -124,7 +129,7 @@ def make_batch(store: TokenStore | Blocks, rows: np.ndarray, ref: np.ndarray | N
         trained_T=torch.from_numpy(trained),
         rows=rows,
         max_seqlen=int(seqlens.max()),
-        value_R=torch.from_numpy(store.values_R[rows]) if isinstance(store, TokenStore) else None,
+        value_R=torch.from_numpy(store.values_R[rows]) if not isinstance(store, Blocks) else None,
         ref_logp_T=ref_logp_T,
         cu_keys=_cumulated(seqlens + first_positions) if shares else None,
     )

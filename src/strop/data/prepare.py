@@ -46,8 +46,8 @@ def prepare(
 ) -> tuple[TokenStore, Ledger]:
     """The token store and ledger of one set: found in the cache, else made.
 
-    kind: preference or sft. split: train or validation (see `has_validation`). tokenizer: a transformers
-    tokenizer. progress is called with the number of rows done, now and then.
+    kind: preference, unpaired or sft. split: train or validation (see `has_validation`). tokenizer: a
+    transformers tokenizer. progress is called with the number of rows done, now and then.
     Raises UserError (key, file or row named; nothing is left behind) and StorageError.
     """
     found = sources.find(config.data, split, kind)
@@ -114,7 +114,7 @@ def rendered(
             if sources.elsewhere(row, config.data, split):
                 ledger.of(source.name).other_split += 1
             else:
-                yield row if isinstance(row, BadRow) else renderer(row)
+                yield from [row] if isinstance(row, BadRow) else renderer.rows(row)
 
 
 def _counted(

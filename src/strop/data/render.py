@@ -10,6 +10,7 @@ from a template that marks them (strop.data.marks); `sft.train_on` or a message'
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ shadows the clock that transformers gives them; the day is the one that Llama's 
 NEEDED = {
     "preference": "chosen and rejected, with prompt unless they are message lists that share their beginning",
     "sft": "messages, or prompt and completion, or input and output",
+    "unpaired": "prompt, completion and label (true or false), or prompt, chosen and rejected",
 }
 
 
@@ -55,7 +57,7 @@ class Rendered:
     templated: bool
     """The template wrote BOS and end-of-turn tokens; plain text still needs BOS and EOS."""
     value: float = math.nan
-    """See `TokenisedRow.value`."""
+    """See `TokenisedRow.value`; of unpaired rows the label: 1 desirable, 0 undesirable."""
 
 
 @dataclass(frozen=True)
@@ -115,10 +117,13 @@ class Renderer:
         self.options = options or Options()
 
     def __call__(self, row: Row) -> Rendered | BadRow:
+        value = math.nan
         try:
             tools = _tools(row.fields)
             if self.kind == "preference":
                 texts, templated = self._preference(row.fields, tools)
+            elif self.kind == "unpaired":
+                texts, templated, value = self._unpaired(row.fields, tools)
             else:
                 texts, templated = self._sft(row.fields, tools)
             for item in texts:
@@ -127,7 +132,17 @@ class Renderer:
             return BadRow(row.source, row.line, refused.reason, refused.message)
         if self.options.train_on == "everything":
             texts = [Text(item.text, [(0, len(item.text))]) for item in texts]
-        return Rendered(row.source, row.line, texts, templated)
+        return Rendered(row.source, row.line, texts, templated, value)
+
+    def rows(self, row: Row) -> list[Rendered | BadRow]:
+        """What a row of the data gives: itself, or the two halves of a pair where rows are unpaired."""
+        rendered = self(row)
+        if self.kind != "unpaired" or isinstance(rendered, BadRow) or len(rendered.texts) == 1:
+            return [rendered]
+        return [
+            dataclasses.replace(rendered, texts=[text], value=label)
+            for text, label in zip(rendered.texts, (1.0, 0.0))
+        ]
 
     def _preference(self, fields: dict[str, Any], tools: Any) -> tuple[list[Text], bool]:
         prompt = self._field(self.options.prompt, fields, "prompt")
@@ -140,6 +155,23 @@ class Renderer:
             return [self._plain(prompt, chosen), self._plain(prompt, rejected)], False
         head, tails = _conversation(prompt, [chosen, rejected])
         return self._templated(self._with_system(head), tails, tools), True
+
+    def _unpaired(self, fields: dict[str, Any], tools: Any) -> tuple[list[Text], bool, float]:
+        """One text with its label, or the two of a pair without."""
+        if fields.get("completion") is None and fields.get("chosen") is not None:
+            texts, templated = self._preference(fields, tools)
+            if texts[0] == texts[1]:
+                raise Refused("same_pair", "chosen and rejected are the same")
+            return texts, templated, math.nan
+        prompt = self._field(self.options.prompt, fields, "prompt")
+        completion = _known(fields.get("completion"))
+        if prompt is None or completion is None:
+            raise _wrong_fields("unpaired", fields)
+        label = _label(fields)
+        if isinstance(prompt, str) and isinstance(completion, str):
+            return [self._plain(prompt, completion)], False, label
+        head, tails = _conversation(prompt, [completion])
+        return self._templated(self._with_system(head), tails, tools), True, label
 
     def _sft(self, fields: dict[str, Any], tools: Any) -> tuple[list[Text], bool]:
         if (messages := _known(fields.get("messages"))) is not None:
@@ -336,6 +368,16 @@ def _known(value: Any) -> str | list[Message] | None:
             )
         messages.append({key: item for key, item in message.items() if item is not None})
     return messages
+
+
+def _label(fields: dict[str, Any]) -> float:
+    """1.0 of a desirable row, 0.0 of an undesirable one. Text is refused: "false" would count as true."""
+    label = fields.get("label")
+    if label is None:
+        raise _wrong_fields("unpaired", fields)
+    if not isinstance(label, (bool, int, float)) or label not in (0, 1):
+        raise Refused("wrong_fields", f"label is {_short(label)}; it must be true or false (or 1 or 0)")
+    return float(label)
 
 
 def _conversation(

@@ -31,7 +31,7 @@ Progress = Callable[[int, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class Maker:
-    """What prepares the sets of one configuration. kind: text, preference or sft."""
+    """What prepares the sets of one configuration. kind: text, preference, unpaired or sft."""
 
     config: Config
     kind: str
@@ -44,8 +44,11 @@ class Maker:
     def names(self) -> list[str]:
         """train, validation where there is one, and the names of `validation.watch`."""
         c = self.config
-        if c.validation.watch and self.kind == "preference":
-            raise UserError("validation.watch: not for DPO, which would need reference log-probs of each set")
+        if c.validation.watch and self.kind in ("preference", "unpaired"):
+            algo = c.algo.upper()
+            raise UserError(
+                f"validation.watch: not for {algo}, which would need reference log-probs of each set"
+            )
         if self.kind == "text":
             beside = any(documents.beside(entry, c.data) for entry in _entries(c.data.train, "data.train"))
             validates = c.data.validation is not None or beside or self._share_of_validation() > 0

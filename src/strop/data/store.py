@@ -35,7 +35,7 @@ FORMAT = 2
 CHUNK_ROWS = 4096
 """Rows whose prompts are compared at a time."""
 
-SEQS_PER_ROW = {"preference": 2, "sft": 1}
+SEQS_PER_ROW = {"preference": 2, "sft": 1, "unpaired": 1}
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class TokenStore:
 
     path: Path
     kind: str
-    """preference or sft."""
+    """preference, sft or unpaired."""
     seqs_per_row: int
     """2 (chosen, rejected) or 1."""
     tokens: np.ndarray

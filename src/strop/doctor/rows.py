@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from strop.config import Config
-from strop.data import noise, sources
+from strop.config import KINDS, Config
+from strop.data import labels, noise, sources
 from strop.data.ledger import BadRow, Ledger, place
 from strop.data.lengths import histogram
 from strop.data.render import Options, Rendered, Renderer, chat_template
@@ -47,6 +47,8 @@ class Scan:
     plain: int = 0
     contents: dict[int, tuple[str, int]] = field(default_factory=dict)
     """Hash of a row's tokens -> its place."""
+    good: int = 0
+    """Usable rows whose value is 1: the desirable ones of an unpaired set."""
     doubles: int = 0
     """Rows equal to an earlier one of the same set."""
 
@@ -58,6 +60,7 @@ class Scan:
         self.ledger.use(row, over_length)
         lengths = [len(tokens) for tokens, _ in row.sequences]
         self.row_tokens.append(sum(lengths))
+        self.good += row.value == 1
         self.sequence_tokens += lengths
         if len(self.examples) < 64:
             self.examples.append(row)
@@ -104,11 +107,11 @@ def _rendered(
             if isinstance(row, BadRow):
                 yield row
                 continue
-            rendered = renderer(row)
-            if isinstance(rendered, Rendered):
-                result.templated += rendered.templated
-                result.plain += not rendered.templated
-            yield rendered
+            for rendered in renderer.rows(row):
+                if isinstance(rendered, Rendered):
+                    result.templated += rendered.templated
+                    result.plain += not rendered.templated
+                yield rendered
         total, exact = num_rows(source, taken, last) if taken == limit else (taken, True)
         result.total_rows += total
         result.exact = result.exact and exact
@@ -179,6 +182,12 @@ def judge(scan: Scan, config: Config, checks: Checks) -> None:
             f"in {merged:,} rows the prompt's tokens are not the beginning of prompt+completion's",
             "a token spans the boundary and is trained; end the prompts where a token ends (no blank)",
         )
+    if KINDS[config.algo] == "unpaired" and ledger.used and scan.split == "train":
+        line = labels.imbalance(scan.good, ledger.used - scan.good, config.kto)
+        level = checks.warn if line else checks.ok
+        level("labels", line or f"{scan.good:,} of {ledger.used:,} rows are desirable")
+        if ledger.used == 1 and scan.complete and config.kto.loss == "kto":
+            checks.fail("labels", "a single row cannot be compared with others", "kto.loss=apo_zero_unpaired")
     if scan.doubles:
         checks.warn(name, f"{scan.doubles:,} rows are equal to an earlier one")
 

@@ -112,6 +112,8 @@ def _endings(seen: Ends, tokenizer: Any, checks: Checks, plain: bool) -> None:
 def preview(row: TokenisedRow, tokenizer: Any, kind: str) -> Iterable[tuple[str, list[tuple[str, bool]]]]:
     """(title, [(text, trained)]) of each sequence of a row, as the model will see it."""
     titles = ("chosen", "rejected") if kind == "preference" else ("",)
+    if kind == "unpaired":
+        titles = ("desirable" if row.value == 1 else "undesirable",)
     for title, (tokens, trained) in zip(titles, row.sequences):
         by_mask = itertools.groupby(spans(tokens, trained, tokenizer), key=lambda span: span.trained)
         yield title, [("".join(span.text for span in own), mask) for mask, own in by_mask]
