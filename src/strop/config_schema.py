@@ -206,6 +206,28 @@ class SftConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Adapters instead of all weights: y = W x + (alpha / rank) B A x, of which only A and B are trained."""
+
+    rank: Optional[int] = None
+    """Rows of A; null: no adapters, all weights are trained. Adapters want a learning rate some ten times
+    that of full training."""
+    alpha: float = 32.0
+    """Scale of the adapters: their part is multiplied by alpha / rank."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead (rank-stabilised LoRA)."""
+    dropout: float = 0.0
+    """Share of an adapter's inputs that is set to 0 in training, the rest scaled up: [0, 1). Drawn for each
+    step, row and token, the same in any batch and on any number of ranks."""
+    targets: Any = "all-linear"
+    """Layers with adapters, as PEFT's target_modules: all-linear (all but the head), a list of names or of
+    their last parts ([q_proj, v_proj]), or a regular expression for whole names."""
+    modules_to_save: Any = None
+    """Modules that are trained whole beside the adapters, by name or its last part, as PEFT's; a reward
+    model's score is among them always."""
+
+
+@dataclass(frozen=True)
 class DistConfig:
     backend: str = "auto"
     """auto: nccl where every rank has a GPU, else gloo."""
@@ -287,6 +309,7 @@ class Config:
     dpo: DpoConfig = field(default_factory=DpoConfig)
     cpt: CptConfig = field(default_factory=CptConfig)
     sft: SftConfig = field(default_factory=SftConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     dist: DistConfig = field(default_factory=DistConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -124,7 +124,8 @@ def _run_steps(t: Trainer) -> str:
 def _batches(t: Trainer) -> Iterator[list[Batch]]:
     for step in range(t.state.step, t.max_steps):
         own = trainer.step_bins(t, step)[t.dist.rank]
-        batches = [make_batch(t.train_store, rows, t.train_ref) for rows in own]
+        draw = (t.config.train.seed, step) if t.config.lora.dropout else None
+        batches = [make_batch(t.train_store, rows, t.train_ref, draw) for rows in own]
         yield [b.pin() for b in batches] if t.dist.device.type == "cuda" else batches
 
 

@@ -46,6 +46,11 @@ def check_model(path: str, key: str = "model.path") -> None:
             hint = "; the demo's models are made by: python -m tools.demo_assets" if "assets" in path else ""
             raise UserError(f"{key}: {path} does not exist{hint}")
         return
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{key}: {path} holds an adapter and no model: merge it with its base (of a run of strop: "
+            "tools.convert_dcp_to_hf without --adapter; else PEFT's merge_and_unload) and give that directory"
+        )
     if not (folder / "config.json").is_file():
         raise UserError(f"{key}: {path} has no config.json: not a model directory")
     if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
@@ -135,7 +140,7 @@ def scatter_weights(model: nn.Module, config: ModelConfig, dist: Dist, path: Opt
     """
     source: dict[str, torch.Tensor] = {}
     failure = None
-    targets = distinct_state(model)
+    targets = {name: t for name, t in distinct_state(model).items() if not is_adapter(name)}
     if dist.is_main:
         try:
             source = _read_weights(config, path)
@@ -198,6 +203,13 @@ def distinct_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return out
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of that name is an adapter's (models.lora): it comes from no model's files."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
 def clean_name(name: str) -> str:
     """A parameter's Hugging Face name without what wrappers put into it."""
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+    for part in ("_checkpoint_wrapped_module.", "_orig_mod.", "base_layer."):
+        name = name.replace(part, "")
+    return name

@@ -24,6 +24,7 @@ from strop import ops
 from strop.data.batch import Batch
 from strop.errors import Diverged, UserError
 from strop.models import attention
+from strop.models.lora import Adapters, LoraLinear
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class Policy(nn.Module):
         self.temperature = _head_temperature(text_config)
         self.head = "fused"
         self.layout = "padded"
+        self.adapters: Optional[Adapters] = None
 
     def set_layout(self, layout: str, device: torch.device) -> None:
         self.layout = layout
@@ -72,14 +74,18 @@ class Policy(nn.Module):
         index_N = batch.trained_T.nonzero()[:, 0]
         target_N = batch.tokens_T[index_N]
         # The hidden state before a token predicts it. A sequence's first token is never trained.
-        hidden_ND, logits_NV = self._hidden_or_logits(batch, batch.previous_T[index_N])
+        pick_N = batch.previous_T[index_N]
+        hidden_ND, logits_NV = self._hidden_or_logits(batch, pick_N)
         if logits_NV is not None:
             logp_N, stats = ops.logprob(logits_NV, target_N)
         else:
             head = self.lm.get_output_embeddings()
-            bias = getattr(head, "bias", None)
+            weight, bias = head.weight, getattr(head, "bias", None)
+            if isinstance(head, LoraLinear):
+                draws_N = None if batch.draw_T is None else batch.draw_T[pick_N]
+                hidden_ND, weight = head.beside(hidden_ND, draws_N)
             logp_N, stats = ops.linear_logprob(
-                hidden_ND, head.weight, target_N, bias, self.softcap, self.temperature
+                hidden_ND, weight, target_N, bias, self.softcap, self.temperature
             )
         return Output(*(self._spread(x, index_N, batch.tokens_T) for x in (logp_N, *stats)))
 
@@ -90,6 +96,7 @@ class Policy(nn.Module):
     def _hidden_or_logits(self, batch: Batch, pick_N: Tensor) -> tuple[Tensor, Optional[Tensor]]:
         model = self.lm if self.head == "logits" else self.lm.base_model
         if self.layout == "packed":
+            self._draw(None if batch.draw_T is None else batch.draw_T[None])
             out = model(
                 input_ids=batch.tokens_T[None],
                 position_ids=batch.positions_T[None],
@@ -103,12 +110,18 @@ class Policy(nn.Module):
         else:
             tokens_SL, mask_SL = _pad(batch)
             positions_SL = torch.arange(tokens_SL.shape[1], device=tokens_SL.device).expand_as(tokens_SL)
+            draws_SL = None if batch.draw_T is None else mask_SL.int().masked_scatter(mask_SL, batch.draw_T)
+            self._draw(draws_SL)
             kwargs = {"position_ids": positions_SL} if _takes(model, "position_ids") else {}
             out = model(input_ids=tokens_SL, attention_mask=mask_SL.long(), use_cache=False, **kwargs)
             flat = mask_SL.flatten()
         x = out.logits if self.head == "logits" else out.last_hidden_state
         x = x.flatten(0, 1)[flat][pick_N]
         return (x, x) if self.head == "logits" else (x, None)
+
+    def _draw(self, draws: Optional[Tensor]) -> None:
+        if self.adapters is not None:
+            self.adapters.draw(draws)
 
     @torch.no_grad()
     def probe(self, device: torch.device, dtype: torch.dtype, wanted: str) -> None:
