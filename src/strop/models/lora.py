@@ -55,12 +55,14 @@ class _Now:
 class LoraLinear(nn.Module):
     """A linear layer (or GPT-2's Conv1D) with an adapter: x [..., I] -> [..., O]."""
 
+    feature_I: Tensor
+
     def __init__(self, base_layer: nn.Module, name: str, config: LoraConfig, now: _Now) -> None:
         super().__init__()
         assert config.rank is not None
         self.base_layer = base_layer
         num_in, num_out = features(base_layer)
-        device = base_layer.weight.device
+        device = next(base_layer.parameters()).device
         self.lora_A = _matrix(config.rank, num_in, device)
         self.lora_B = _matrix(num_out, config.rank, device)
         self.name, self._now, self.dropout = name, now, config.dropout
@@ -212,12 +214,10 @@ def scale(config: LoraConfig) -> float:
     return config.alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
 
 
-def features(layer: nn.Module) -> tuple[int, int]:
+def features(layer: Any) -> tuple[int, int]:
     """(inputs, outputs) of a linear layer."""
     if isinstance(layer, Conv1D):
         return layer.weight.shape[0], layer.weight.shape[1]
-    assert isinstance(layer.in_features, int)
-    assert isinstance(layer.out_features, int)
     return layer.in_features, layer.out_features
 
 
