@@ -143,7 +143,7 @@ def scatter_weights(model: nn.Module, config: ModelConfig, dist: Dist, path: Opt
     targets = {name: t for name, t in distinct_state(model).items() if not is_adapter(name)}
     if dist.is_main:
         try:
-            source = _read_weights(config, path)
+            source = read_weights(config, path)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             failure = f"cannot load its weights ({first_line(error)})"
         else:
@@ -159,7 +159,7 @@ def scatter_weights(model: nn.Module, config: ModelConfig, dist: Dist, path: Opt
             _scatter(tensor, source.get(name))
 
 
-def _read_weights(config: ModelConfig, path: Optional[str]) -> dict[str, torch.Tensor]:
+def read_weights(config: ModelConfig, path: Optional[str]) -> dict[str, torch.Tensor]:
     """The state of a checkpoint in HF format.
 
     transformers fills what a file lacks with random numbers, after a warning; here that is a ValueError.
