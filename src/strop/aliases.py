@@ -76,6 +76,7 @@ def _algorithm_section(name: str) -> dict[str, Alias]:
 
 
 ABSENT = {
+    "policy.dtensor_cfg.lora_cfg.enabled": "a rank is what turns adapters on: lora.rank",
     "checkpointing.enabled": "checkpoints are always written: checkpoint.every says how often "
     "(null: at the end, and when the job is stopped)",
 }
@@ -106,6 +107,10 @@ ALIASES: dict[str, Alias] = {
     ),
     "policy.sequence_packing.train_mb_tokens": Alias("train.micro_batch_tokens"),
     "policy.dynamic_batching.train_mb_tokens": Alias("train.micro_batch_tokens"),
+    "policy.dtensor_cfg.lora_cfg.dim": Alias("lora.rank"),
+    "policy.dtensor_cfg.lora_cfg.alpha": Alias("lora.alpha"),
+    "policy.dtensor_cfg.lora_cfg.dropout": Alias("lora.dropout"),
+    "policy.dtensor_cfg.lora_cfg.target_modules": Alias("lora.targets"),
     "policy.optimizer.kwargs.lr": Alias("optim.lr"),
     "policy.optimizer.kwargs.weight_decay": Alias("optim.weight_decay"),
     "policy.optimizer.kwargs.betas": Alias("optim.betas"),

@@ -100,6 +100,23 @@ def test_memory_by_hand():
     assert memory.disk_bytes(SHAPE, keep_last=2, has_best=True) == 4 * 12 * 1_000_003
 
 
+def test_memory_with_adapters_by_hand():
+    """Frozen weights in the compute type and nothing else; what is trained in fp32, with all that belongs to
+    it. Here both together stay below 2 GiB on a rank."""
+    adapted = replace(SHAPE, num_trained=50_001)
+    options = {"micro_batch_tokens": 100, "activation_checkpointing": "full", "gpu": False}
+    m = memory.estimate(adapted, num_ranks=2, precision="bf16", **options)
+    assert (m.weights, m.optimizer) == (4 * 25_001 + 2 * 500_002, 8 * 25_001)
+    assert m.gradients == 4 * 25_001 + 4 * 50_001
+    assert m.host_staging == 12 * 25_001
+    assert memory.disk_bytes(adapted, keep_last=2, has_best=False) == 3 * 12 * 50_001
+    full = memory.estimate(SHAPE, num_ranks=2, precision="bf16", **options)
+    assert (m.gathered, m.activations, m.head) == (full.gathered, full.activations, full.head)
+    large = replace(SHAPE, num_params=2**30, num_trained=300_000)  # in bf16 alone 2 GiB
+    m = memory.estimate(large, num_ranks=1, precision="bf16", **options)
+    assert m.gradients == 4 * 300_000 + (2 + 4) * 100_000
+
+
 def test_quota():
     text = (
         "Disk quotas for user me (uid 1000):\n     Filesystem  blocks   quota   limit   grace   files\n"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -16,10 +16,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from strop import parallel
-from strop.config import ModelConfig
+from strop.config import LoraConfig, ModelConfig
 from strop.doctor.checks import Checks, gib
 from strop.errors import UserError, first_line
 from strop.models import hf
+from strop.models.lora import Adapters, num_trainable
 
 HEADER_LIMIT = 1 << 28
 
@@ -44,9 +45,13 @@ class Shape:
     max_positions: Optional[int]
     file_bytes: int
     """Of the weights on disk; 0 where they are not here."""
+    num_trained: Optional[int] = None
+    """With adapters: what is trained, beside num_params frozen ones; null: all of them."""
 
 
-def look(config: ModelConfig, checks: Checks, offline: bool) -> Optional[Shape]:
+def look(
+    config: ModelConfig, checks: Checks, offline: bool, lora: Optional[LoraConfig] = None
+) -> Optional[Shape]:
     """The model's shape; None if there is no usable one. `offline`: the user's jobs do not ask the hub."""
     assert config.path is not None
     try:
@@ -87,7 +92,17 @@ def look(config: ModelConfig, checks: Checks, offline: bool) -> Optional[Shape]:
         checks.fail("weights", text, advice) if offline else checks.warn("weights", text, advice)
     else:
         _compare_weights(folder, model, shape, checks)
-    return shape
+    return shape if lora is None or lora.rank is None else _with_adapters(shape, model, lora, checks)
+
+
+def _with_adapters(shape: Shape, model: Any, config: LoraConfig, checks: Checks) -> Optional[Shape]:
+    try:
+        adapters = Adapters(model, config)
+    except UserError as error:
+        checks.fail("adapters", str(error))
+        return None
+    checks.ok("adapters", adapters.describe(model))
+    return replace(shape, num_trained=num_trainable(model))
 
 
 def _folder(config: ModelConfig) -> Optional[Path]:
