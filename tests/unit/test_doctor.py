@@ -193,6 +193,17 @@ def test_a_sound_run(ask, assets):
     ]
 
 
+def test_a_run_with_adapters(ask):
+    """Rank 2 on q and v of three layers: 2 (32 + 32) + 2 (32 + 16) numbers each, of 12 bytes in a save."""
+    answer = ask("lora.rank=2", "lora.targets=[q_proj,v_proj]")
+    trained = 3 * 2 * ((32 + 32) + (32 + 16))
+    assert any(
+        n == "adapters" and f"trainable parameters {trained:,} of" in t for n, t in found(answer, "ok")
+    )
+    assert answer.numbers["checkpoint_bytes"] == 12 * trained
+    assert answer.numbers["memory_bytes"]["optimizer"] == 8 * trained
+
+
 def test_the_tools_preview():
     from tools import doctor
 
@@ -206,6 +217,11 @@ BROKEN = [
     (["model.path=./nothing"], "model", "model.path: ./nothing does not exist"),
     (["data.train=data/trainin.jsonl"], "train data", "data.train: no such file or directory"),
     (["model.chat_template={{ x"], "train data", "model.chat_template: line 1"),
+    (
+        ["lora.rank=4", "lora.targets=[q_prog]"],
+        "adapters",
+        "no layer is called 'q_prog'; did you mean q_proj",
+    ),
     (["data.max_length=4"], "train data", "40 of 40 rows of the train set (100.0%) were dropped"),
     (["data.max_length=4", "data.over_length=error"], "train data", "40 rows over_length; the first: data/"),
     (["model.tokenizer=./nothing"], "tokenizer", "model.tokenizer: no tokenizer in './nothing'"),
