@@ -62,6 +62,11 @@ def _preference_loss(value: Any) -> Any:
     return "sigmoid" if value == "dpo" else value
 
 
+def _targets(value: Any) -> Any:
+    """An empty list means all linear layers there."""
+    return value or "all-linear"
+
+
 def _algorithm_section(name: str) -> dict[str, Alias]:
     """The keys that NeMo RL repeats in its `dpo` and `sft` sections."""
     return {
@@ -109,8 +114,8 @@ ALIASES: dict[str, Alias] = {
     "policy.dynamic_batching.train_mb_tokens": Alias("train.micro_batch_tokens"),
     "policy.dtensor_cfg.lora_cfg.dim": Alias("lora.rank"),
     "policy.dtensor_cfg.lora_cfg.alpha": Alias("lora.alpha"),
-    "policy.dtensor_cfg.lora_cfg.dropout": Alias("lora.dropout"),
-    "policy.dtensor_cfg.lora_cfg.target_modules": Alias("lora.targets"),
+    "policy.dtensor_cfg.lora_cfg.dropout": Alias("lora.dropout", remark="of an adapter's input"),
+    "policy.dtensor_cfg.lora_cfg.target_modules": Alias("lora.targets", _targets),
     "policy.optimizer.kwargs.lr": Alias("optim.lr"),
     "policy.optimizer.kwargs.weight_decay": Alias("optim.weight_decay"),
     "policy.optimizer.kwargs.betas": Alias("optim.betas"),
