@@ -117,7 +117,7 @@ def _run_steps(t: Trainer) -> str:
             if not _step(t, batches, data_s) or not _after_step(t):
                 return "YIELD"
             asked = time.monotonic()
-    _save(t)
+    _save(t, last=True)
     return "DONE"
 
 
@@ -187,7 +187,7 @@ def _abandon(t: Trainer) -> bool:
     t.optimizer.zero_grad(set_to_none=True)
     if t.dist.is_main:
         log.info("asked to stop (%s)", t.run.stop.reason or "another rank was")
-    _save(t)
+    _save(t, last=True)
     return False
 
 
@@ -258,7 +258,7 @@ def _after_step(t: Trainer) -> bool:
     last = step >= t.max_steps
     due = (last and v.at_end) or (v.every is not None and step % v.every == 0)
     if due and not t.state.validated and not _validate(t):
-        _save(t)
+        _save(t, last=True)
         return False
     if t.dist.any(t.dist.is_main and t.saver.due(step)) or t.state.best_step == step:
         _save(t)
@@ -329,10 +329,11 @@ def _patience_is_over(t: Trainer) -> bool:
     return patience is not None and t.state.misses >= patience
 
 
-def _save(t: Trainer) -> None:
-    """Begin to commit the state as it stands (nothing to do at step 0, or where it is committed already)."""
+def _save(t: Trainer, *, last: bool = False) -> None:
+    """Begin to commit the state as it stands (nothing to do at step 0, or where it is committed already);
+    the last time, do it."""
     if t.state.step == 0:
         return
     t.position.enter("save")
     t.state.metrics_bytes = t.report.sync()
-    t.saver.start(trainer.tensors(t), dataclasses.asdict(t.state))
+    t.saver.start(trainer.tensors(t), dataclasses.asdict(t.state), last=last)

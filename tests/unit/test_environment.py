@@ -79,6 +79,27 @@ def test_threads(extra, num_cpus, threads):
     assert env.rank_variables(env.read_task(variables), variables, num_cpus)["OMP_NUM_THREADS"] == threads
 
 
+@pytest.mark.parametrize(
+    ("extra", "preloaded"),
+    [
+        ({}, "env/lib/libtcmalloc.so.4"),
+        ({"LD_PRELOAD": "/mine.so"}, "/mine.so"),  # the user's word
+        ({"STROP_GPUS_PER_NODE": "8"}, None),  # the host's memory is not what a GPU waits for
+    ],
+)
+def test_the_allocator(tmp_path, extra, preloaded):
+    library = tmp_path / "env" / "lib" / "libtcmalloc.so.4"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    variables = {**SRUN, "CONDA_PREFIX": str(tmp_path / "env"), **extra}
+    found = env.rank_variables(env.read_task(variables), variables, 1).get("LD_PRELOAD")
+    assert found == (str(tmp_path / preloaded) if preloaded else None)
+
+
+def test_no_allocator_anywhere(tmp_path):
+    assert env.allocator({}, [str(tmp_path)]) is None
+
+
 def test_interface_for_both_libraries():
     variables = {**SRUN, "STROP_IFNAME": "ib0", "NCCL_SOCKET_IFNAME": "ib1"}
     result = env.rank_variables(env.read_task(variables), variables, 1)

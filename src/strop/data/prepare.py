@@ -55,9 +55,8 @@ def prepare(
     path = Path(cache_dir) / f"{kind}-{split}-{digest[:24]}"
     if not (path / "store.json").exists():
         ledger = Ledger(split)
-        renderer = Renderer(kind, tokenizer, template, kind == "sft" and config.sft.train_on_prompt)
         tokeniser = Tokeniser(tokenizer, config.data.max_length)
-        rows = tokeniser(_rendered(found, config.data, split, renderer, ledger))
+        rows = tokeniser(rendered(config, tokenizer, kind, split, ledger))
         try:
             TokenStore.write(
                 path,
@@ -94,15 +93,17 @@ def _digest(
     return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=32).hexdigest()
 
 
-def _rendered(
-    found: list[Source], config: DataConfig, split: str, renderer: Renderer, ledger: Ledger
+def rendered(
+    config: Config, tokenizer: Any, kind: str, split: str, ledger: Ledger
 ) -> Iterator[Rendered | BadRow]:
-    """The rows of all sources that belong to this split, as texts."""
-    for source in found:
+    """The rows of all sources that belong to this split, as texts; the ledger gets those of other splits."""
+    template = chat_template(config.model.chat_template, tokenizer)
+    renderer = Renderer(kind, tokenizer, template, kind == "sft" and config.sft.train_on_prompt)
+    for source in sources.find(config.data, split):
         for row in sources.read(source):
             if isinstance(row, BadRow):
                 yield row
-            elif config.split is not None and sources.in_split(row, config.split) != split:
+            elif config.data.split is not None and sources.in_split(row, config.data.split) != split:
                 ledger.of(source.name).other_split += 1
             else:
                 yield renderer(row)

@@ -6,7 +6,6 @@ run itself. `Scan` keeps what the other checks need: lengths, shares, a few exam
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from strop.data import noise, sources
 from strop.data.ledger import BadRow, Ledger, place
 from strop.data.lengths import histogram
 from strop.data.render import Rendered, Renderer, chat_template
+from strop.data.repeats import row_hash
 from strop.data.sources import Source
 from strop.data.store import TokenisedRow
 from strop.data.tokenise import Tokeniser
@@ -45,7 +45,7 @@ class Scan:
     examples: list[TokenisedRow] = field(default_factory=list)
     templated: int = 0
     plain: int = 0
-    contents: dict[bytes, tuple[str, int]] = field(default_factory=dict)
+    contents: dict[int, tuple[str, int]] = field(default_factory=dict)
     """Hash of a row's tokens -> its place."""
     doubles: int = 0
     """Rows equal to an earlier one of the same set."""
@@ -61,11 +61,9 @@ class Scan:
         self.sequence_tokens += lengths
         if len(self.examples) < 64:
             self.examples.append(row)
-        digest = hashlib.blake2b(digest_size=12)
-        for tokens, _ in row.sequences:
-            digest.update(tokens.tobytes() + b"|")
-        self.doubles += digest.digest() in self.contents
-        self.contents.setdefault(digest.digest(), (row.source, row.line))
+        content = row_hash([tokens for tokens, _ in row.sequences])
+        self.doubles += content in self.contents
+        self.contents.setdefault(content, (row.source, row.line))
 
     @property
     def usable_rows(self) -> int:
@@ -183,10 +181,10 @@ def compare(train: Scan, validation: Scan, checks: Checks) -> None:
     both = train.contents.keys() & validation.contents.keys()
     extent = "" if train.complete and validation.complete else " among the rows looked at"
     if both:
-        digest = next(d for d in validation.contents if d in both)
+        content = next(c for c in validation.contents if c in both)
         text = (
             f"{len(both):,} of {len(validation.contents):,} validation rows are training rows too{extent}; "
-            f"{place(*validation.contents[digest])} is {place(*train.contents[digest])}"
+            f"{place(*validation.contents[content])} is {place(*train.contents[content])}"
         )
         checks.warn("validation data", text, "take them out of one set; data.split never does this")
     else:
