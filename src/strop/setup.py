@@ -32,7 +32,7 @@ from strop.data.tokenise import load_tokenizer, tokenizer_digest
 from strop.dist import Dist
 from strop.dist import start as start_dist
 from strop.errors import UserError
-from strop.models import hf
+from strop.models import hf, reward
 from strop.models.policy import Policy
 from strop.report import Report
 from strop.run import Position, Run
@@ -66,7 +66,7 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
     position.enter("model")
     config = _settle(run, config, dist)
     with report.phase("building the model"):
-        policy = Policy(hf.build_empty(config.model))
+        policy = _empty_policy(config)
         policy.eval()  # dropout is off: the policy and its reference must be one function
         preflight.check_disk(run, policy, dist)
         parallel.shard(policy, config.train, dist)
@@ -98,6 +98,13 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
         t.state.loss_scale = FIRST_LOSS_SCALE
     t.ready = _load(t)
     return t
+
+
+def _empty_policy(config: Config) -> Policy:
+    """What the algorithm trains, without its weights: a language model, or one with a scalar head."""
+    if config.algo in config_module.SCORING:
+        return reward.RewardModel(reward.build_empty(config.model))
+    return Policy(hf.build_empty(config.model))
 
 
 def _data(
@@ -188,7 +195,9 @@ def _load(t: Trainer) -> bool:
     needs_pass = t.algo.needs_reference(t.config) and _reference_is_missing(t, choices)
     if step is None or needs_pass or not choices:
         with t.report.phase("loading weights"):
-            hf.scatter_weights(t.policy.lm, t.config.model, t.dist)
+            scores = t.config.algo in config_module.SCORING
+            read = reward.reader(t.config.train.seed) if scores else hf.read_weights
+            hf.scatter_weights(t.policy.lm, t.config.model, t.dist, read=read)
     _set_layout(t, choices)
     if needs_pass and not _reference_pass(t, choices, again=step is None):
         return False

@@ -52,7 +52,8 @@ def judge(scan: Scan, tokenizer: Any, shape: Optional[Shape], checks: Checks) ->
     if scan.templated:
         checks.ok("template", f"renders {scan.templated:,} rows looked at")
     _beginnings(sequences, tokenizer, checks)
-    _endings(sequences, tokenizer, checks, plain=scan.plain > 0)
+    if shape is None or not shape.scores:  # a reward model writes nothing, and need not learn to stop
+        _endings(sequences, tokenizer, checks, plain=scan.plain > 0)
     if shape is not None:
         largest = max(int(tokens.max()) for tokens, _ in sequences)
         if max(largest, len(tokenizer) - 1) < shape.vocab_size:
