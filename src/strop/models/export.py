@@ -107,6 +107,8 @@ def export_checkpoint(
         config.dtype = target
         config.architectures = [type(model).__name__]
         config.save_pretrained(aside)
+        if not scores:
+            _write_generation_config(base, aside)
         _write_companions(base, tokenizer, aside)
         say("loading the result and comparing every tensor with the checkpoint")
         _verify(aside, directory, shards, base, auto)
@@ -209,14 +211,17 @@ def _index(shards: list[Shard]) -> str:
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
 
 
-def _write_companions(base: ModelConfig, tokenizer: Any, out: Path) -> None:
-    """Generation configuration, tokenizer with the run's chat template, and a model's own Python code."""
-    assert base.path is not None
+def _write_generation_config(base: ModelConfig, out: Path) -> None:
     try:
         reader: Any = GenerationConfig
         reader.from_pretrained(base.path, revision=base.revision, local_files_only=True).save_pretrained(out)
     except OSError:
         pass  # not every model has one
+
+
+def _write_companions(base: ModelConfig, tokenizer: Any, out: Path) -> None:
+    """The tokenizer with the run's chat template, and a model's own Python code."""
+    assert base.path is not None
     tokenizer.save_pretrained(out)
     if base.trust_remote_code and Path(base.path).is_dir():
         for code in Path(base.path).glob("*.py"):
