@@ -278,12 +278,15 @@ def _tools(fields: dict[str, Any]) -> Any:
 def _margin(fields: dict[str, Any]) -> float:
     """By how much the chosen completion is better, as the optional column says; NaN where a row has none."""
     margin = fields.get("margin")
-    if margin is None:
-        return math.nan
-    is_number = isinstance(margin, (int, float)) and not isinstance(margin, bool)
-    if not is_number or not abs(margin) <= MAX_FP32:
-        raise Refused("wrong_fields", f"margin is {_short(margin)}, not a finite number")
-    return float(margin)
+    return math.nan if margin is None else finite_number("margin", margin)
+
+
+def finite_number(name: str, value: Any) -> float:
+    """The value of a field as a number that fp32 holds. Raises Refused."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= MAX_FP32:
+        raise Refused("wrong_fields", f"{name} is {_short(value)}, not a finite number")
+    return float(value)
 
 
 def _wrong_fields(kind: str, fields: dict[str, Any]) -> Refused:

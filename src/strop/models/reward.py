@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
@@ -53,7 +52,8 @@ class RewardModel(Policy):
         hidden_SH, _ = self._hidden_or_logits(batch, batch.cu_seqlens[1:].long() - 1)
         hidden_SH = hidden_SH.float()
         head: Any = self.lm.score
-        return Scores(F.linear(hidden_SH, head.weight.float())[:, 0], hidden_SH)
+        # No view of a larger result: FSDP warns of what could be done to one in place.
+        return Scores(torch.mv(hidden_SH, head.weight[0].float()), hidden_SH)
 
     @torch.no_grad()
     def probe(self, device: torch.device, dtype: torch.dtype, wanted: str) -> None:
