@@ -71,6 +71,8 @@ def test_loss_and_gradient_by_hand(centre):
     assert values["mean_reward"] == pytest.approx((sum(scores), 6.0))
     assert values["min_reward"][0] == -1.0
     assert values["max_reward"][0] == 2.0
+    assert metrics["min_reward"][1] is SMALLEST
+    assert metrics["max_reward"][1] is LARGEST
     assert rm.count(batch) == 3
 
 
