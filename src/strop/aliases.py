@@ -68,7 +68,7 @@ def _targets(value: Any) -> Any:
 
 
 def _algorithm_section(name: str) -> dict[str, Alias]:
-    """The keys that NeMo RL repeats in its `dpo` and `sft` sections."""
+    """The keys that NeMo RL repeats in its `dpo`, `sft` and `rm` sections."""
     return {
         f"{name}.max_num_steps": Alias("train.max_steps"),
         f"{name}.max_num_epochs": Alias("train.max_epochs"),
@@ -122,6 +122,7 @@ ALIASES: dict[str, Alias] = {
     "policy.optimizer.kwargs.eps": Alias("optim.eps"),
     **_algorithm_section("dpo"),
     **_algorithm_section("sft"),
+    **_algorithm_section("rm"),
     "dpo.reference_policy_kl_penalty": Alias("dpo.beta"),
     "dpo.preference_average_log_probs": Alias("dpo.average_log_probs"),
     "dpo.preference_loss": Alias("dpo.loss", _preference_loss),

@@ -50,6 +50,7 @@ METRICS: dict[str, tuple[str, ...]] = {
         *("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected"),
         *("entropy", "mean_token_accuracy"),
     ),
+    "rm": ("loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward"),
 }
 """What an algorithm measures; in metrics.jsonl a validation's names begin with eval_. Known here so that a
 mistyped one is not found at the first validation only."""
@@ -93,6 +94,7 @@ RANGES: dict[str, Range] = {
     "lora.rank": POSITIVE,
     "lora.alpha": POSITIVE,
     "lora.dropout": (lambda v: 0 <= v < 1, "must lie in [0, 1)"),
+    "rm.center_rewards_coefficient": POSITIVE,
     "dist.timeout_s": POSITIVE,
     "dist.rendezvous_timeout_s": POSITIVE,
     "dist.shard_size": POSITIVE,

@@ -8,9 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-KINDS = {"cpt": "text", "sft": "sft", "dpo": "preference"}
+KINDS = {"cpt": "text", "sft": "sft", "dpo": "preference", "rm": "preference"}
 """What a row of each algorithm's data is: a block of text, an answer, a pair of answers."""
 ALGOS = tuple(KINDS)
+SCORING = ("rm",)
+"""Those that train a model with a scalar head in place of the language model's."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class PrepareConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     global_batch_size: int = 16
-    """Rows (CPT: blocks, SFT: sequences, DPO: pairs) in one optimiser step, over all ranks."""
+    """Rows (CPT: blocks, SFT: sequences, DPO and RM: pairs) in one optimiser step, over all ranks."""
     micro_batch_tokens: int = 4096
     """Most tokens in one forward of one rank (a longer single row makes a batch of its own).
     Changes memory and speed, never the loss."""
@@ -228,6 +230,12 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class RmConfig:
+    center_rewards_coefficient: Optional[float] = None
+    """Weight of (r_chosen + r_rejected)², which holds the scores' mean near zero, such as 0.01; null: 0."""
+
+
+@dataclass(frozen=True)
 class DistConfig:
     backend: str = "auto"
     """auto: nccl where every rank has a GPU, else gloo."""
@@ -310,6 +318,7 @@ class Config:
     cpt: CptConfig = field(default_factory=CptConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    rm: RmConfig = field(default_factory=RmConfig)
     dist: DistConfig = field(default_factory=DistConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -33,7 +33,7 @@ from strop.data.tokenise import load_tokenizer, tokenizer_digest
 from strop.dist import Dist
 from strop.dist import start as start_dist
 from strop.errors import UserError
-from strop.models import hf, lora
+from strop.models import hf, lora, reward
 from strop.models.policy import Policy
 from strop.report import Report
 from strop.run import Position, Run
@@ -67,11 +67,9 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
     position.enter("model")
     config = _settle(run, config, dist)
     with report.phase("building the model"):
-        policy = Policy(hf.build_empty(config.model))
-        if config.lora.rank is not None:
-            policy.adapters = lora.Adapters(policy.lm, config.lora, parallel.DTYPES[config.train.precision])
-            if dist.is_main:
-                log.info("%s", policy.adapters.describe(policy.lm))
+        policy = _empty_policy(config)
+        if policy.adapters is not None and dist.is_main:
+            log.info("%s", policy.adapters.describe(policy.lm))
         policy.eval()  # dropout is off: the policy and its reference must be one function
         preflight.check_disk(run, policy, dist)
         parallel.shard(policy, config.train, dist)
@@ -103,6 +101,18 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
         t.state.loss_scale = FIRST_LOSS_SCALE
     t.ready = _load(t)
     return t
+
+
+def _empty_policy(config: Config) -> Policy:
+    """What the algorithm trains, without its weights: a language model, or one with a scalar head."""
+    policy: Policy
+    if config.algo in config_module.SCORING:
+        policy = reward.RewardModel(reward.build_empty(config.model))
+    else:
+        policy = Policy(hf.build_empty(config.model))
+    if config.lora.rank is not None:
+        policy.adapters = lora.Adapters(policy.lm, config.lora, parallel.DTYPES[config.train.precision])
+    return policy
 
 
 def _data(
@@ -194,7 +204,9 @@ def _load(t: Trainer) -> bool:
     adapters = t.policy.adapters
     if step is None or needs_pass or not choices or adapters is not None:
         with t.report.phase("loading weights"):
-            hf.scatter_weights(t.policy.lm, t.config.model, t.dist)
+            scores = t.config.algo in config_module.SCORING
+            read = reward.reader(t.config.train.seed) if scores else hf.read_weights
+            hf.scatter_weights(t.policy.lm, t.config.model, t.dist, read=read)
     if adapters is not None:
         adapters.initialise(t.config.train.seed)
         with t.report.phase("hashing the frozen weights"):

@@ -165,8 +165,8 @@ def ask(assets, tmp_path, monkeypatch):
         "train: {global_batch_size: 8}\ncheckpoint: {every: 2}\n"
     )
 
-    def run(*words: str, **question):
-        return examine.examine(Question("dpo", ("--config", "c.yaml", *words), **question))
+    def run(*words: str, algo: str = "dpo", **question):
+        return examine.examine(Question(algo, ("--config", "c.yaml", *words), **question))
 
     return run
 
@@ -202,6 +202,33 @@ def test_a_run_with_adapters(ask):
     )
     assert answer.numbers["checkpoint_bytes"] == 12 * trained
     assert answer.numbers["memory_bytes"]["optimizer"] == 8 * trained
+
+
+def test_a_reward_model(ask, assets, tmp_path):
+    """A head of 32 numbers in place of the logits, new where the weights are a language model's, missing
+    where they should have one; nothing about learning to stop."""
+    answer = ask(algo="rm", nodes=2)
+    assert found(answer, "FAIL") + found(answer, "warn") == []
+    lm = LlamaForCausalLM(LlamaConfig(**LLAMA))
+    assert answer.numbers["num_params"] == sum(p.numel() for p in lm.parameters()) + 32
+    assert answer.numbers["memory_bytes"]["head"] == 0
+    assert [text for name, text in found(answer, "ok") if name == "weights" and "29 tensors" in text]
+    config = json.loads((assets / "config.json").read_text())
+    changes = {
+        "LlamaForSequenceClassification": ("warn", "weights", "1 of 30 weights are not in the files"),
+        "Classes": ("FAIL", "model", "sorts into 3 classes; a reward model has one"),
+        "Mamba": ("FAIL", "model", "transformers has no MambaForSequenceClassification (model_type mamba)"),
+    }
+    for change, (level, name, told) in changes.items():
+        copy = tmp_path / change
+        shutil.copytree(assets, copy)
+        other = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+        if change == "Classes":
+            other["id2label"] = {str(i): "x" for i in range(3)}
+        facts = {"model_type": "mamba"} if change == "Mamba" else config | other
+        (copy / "config.json").write_text(json.dumps(facts))
+        texts = [text for n, text in found(ask(f"model.path={copy}", algo="rm"), level) if n == name]
+        assert [t for t in texts if told in t], (change, texts)
 
 
 def test_the_tools_preview():

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Union
 
-from strop.config import Config, DataConfig
+from strop.config import SCORING, Config, DataConfig
 from strop.data import corpus, documents, noise, plan, prepare_text, sources
 from strop.data.blocks import Blocks
 from strop.data.corpus import Corpus, Range
@@ -44,7 +44,7 @@ class Maker:
     def names(self) -> list[str]:
         """train, validation where there is one, and the names of `validation.watch`."""
         c = self.config
-        if c.validation.watch and self.kind == "preference":
+        if c.validation.watch and self.kind == "preference" and c.algo not in SCORING:
             raise UserError("validation.watch: not for DPO, which would need reference log-probs of each set")
         if self.kind == "text":
             beside = any(documents.beside(entry, c.data) for entry in _entries(c.data.train, "data.train"))

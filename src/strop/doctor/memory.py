@@ -42,7 +42,8 @@ class Memory:
     gathered: int
     activations: int
     head: int
-    """What the forward keeps of the logits, and a chunk of them, see ops.linear_logprob."""
+    """What the forward keeps of the logits, and a chunk of them, see ops.linear_logprob; a reward model's
+    scores take nothing."""
     framework: int
     host_staging: int
     """Main memory for an asynchronous checkpoint: a copy of this rank's shards. On a CPU part of the rank."""
@@ -82,7 +83,7 @@ def estimate(
         gradients=4 * share + (4 * p if whole else (c + 4) * block),
         gathered=c * (shape.root_params + 2 * shape.block_params),
         activations=tokens * activation_bytes(shape, c, activation_checkpointing),
-        head=_head_bytes(shape, tokens, c, gpu),
+        head=0 if shape.scores else _head_bytes(shape, tokens, c, gpu),
         framework=GPU_FRAMEWORK_BYTES if gpu else CPU_FRAMEWORK_BYTES,
         host_staging=12 * share,
         loading=shape.file_bytes + 4 * shape.vocab_size * shape.hidden,

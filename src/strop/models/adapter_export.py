@@ -83,9 +83,9 @@ class Trained:
 class Merged:
     """The model with its adapters added in."""
 
-    def __init__(self, trained: Trained, model: PreTrainedModel, base: ModelConfig) -> None:
-        self._trained, self._values = trained, trained.read()
-        self._base = hf.read_weights(base, None)
+    def __init__(self, trained: Trained, model: PreTrainedModel, base: Mapping[str, Tensor]) -> None:
+        """base: the weights that the adapters stand beside."""
+        self._trained, self._values, self._base = trained, trained.read(), base
         self._scale = scale(trained.config)
         self.sizes = {
             name: (tensor.shape, self._base[name].dtype)

@@ -1,7 +1,8 @@
 """A DCP checkpoint becomes a Hugging Face directory, one shard at a time.
 
 The base model (the directory or cached hub name that the run started from) gives the configuration, the
-parameter names and shapes, the tokenizer and the chat template; the checkpoint gives the numbers. The
+parameter names and shapes, the tokenizer and the chat template; the checkpoint gives the numbers, and its
+names tell whether it is a language model's or a reward model's (a sequence classifier of one label). The
 checkpoint's manifest is verified before DCP opens `.metadata`, which is a pickle. Then the parameters are
 grouped into safetensors files of at most `max_shard_bytes`; for each file DCP reads just its tensors into
 buffers of the target type, casting chunk by chunk on the way, and the buffers go to disk and are freed.
@@ -28,13 +29,20 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from strop import checkpoint
 from strop.config import LoraConfig, ModelConfig
 from strop.data.tokenise import load_tokenizer
 from strop.errors import StorageError, UserError
 from strop.files import new_directory
+from strop.models import hf, reward
 from strop.models.adapter_export import PREFIX, Merged, Trained, read_tensors, write_adapter
 from strop.models.hf import distinct_state
 from strop.parallel import DTYPES
@@ -78,19 +86,24 @@ def export_checkpoint(
         checkpoint.verify(directory)
     except checkpoint.Damaged as error:
         raise StorageError(errno.EIO, f"{error}; nothing exported (another --step may be intact)") from error
-    config, model = _base_model(base)
-    target = DTYPES[dtype] if dtype else (config.dtype or torch.float32)
     entries = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
     stored = {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+    scores = PREFIX + reward.HEAD in stored
+    auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    config, model = _base_model(base, auto, scores)
+    target = DTYPES[dtype] if dtype else (config.dtype or torch.float32)
+    tokenizer = load_tokenizer(base)
+    if scores:
+        reward.set_pad_token(config, tokenizer)
     read: Reader
     if lora is not None and lora.rank is not None:
         trained = Trained(directory, model, base, lora, stored)
         if adapter:
             with new_directory(out, replace=replace) as aside:
                 write_adapter(trained, model, base, aside, DTYPES[dtype or "fp32"])
-                load_tokenizer(base).save_pretrained(aside)
+                tokenizer.save_pretrained(aside)
             return
-        merged = Merged(trained, model, base)
+        merged = Merged(trained, model, reward.reader(0)(base, None) if scores else hf.read_weights(base))
         sizes, read = merged.sizes, merged.read
     else:
         if adapter:
@@ -111,13 +124,16 @@ def export_checkpoint(
         config.dtype = target
         config.architectures = [type(model).__name__]
         config.save_pretrained(aside)
-        _write_companions(base, aside)
+        if not scores:
+            _write_generation_config(base, aside)
+        _write_companions(base, tokenizer, aside)
         say("loading the result and comparing every tensor with the checkpoint")
-        _verify(aside, read, shards, base)
+        _verify(aside, read, shards, base, auto)
 
 
-def _base_model(base: ModelConfig) -> tuple[Any, PreTrainedModel]:
-    """The base model's configuration, and its parameters on the meta device (names and shapes only)."""
+def _base_model(base: ModelConfig, auto: Any, scores: bool) -> tuple[Any, PreTrainedModel]:
+    """The base model's configuration, and its parameters on the meta device (names and shapes only);
+    `scores`: those of a reward model."""
     assert base.path is not None
     options: dict[str, Any] = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
     try:
@@ -126,8 +142,10 @@ def _base_model(base: ModelConfig) -> tuple[Any, PreTrainedModel]:
         raise UserError(
             f"model.path={base.path}: no configuration found there or in the hub cache ({error})"
         ) from error
+    if scores:
+        config = reward.scoring_config(config, base.path)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=base.trust_remote_code)
+        model = auto.from_config(config, trust_remote_code=base.trust_remote_code)
     return config, model
 
 
@@ -201,23 +219,25 @@ def _index(shards: list[Shard]) -> str:
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
 
 
-def _write_companions(base: ModelConfig, out: Path) -> None:
-    """Generation configuration, tokenizer with the run's chat template, and a model's own Python code."""
-    assert base.path is not None
+def _write_generation_config(base: ModelConfig, out: Path) -> None:
     try:
         reader: Any = GenerationConfig
         reader.from_pretrained(base.path, revision=base.revision, local_files_only=True).save_pretrained(out)
     except OSError:
         pass  # not every model has one
-    load_tokenizer(base).save_pretrained(out)
+
+
+def _write_companions(base: ModelConfig, tokenizer: Any, out: Path) -> None:
+    """The tokenizer with the run's chat template, and a model's own Python code."""
+    assert base.path is not None
+    tokenizer.save_pretrained(out)
     if base.trust_remote_code and Path(base.path).is_dir():
         for code in Path(base.path).glob("*.py"):
             shutil.copy(code, out)
 
 
-def _verify(out: Path, read: Reader, shards: list[Shard], base: ModelConfig) -> None:
+def _verify(out: Path, read: Reader, shards: list[Shard], base: ModelConfig, auto: Any) -> None:
     """Load `out` with transformers and compare every tensor with the checkpoint, bit for bit."""
-    auto: Any = AutoModelForCausalLM
     model, info = auto.from_pretrained(
         out,
         dtype="auto",

@@ -30,7 +30,8 @@ PEAK_TFLOPS = (
 
 
 def per_token(lm: PreTrainedModel, store: RowSet) -> float:
-    """Operations of training on one token of `store`, averaged over its tokens."""
+    """Operations of training on one token of `store`, averaged over its tokens. (A reward model's head, one
+    number for each of the hidden state's, is counted for every token although it meets the last one only.)"""
     config = lm.config.get_text_config()
     head: Any = lm.get_output_embeddings()
     embedding: Any = lm.get_input_embeddings()

@@ -134,14 +134,12 @@ class Policy(nn.Module):
         both = _probe_batch(self.lm.config.get_text_config().vocab_size, device)
         self.head = "logits"
         self.set_layout("padded", device)
-        truth = torch.cat([self(one).logp_T for one in _each_sequence(both)])
+        truth = torch.cat([self._compared(one) for one in _each_sequence(both)])
         if not truth.isfinite().all():
             raise Diverged(f"model.path: log-probs of {self.name} are not finite: its weights are damaged")
-        tolerance = PROBE_TOLERANCE[dtype]
 
         def agrees() -> bool:
-            num_trained = both.trained_T.sum()
-            return float((self(both).logp_T - truth).abs().sum() / num_trained) <= tolerance
+            return float((self._compared(both) - truth).abs().mean()) <= PROBE_TOLERANCE[dtype]
 
         self.head = "fused"
         if not agrees():
@@ -151,6 +149,14 @@ class Policy(nn.Module):
             )
             if not agrees():
                 raise UserError(f"model.path: {self.name} gives other log-probs in a padded batch than alone")
+        self._choose_layout(device, wanted, agrees)
+
+    def _compared(self, batch: Batch) -> Tensor:
+        """What the probes compare: the log-probs of the trained tokens."""
+        return self(batch).logp_T[batch.trained_T]
+
+    def _choose_layout(self, device: torch.device, wanted: str, agrees: Callable[[], bool]) -> None:
+        """packed where `agrees` then still holds; it holds for padded. Raises UserError as `probe`."""
         if wanted == "padded" or not _takes(self.lm.base_model, "cu_seq_lens_q"):
             return
         self.set_layout("packed", device)
@@ -174,9 +180,8 @@ class Policy(nn.Module):
         if self.layout != "packed" or attention.packed_implementation(device) != attention.NAME:
             return False
         apart, together = _probe_pair(self.lm.config.get_text_config().vocab_size, device)
-        truth = torch.cat([self(one).logp_T[NUM_SHARED:] for one in _each_sequence(apart)])
-        found = self(together).logp_T[NUM_SHARED:]
-        return float((found - truth).abs().mean()) <= PROBE_TOLERANCE[dtype]
+        truth = torch.cat([self._compared(one) for one in _each_sequence(apart)])
+        return float((self._compared(together) - truth).abs().mean()) <= PROBE_TOLERANCE[dtype]
 
     @property
     def name(self) -> str:
