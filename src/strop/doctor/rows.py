@@ -80,7 +80,7 @@ def scan(config: Config, tokenizer: Any, kind: str, split: str, limit: Optional[
     template = chat_template(config.model.chat_template, tokenizer)
     renderer = Renderer(kind, tokenizer, template, kind == "sft" and config.sft.train_on_prompt)
     tokeniser = Tokeniser(tokenizer, config.data.max_length)
-    found = sources.find(config.data, split)
+    found = sources.find(config.data, split, kind)
     for row in tokeniser(_rendered(found, config, split, renderer, limit, result)):
         if isinstance(row, BadRow):
             result.ledger.drop(row)
@@ -98,11 +98,11 @@ def _rendered(
         taken = last = 0
         for row in itertools.islice(sources.read(source), limit):
             taken, last = taken + 1, row.line
+            if sources.elsewhere(row, config.data, split):
+                result.ledger.of(source.name).other_split += 1
+                continue
             if isinstance(row, BadRow):
                 yield row
-                continue
-            if config.data.split is not None and sources.in_split(row, config.data.split) != split:
-                result.ledger.of(source.name).other_split += 1
                 continue
             rendered = renderer(row)
             if isinstance(rendered, Rendered):
@@ -117,6 +117,8 @@ def _rendered(
 
 def num_rows(source: Source, taken: int, last_line: int) -> tuple[int, bool]:
     """(rows of a source, whether counted), without parsing the ones that were not looked at."""
+    if source.adapter is not None:  # rows and lines need not be the same
+        return sum(1 for _ in sources.read(source)), True
     if source.format == "jsonl" and source.path.endswith(".jsonl"):
         with open(source.path, "rb") as file:
             head = sum(len(line) for line in itertools.islice(file, last_line))
@@ -144,8 +146,9 @@ def judge(scan: Scan, config: Config, checks: Checks) -> None:
     for entry in ledger.sources.values():
         for reason, dropped in entry.dropped.items():
             first = dropped.examples[0]
-            if reason in noise.REASONS:
-                checks.ok(name, f"{dropped.rows:,} documents left out as {reason}")
+            if reason in noise.REASONS or dropped.wanted:
+                what = "rows" if dropped.wanted else "documents"
+                checks.ok(name, f"{dropped.rows:,} {what} left out as {reason}")
                 continue
             where = place(entry.name, int(first["line"]))
             text = f"{dropped.rows:,} rows {reason}; the first: {where}: {first['message']}"
