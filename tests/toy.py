@@ -111,7 +111,7 @@ def texts(count: int, seed: str) -> list[dict[str, str]]:
     return [{"text": " ".join([str(i), *draw.choices(WORDS, k=n)])} for i, n in enumerate(lengths)]
 
 
-FOLDERS = {"dpo": "preference", "sft": "sft", "kto": "unpaired", "cpt": "text"}
+FOLDERS = {"dpo": "preference", "rm": "preference", "sft": "sft", "kto": "unpaired", "cpt": "text"}
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:

@@ -13,7 +13,7 @@ cpt: text files, directories of them, JSONL, JSON and Parquet with the field pre
 Documents are filtered, equal and nearly equal ones left out (the keys under `prepare`: see
 python -m strop.train cpt --help), data.split="98,1,1" takes a validation set out by a hash of the text.
 What became of every document is printed, and kept as ledger-*.json beside the tokens.
-sft, dpo: exactly the stores that the trainer makes; always in one process.
+sft, dpo, rm: exactly the stores that the trainer makes; always in one process.
 
 --workers defaults to the CPUs of the job or of this machine. Exit code 78: your error; 74: storage.
 """

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from strop.config_schema import KINDS
+from strop.config_schema import KINDS, LoraConfig
 from strop.errors import UserError
 from strop.slurm import naming
 
@@ -62,6 +63,7 @@ METRICS: dict[str, tuple[str, ...]] = {
         *("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected"),
         *("entropy", "mean_token_accuracy"),
     ),
+    "rm": ("loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward"),
 }
 """What an algorithm measures; in metrics.jsonl a validation's names begin with eval_. Known here so that a
 mistyped one is not found at the first validation only."""
@@ -114,6 +116,10 @@ RANGES: dict[str, Range] = {
     "kto.beta": POSITIVE,
     "kto.desirable_weight": POSITIVE,
     "kto.undesirable_weight": POSITIVE,
+    "lora.rank": POSITIVE,
+    "lora.alpha": POSITIVE,
+    "lora.dropout": (lambda v: 0 <= v < 1, "must lie in [0, 1)"),
+    "rm.center_rewards_coefficient": POSITIVE,
     "dist.timeout_s": POSITIVE,
     "dist.rendezvous_timeout_s": POSITIVE,
     "dist.shard_size": POSITIVE,
@@ -184,6 +190,7 @@ def check(flat: Mapping[str, Any], where: Mapping[str, str], path: Path) -> None
     for key in [key for key in flat if key.startswith("validation.watch.")]:
         if not isinstance(flat[key], str) or not re.fullmatch(r"[\w-]+", key.split(".", 2)[2]):
             fail(key, "must be a path or hub name under a plain name", "validation.watch")
+    _check_lora(flat, fail)
     every = flat["checkpoint.every"]
     if every is not None and not _is_interval(every):
         fail("checkpoint.every", "must be a number of steps, a time such as 90s, 10m or 1.5h, or auto")
@@ -207,3 +214,26 @@ def check(flat: Mapping[str, Any], where: Mapping[str, str], path: Path) -> None
     name = flat["run.name"]
     if name is not None and not naming.is_plain(name):
         fail("run.name", naming.PLAIN)
+
+
+def _check_lora(flat: Mapping[str, Any], fail: Callable[..., None]) -> None:
+    """Names of layers, and settings of adapters that there would be none of."""
+    for key in ("lora.targets", "lora.modules_to_save"):
+        names = flat[key] if isinstance(flat[key], list) else [flat[key]]
+        if (flat[key] is not None or key == "lora.targets") and not all(
+            n and isinstance(n, str) for n in names
+        ):
+            fail(key, "must be the name of a layer or a list of names")
+    if isinstance(flat["lora.targets"], str):
+        try:
+            re.compile(flat["lora.targets"])
+        except re.error as error:
+            fail("lora.targets", f"is no regular expression ({error})")
+    if flat["lora.targets"] == []:
+        fail("lora.targets", "must name a layer; lora.rank=null trains without adapters")
+    if flat["lora.rank"] is None:
+        for field in dataclasses.fields(LoraConfig):
+            if flat[f"lora.{field.name}"] != field.default:
+                fail(
+                    f"lora.{field.name}", "needs lora.rank: without it no layer gets an adapter", "lora.rank"
+                )

@@ -8,9 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-KINDS = {"cpt": "text", "sft": "sft", "kto": "unpaired", "dpo": "preference"}
+KINDS = {"cpt": "text", "sft": "sft", "kto": "unpaired", "dpo": "preference", "rm": "preference"}
 """What a row of each algorithm's data is: a block of text, an answer, one with a label, a pair of answers."""
 ALGOS = tuple(KINDS)
+SCORING = ("rm",)
+"""Those that train a model with a scalar head in place of the language model's."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class PrepareConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     global_batch_size: int = 16
-    """Rows (CPT: blocks, SFT and KTO: sequences, DPO: pairs) in one optimiser step, over all ranks."""
+    """Rows (CPT: blocks, SFT and KTO: sequences, DPO and RM: pairs) in one optimiser step, over all ranks."""
     micro_batch_tokens: int = 4096
     """Most tokens in one forward of one rank (a longer single row makes a batch of its own).
     Changes memory and speed, never the loss."""
@@ -258,6 +260,34 @@ class SftConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Adapters instead of all weights: y = W x + (alpha / rank) B A x, of which only A and B are trained."""
+
+    rank: Optional[int] = None
+    """Rows of A; null: no adapters, all weights are trained. Adapters want a learning rate some ten times
+    that of full training."""
+    alpha: float = 32.0
+    """Scale of the adapters: their part is multiplied by alpha / rank."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead (rank-stabilised LoRA)."""
+    dropout: float = 0.0
+    """Share of an adapter's inputs that is set to 0 in training, the rest scaled up: [0, 1). Drawn for each
+    step, row and token, the same in any batch and on any number of ranks."""
+    targets: Any = "all-linear"
+    """Layers with adapters, as PEFT's target_modules: all-linear (all but the head), a list of names or of
+    their last parts ([q_proj, v_proj]), or a regular expression for whole names."""
+    modules_to_save: Any = None
+    """Modules that are trained whole beside the adapters, by name or its last part, as PEFT's; a reward
+    model's score is among them always."""
+
+
+@dataclass(frozen=True)
+class RmConfig:
+    center_rewards_coefficient: Optional[float] = None
+    """Weight of (r_chosen + r_rejected)², which holds the scores' mean near zero, such as 0.01; null: 0."""
+
+
+@dataclass(frozen=True)
 class DistConfig:
     backend: str = "auto"
     """auto: nccl where every rank has a GPU, else gloo."""
@@ -340,6 +370,8 @@ class Config:
     kto: KtoConfig = field(default_factory=KtoConfig)
     cpt: CptConfig = field(default_factory=CptConfig)
     sft: SftConfig = field(default_factory=SftConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    rm: RmConfig = field(default_factory=RmConfig)
     dist: DistConfig = field(default_factory=DistConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from strop import baseline, optim, setup, trainer, user_metrics
-from strop.algos import Metrics
+from strop.algos import LARGEST, SMALLEST, Metrics
 from strop.config import Config
 from strop.data.batch import Batch, Prefetcher, make_batch
 from strop.data.sets import RowSet
@@ -42,24 +42,36 @@ SMALLEST_LOSS_SCALE = 2.0**-10
 
 
 class Meter:
-    """(sum, count) pairs over micro batches, reduced over the ranks once."""
+    """(sum, count) pairs and extremes over micro batches, reduced over the ranks once."""
 
     def __init__(self) -> None:
         self._totals: Metrics = {}
+        self._extremes: Metrics = {}
 
     def add(self, metrics: Metrics, weight: float = 1.0) -> None:
         for name, (total, count) in metrics.items():
+            if count is SMALLEST or count is LARGEST:
+                # The smallest is the largest of the negated ones; a batch that does not count has none.
+                own = (
+                    total.detach().double() * float(count) if weight else total.new_tensor(-math.inf).double()
+                )
+                self._extremes[name] = (torch.maximum(own, self._extremes.get(name, (own, count))[0]), count)
+                continue
             # fp64: a validation set has more tokens than fp32 can count
             pair = (total.detach().double() * weight, count.double() * weight)
             old = self._totals.get(name)
             self._totals[name] = pair if old is None else (old[0] + pair[0], old[1] + pair[1])
 
     def reduce(self, dist: Dist) -> dict[str, float]:
-        """Means over all ranks, by name. Every rank must have added the same names."""
+        """Means and extremes over all ranks, by name. Every rank must have added the same names."""
         names = sorted(self._totals)
         values = torch.stack([x for name in names for x in self._totals[name]]).tolist()
         sums = dist.sum(values)
-        return {name: sums[2 * i] / sums[2 * i + 1] for i, name in enumerate(names) if sums[2 * i + 1]}
+        found = {name: sums[2 * i] / sums[2 * i + 1] for i, name in enumerate(names) if sums[2 * i + 1]}
+        if self._extremes:
+            tops = dist.max(torch.stack([top for top, _ in self._extremes.values()]).tolist())
+            found |= {name: float(sign) * top for (name, (_, sign)), top in zip(self._extremes.items(), tops)}
+        return found
 
 
 def train(run: Run, config: Config, position: Position) -> None:
@@ -127,7 +139,8 @@ def _batches(t: Trainer) -> Iterator[tuple[list[Batch], list[Batch]]]:
     """Of each step what is trained on, and what its baseline is measured on."""
     for step in range(t.state.step, t.max_steps):
         own = trainer.step_bins(t, step)[t.dist.rank]
-        batches = [_keyed(t, step, make_batch(t.train_store, rows, t.train_ref)) for rows in own]
+        draw = (t.config.train.seed, step) if t.config.lora.dropout else None
+        batches = [_keyed(t, step, make_batch(t.train_store, rows, t.train_ref, draw)) for rows in own]
         mismatched = list(baseline.batches(t, step))
         if t.dist.device.type == "cuda":
             batches, mismatched = [b.pin() for b in batches], [b.pin() for b in mismatched]

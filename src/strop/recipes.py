@@ -163,6 +163,11 @@ def cpt(model: Optional[str] = None, nodes: int = 1, **shorthand: Any) -> Recipe
     return _recipe("cpt", model, nodes, shorthand)
 
 
+def rm(model: Optional[str] = None, nodes: int = 1, **shorthand: Any) -> Recipe:
+    """A reward model from `model` on `nodes` nodes; the same arguments."""
+    return _recipe("rm", model, nodes, shorthand)
+
+
 def sft(model: Optional[str] = None, nodes: int = 1, **shorthand: Any) -> Recipe:
     """SFT of `model` on `nodes` nodes; the same arguments."""
     return _recipe("sft", model, nodes, shorthand)

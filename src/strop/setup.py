@@ -13,6 +13,7 @@ import importlib
 import json
 import logging
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Optional
@@ -33,7 +34,7 @@ from strop.data.tokenise import load_tokenizer, tokenizer_digest
 from strop.dist import Dist
 from strop.dist import start as start_dist
 from strop.errors import UserError
-from strop.models import hf
+from strop.models import hf, lora, reward
 from strop.models.policy import Policy
 from strop.report import Report
 from strop.run import Position, Run
@@ -73,8 +74,10 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
     position.enter("model")
     config = _settle(run, config, dist)
     with report.phase("building the model"):
-        policy = Policy(hf.build_empty(config.model))
+        policy = _empty_policy(config)
         policy.neftune_alpha = config.sft.neftune_alpha if config.algo == "sft" else None
+        if policy.adapters is not None and dist.is_main:
+            log.info("%s", policy.adapters.describe(policy.lm))
         policy.eval()  # dropout is off: the policy and its reference must be one function
         preflight.check_disk(run, policy, dist)
         parallel.shard(policy, config.train, dist)
@@ -108,6 +111,18 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
         t.state.loss_scale = FIRST_LOSS_SCALE
     t.ready = _load(t)
     return t
+
+
+def _empty_policy(config: Config) -> Policy:
+    """What the algorithm trains, without its weights: a language model, or one with a scalar head."""
+    policy: Policy
+    if config.algo in config_module.SCORING:
+        policy = reward.RewardModel(reward.build_empty(config.model))
+    else:
+        policy = Policy(hf.build_empty(config.model))
+    if config.lora.rank is not None:
+        policy.adapters = lora.Adapters(policy.lm, config.lora, parallel.DTYPES[config.train.precision])
+    return policy
 
 
 def _data(
@@ -215,12 +230,23 @@ def _load(t: Trainer) -> bool:
         step = checkpoint.newest_verified(root, t.dist)
     choices = _choices(t)
     needs_pass = t.algo.needs_reference(t.config) and _reference_is_missing(t, choices)
-    if step is None or needs_pass or not choices:
+    adapters = t.policy.adapters
+    if step is None or needs_pass or not choices or adapters is not None:
         with t.report.phase("loading weights"):
-            hf.scatter_weights(t.policy.lm, t.config.model, t.dist)
+            scores = t.config.algo in config_module.SCORING
+            read = reward.reader(t.config.train.seed) if scores else hf.read_weights
+            hf.scatter_weights(t.policy.lm, t.config.model, t.dist, read=read)
+    if adapters is not None:
+        adapters.initialise(t.config.train.seed)
+        with t.report.phase("hashing the frozen weights"):
+            t.state.frozen = lora.facts(t.policy.lm, t.config.model, t.dist)
+    if choices:
+        lora.check_facts(t.state.frozen, choices.get("frozen"), t.config.model, t.run.dir)
     _set_layout(t, choices)
-    if needs_pass and not _reference_pass(t, choices, again=step is None):
-        return False
+    if needs_pass:
+        with nullcontext() if adapters is None else adapters.off():
+            if not _reference_pass(t, choices, again=step is None or adapters is not None):
+                return False
     if t.algo.needs_reference(t.config):
         _open_reference(t, choices)
     optim.materialise(t.optimizer)
@@ -272,6 +298,7 @@ def _set_layout(t: Trainer, choices: dict[str, Any]) -> None:
         with t.report.phase("probing attention and head"):
             t.policy.probe(t.dist.device, parallel.DTYPES[t.config.train.precision], t.config.model.attention)
         choices |= {"head": t.policy.head, "layout": t.policy.layout, "shared_prefix": _shares_prompts(t)}
+        choices["frozen"] = t.state.frozen
     if choices.get("shared_prefix"):
         assert isinstance(t.train_store, TokenStore)
         t.train_store = t.train_store.sharing_prompts()

@@ -58,6 +58,8 @@ class State:
     """Steps since the loss scale changed (fp16)."""
     metrics_bytes: int = 0
     """Length of metrics.jsonl at the commit: what lies beyond is of steps that are done again."""
+    frozen: Optional[dict[str, str]] = None
+    """What the adapters belong to, see models.lora.facts; None where all weights are trained."""
 
     @property
     def mean_reward(self) -> float:
@@ -100,8 +102,11 @@ class Trainer:
 
 
 def tensors(t: Trainer) -> dict[str, torch.Tensor]:
-    """What a checkpoint holds: fp32 weights and both moments of AdamW, by name."""
+    """What a checkpoint holds: fp32 weights and both moments of AdamW, by name. Of a model with adapters only
+    what is trained."""
     state = hf.distinct_state(t.policy.lm)
+    if t.policy.adapters is not None:
+        state = {name: tensor for name, tensor in state.items() if tensor.requires_grad}
     out = {f"model.{name}": tensor.detach() for name, tensor in state.items()}
     for name, tensor in state.items():
         for key, moment in t.optimizer.state.get(tensor, {}).items():

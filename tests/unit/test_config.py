@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from strop import config, config_check, config_load, config_schema
 from strop.aliases import ALIASES
-from strop.config import Config, differences, dump_yaml, load, parse_args, to_dict
+from strop.config import ALGOS, Config, differences, dump_yaml, load, parse_args, to_dict
 from strop.errors import UserError
 
 MINIMAL = "model:\n  path: m\ndata:\n  train: d.jsonl\n"
@@ -285,7 +285,7 @@ def test_a_file_that_cannot_be_read(file, make, reason):
 
 
 def test_unknown_algorithm(file):
-    assert message(file, algo="dop") == "unknown algorithm 'dop': expected one of cpt, sft, kto, dpo"
+    assert message(file, algo="dop") == f"unknown algorithm 'dop': expected one of {', '.join(ALGOS)}"
 
 
 def test_the_default_file_is_configs_algo_yaml_here(file):

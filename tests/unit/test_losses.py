@@ -12,9 +12,10 @@ import torch
 
 from strop import config_check, ops
 from strop.algos import dpo, kto, sft
-from strop.config import ALGOS, Config, DpoConfig, KtoConfig
+from strop.config import ALGOS, SCORING, Config, DpoConfig, KtoConfig
 from strop.data.batch import Batch
 from strop.models.policy import Output
+from strop.models.reward import Scores
 from strop.ops import native
 from strop.ops import preference as preference_module
 
@@ -291,6 +292,9 @@ def test_kto_metrics_and_baseline():
 def test_metrics_that_a_configuration_may_name_are_those_that_there_are(algo):
     """The loop adds the loss itself; sft_loss is there where it has a weight."""
     out, batch = unpaired() if algo == "kto" else example()
+    if algo in SCORING:
+        out = Scores(torch.arange(6.0), torch.zeros(6, 0))
+        batch = dataclasses.replace(batch, value_R=torch.full((3,), torch.nan))
     module = importlib.import_module(f"strop.algos.{algo}")
     metrics = module.loss(out, batch, Config(algo=algo, dpo=DpoConfig(sft_loss_weight=0.5)))[1]
     derived = module.derived(dict.fromkeys(["loss", *metrics], 0.0))

@@ -8,7 +8,11 @@ that `reference_model(cfg)` names. A loss that compares rewards with a baseline 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
-"""(sum, count) by name: what a loss measures beside itself, added over batches and ranks by the loop."""
+"""(sum, count) by name: what a loss measures beside itself, added over batches and ranks by the loop. With
+SMALLEST or LARGEST in place of the count it is no sum but a value, of which the loop takes that one."""
+
+SMALLEST, LARGEST = torch.tensor(-1.0), torch.tensor(1.0)

@@ -32,6 +32,9 @@ FIXED_DATE = (
 """Put before templates that print the date (Llama 3): the same rows must give the same tokens tomorrow. It
 shadows the clock that transformers gives them; the day is the one that Llama's template has of its own."""
 
+MAX_FP32 = 3.4e38
+"""Numbers are kept in fp32."""
+
 NEEDED = {
     "preference": "chosen and rejected, with prompt unless they are message lists that share their beginning",
     "sft": "messages, or prompt and completion, or input and output",
@@ -128,6 +131,7 @@ class Renderer:
                 texts, templated = self._sft(row.fields, tools)
             for item in texts:
                 _check_unicode(item.text)
+            value = _margin(row.fields) if self.kind == "preference" else math.nan
         except Refused as refused:
             return BadRow(row.source, row.line, refused.reason, refused.message)
         if self.options.train_on == "everything":
@@ -415,6 +419,20 @@ def _tools(fields: dict[str, Any]) -> Any:
         return json.loads(tools) or None if tools.strip() else None
     except json.JSONDecodeError as error:
         raise Refused("wrong_fields", f"tools is not JSON: {error.msg}") from None
+
+
+def _margin(fields: dict[str, Any]) -> float:
+    """By how much the chosen completion is better, as the optional column says; NaN where a row has none."""
+    margin = fields.get("margin")
+    return math.nan if margin is None else finite_number("margin", margin)
+
+
+def finite_number(name: str, value: Any) -> float:
+    """The value of a field as a number that fp32 holds. Raises Refused."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= MAX_FP32:
+        raise Refused("wrong_fields", f"{name} is {_short(value)}, not a finite number")
+    return float(value)
 
 
 def _wrong_fields(kind: str, fields: dict[str, Any]) -> Refused:

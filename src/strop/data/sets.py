@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Union
 
-from strop.config import Config, DataConfig
+from strop.config import SCORING, Config, DataConfig
 from strop.data import corpus, documents, noise, overlap, plan, prepare_text, sources
 from strop.data.blocks import Blocks
 from strop.data.corpus import Corpus, Range
@@ -44,7 +44,7 @@ class Maker:
     def names(self) -> list[str]:
         """train, validation where there is one, and the names of `validation.watch`."""
         c = self.config
-        if c.validation.watch and self.kind in ("preference", "unpaired"):
+        if c.validation.watch and self.kind in ("preference", "unpaired") and c.algo not in SCORING:
             algo = c.algo.upper()
             raise UserError(
                 f"validation.watch: not for {algo}, which would need reference log-probs of each set"

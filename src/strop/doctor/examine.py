@@ -60,7 +60,8 @@ def examine(question: Question) -> Answer:
     nodes = q.nodes or config.cluster.nodes or 1
     gpus = config.cluster.gpus_per_node if q.gpus_per_node is None else q.gpus_per_node
     world = nodes * (gpus or 1)
-    shape = model.look(config.model, checks, _offline(q.variables))
+    scores = q.algo in config_module.SCORING
+    shape = model.look(config.model, checks, _offline(q.variables), scores, config.lora)
     train = _data(q, config, shape, world, answer, checks)
     run_dir = place.run_directory(q.algo, q.args, config, checks)
     if shape is not None:

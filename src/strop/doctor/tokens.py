@@ -57,7 +57,8 @@ def judge(scan: Scan, tokenizer: Any, shape: Optional[Shape], checks: Checks) ->
     offsets = np.cumsum([0, *lengths])
     seen = ends.look(flat, masks, offsets, special_mask(tokenizer), tokenizer.bos_token_id)
     _beginnings(seen, tokenizer, checks)
-    _endings(seen, tokenizer, checks, plain=scan.plain > 0)
+    if shape is None or not shape.scores:  # a reward model writes nothing, and need not learn to stop
+        _endings(seen, tokenizer, checks, plain=scan.plain > 0)
     if shape is not None:
         largest = max(int(tokens.max()) for tokens, _ in sequences)
         if max(largest, len(tokenizer) - 1) < shape.vocab_size:

@@ -24,6 +24,7 @@ from strop import ops
 from strop.data.batch import Batch
 from strop.errors import Diverged, UserError
 from strop.models import attention, fused, neftune
+from strop.models.lora import Adapters, LoraLinear
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class Policy(nn.Module):
         self.head = "fused"
         self.layout = "padded"
         self.neftune_alpha: Optional[float] = None
+        self.adapters: Optional[Adapters] = None
 
     def set_layout(self, layout: str, device: torch.device) -> None:
         self.layout = layout
@@ -74,15 +76,19 @@ class Policy(nn.Module):
         index_N = batch.trained_T.nonzero()[:, 0]
         target_N = batch.tokens_T[index_N]
         # The hidden state before a token predicts it. A sequence's first token is never trained.
+        pick_N = batch.previous_T[index_N]
         with neftune.noise(self.lm.get_input_embeddings(), batch, self.neftune_alpha, self.layout):
-            hidden_ND, logits_NV = self._hidden_or_logits(batch, batch.previous_T[index_N])
+            hidden_ND, logits_NV = self._hidden_or_logits(batch, pick_N)
         if logits_NV is not None:
             logp_N, stats = ops.logprob(logits_NV, target_N)
         else:
             head = self.lm.get_output_embeddings()
-            bias = getattr(head, "bias", None)
+            weight, bias = head.weight, getattr(head, "bias", None)
+            if isinstance(head, LoraLinear):
+                draws_N = None if batch.draw_T is None else batch.draw_T[pick_N]
+                hidden_ND, weight = head.beside(hidden_ND, draws_N)
             logp_N, stats = ops.linear_logprob(
-                hidden_ND, head.weight, target_N, bias, self.softcap, self.temperature
+                hidden_ND, weight, target_N, bias, self.softcap, self.temperature
             )
         return Output(*(self._spread(x, index_N, batch.tokens_T) for x in (logp_N, *stats)))
 
@@ -93,6 +99,7 @@ class Policy(nn.Module):
     def _hidden_or_logits(self, batch: Batch, pick_N: Tensor) -> tuple[Tensor, Optional[Tensor]]:
         model = self.lm if self.head == "logits" else self.lm.base_model
         if self.layout == "packed":
+            self._draw(None if batch.draw_T is None else batch.draw_T[None])
             out = model(
                 input_ids=batch.tokens_T[None],
                 position_ids=batch.positions_T[None],
@@ -106,12 +113,18 @@ class Policy(nn.Module):
         else:
             tokens_SL, mask_SL = _pad(batch)
             positions_SL = torch.arange(tokens_SL.shape[1], device=tokens_SL.device).expand_as(tokens_SL)
+            draws_SL = None if batch.draw_T is None else mask_SL.int().masked_scatter(mask_SL, batch.draw_T)
+            self._draw(draws_SL)
             kwargs = {"position_ids": positions_SL} if _takes(model, "position_ids") else {}
             out = model(input_ids=tokens_SL, attention_mask=mask_SL.long(), use_cache=False, **kwargs)
             flat = mask_SL.flatten()
         x = out.logits if self.head == "logits" else out.last_hidden_state
         x = x.flatten(0, 1)[flat][pick_N]
         return (x, x) if self.head == "logits" else (x, None)
+
+    def _draw(self, draws: Optional[Tensor]) -> None:
+        if self.adapters is not None:
+            self.adapters.draw(draws)
 
     @torch.no_grad()
     def probe(self, device: torch.device, dtype: torch.dtype, wanted: str) -> None:
@@ -123,14 +136,12 @@ class Policy(nn.Module):
         both = _probe_batch(self.lm.config.get_text_config().vocab_size, device)
         self.head = "logits"
         self.set_layout("padded", device)
-        truth = torch.cat([self(one).logp_T for one in _each_sequence(both)])
+        truth = torch.cat([self._compared(one) for one in _each_sequence(both)])
         if not truth.isfinite().all():
             raise Diverged(f"model.path: log-probs of {self.name} are not finite: its weights are damaged")
-        tolerance = PROBE_TOLERANCE[dtype]
 
         def agrees() -> bool:
-            num_trained = both.trained_T.sum()
-            return float((self(both).logp_T - truth).abs().sum() / num_trained) <= tolerance
+            return float((self._compared(both) - truth).abs().mean()) <= PROBE_TOLERANCE[dtype]
 
         self.head = "fused"
         if not agrees():
@@ -140,6 +151,14 @@ class Policy(nn.Module):
             )
             if not agrees():
                 raise UserError(f"model.path: {self.name} gives other log-probs in a padded batch than alone")
+        self._choose_layout(device, wanted, agrees)
+
+    def _compared(self, batch: Batch) -> Tensor:
+        """What the probes compare: the log-probs of the trained tokens."""
+        return self(batch).logp_T[batch.trained_T]
+
+    def _choose_layout(self, device: torch.device, wanted: str, agrees: Callable[[], bool]) -> None:
+        """packed where `agrees` then still holds; it holds for padded. Raises UserError as `probe`."""
         if wanted == "padded" or not _takes(self.lm.base_model, "cu_seq_lens_q"):
             return
         self.set_layout("packed", device)
@@ -163,9 +182,8 @@ class Policy(nn.Module):
         if self.layout != "packed" or attention.packed_implementation(device) != attention.NAME:
             return False
         apart, together = _probe_pair(self.lm.config.get_text_config().vocab_size, device)
-        truth = torch.cat([self(one).logp_T[NUM_SHARED:] for one in _each_sequence(apart)])
-        found = self(together).logp_T[NUM_SHARED:]
-        return float((found - truth).abs().mean()) <= PROBE_TOLERANCE[dtype]
+        truth = torch.cat([self._compared(one) for one in _each_sequence(apart)])
+        return float((self._compared(together) - truth).abs().mean()) <= PROBE_TOLERANCE[dtype]
 
     @property
     def name(self) -> str:
