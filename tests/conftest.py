@@ -1,4 +1,4 @@
-"""Fixtures for all tests, and the selection of GPU tests."""
+"""Fixtures for all tests, and the selection of those that need other hardware."""
 
 from __future__ import annotations
 
@@ -24,13 +24,22 @@ def has_gpu() -> bool:
     )
 
 
+def has_avx512() -> bool:
+    return {"avx512f", "avx512bw", "avx512_bf16"} <= set(Path("/proc/cpuinfo").read_text().split())
+
+
+HARDWARE = {"gpu": ("no NVIDIA GPU", has_gpu), "avx512": ("no AVX-512 with bf16", has_avx512)}
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a GPU its tests are deselected, not skipped: a skip would look like something missing."""
-    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
-    if gpu_items and not has_gpu():
-        items[:] = [item for item in items if item not in gpu_items]
-        config.hook.pytest_deselected(items=gpu_items)
-        print(f"\nno NVIDIA GPU here: {len(gpu_items)} tests marked gpu are deselected")
+    """Tests of hardware that is not here are deselected, not skipped: a skip would look like something
+    missing."""
+    for mark, (lack, is_there) in HARDWARE.items():
+        theirs = [item for item in items if item.get_closest_marker(mark)]
+        if theirs and not is_there():
+            items[:] = [item for item in items if item not in theirs]
+            config.hook.pytest_deselected(items=theirs)
+            print(f"\n{lack} here: {len(theirs)} tests marked {mark} are deselected")
 
 
 @pytest.fixture(scope="session")

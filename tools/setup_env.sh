@@ -93,7 +93,7 @@ has_slurm() {
 }
 
 ensure_slurm() {
-    has_slurm || ensure_packages "Slurm is not installed here" slurm-wlm munge
+    has_slurm || ensure_packages "Slurm is not installed here" slurm-wlm munge libtcmalloc-minimal4
 }
 
 # find_python: the newest-enough interpreter to make the environment with

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from strop.config_schema import KINDS
 from strop.errors import UserError
 from strop.slurm import naming
 
@@ -115,6 +116,17 @@ def _is_interval(every: Any) -> bool:
     return text == "auto" or bool(re.fullmatch(r"(\d+(\.\d+)?)[smh]", text) and float(text[:-1]) > 0)
 
 
+def _check_user_metrics(flat: Mapping[str, Any], fail: Callable[[str, str], None]) -> bool:
+    """Whether there are any. What they will be called is known at the first validation only."""
+    metrics = flat["validation.metrics"]
+    functions = metrics if isinstance(metrics, list) else [metrics or ""]
+    if not all(isinstance(function, str) for function in functions):
+        fail("validation.metrics", "must be package.module:name or a list of such")
+    if metrics and KINDS[flat["algo"]] == "text":
+        fail("validation.metrics", "needs rows with an answer; a block of text has none")
+    return bool(metrics)
+
+
 def check(flat: Mapping[str, Any], where: Mapping[str, str], path: Path) -> None:
     """UserError for the first key whose value cannot be meant; `where` says where each was set."""
 
@@ -152,7 +164,9 @@ def check(flat: Mapping[str, Any], where: Mapping[str, str], path: Path) -> None
     metrics = [f"eval_{own}{name}" for own in ("", *watched) for name in METRICS[flat["algo"]]]
     if not flat["dpo.sft_loss_weight"] and "eval_sft_loss" in metrics:
         metrics.remove("eval_sft_loss")
-    if flat["checkpoint.best_metric"] is not None and flat["checkpoint.best_metric"] not in metrics:
+    best = flat["checkpoint.best_metric"]
+    own = _check_user_metrics(flat, fail) and str(best).startswith("eval_")
+    if best is not None and best not in metrics and not own:
         fail("checkpoint.best_metric", f"must be one of {', '.join(metrics)}")
     if flat["dpo.loss"] in ("robust", "exo_pair") and flat["dpo.label_smoothing"] == 0:
         fail("dpo.label_smoothing", f"must be greater than 0 for dpo.loss={flat['dpo.loss']}", "dpo.loss")

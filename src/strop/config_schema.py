@@ -35,18 +35,26 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     train: Any = None
-    """JSONL, JSON or Parquet file, directory with training.jsonl, hub name, or a list of these. CPT: also
-    text files, directories of any of them, and stores that tools.prepare has made."""
+    """JSONL, JSON or Parquet file, directory with training.jsonl, hub name, short name of a data set that is
+    known (helpsteer3, gsm8k, ...: README.md has all), or a list of these. CPT: also text files, directories
+    of any of them, and stores that tools.prepare has made."""
     validation: Any = None
-    """The same for validation. A directory in `train` that holds validation.jsonl is used if null."""
+    """The same for validation. If null, what belongs to `train` is used: the validation.jsonl of a directory,
+    the held-out split of a set that is known by its name."""
+    adapter: Optional[str] = None
+    """What makes our fields of the rows of files, directories and hub sets: the short name of a data set, for
+    a copy of it; a function or class of your own, as package.module:name; none: nothing. null: nothing, but
+    for hub sets that are known. It applies to `validation` and `validation.watch` too."""
+    adapter_args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments for an adapter of your own: of the class when it is made, or of each call."""
     split: Optional[str] = None
     """"98,1,1": shares of train, validation and test taken out of `train` by a hash of the row."""
     hub_subset: Optional[str] = None
-    """Configuration name of a hub data set."""
-    hub_split: str = "train"
-    """Split of a hub data set for training."""
+    """Configuration name of a hub data set; null: the one that a set known by its name needs, else none."""
+    hub_split: Optional[str] = None
+    """Split of a hub data set for training; null: train, or what a known set calls it."""
     hub_validation_split: Optional[str] = None
-    """Split of a hub data set for validation."""
+    """Split of a hub data set for validation; null: that of a known set, else none."""
     max_length: int = 1024
     """Longest sequence (prompt and completion) in tokens; CPT: tokens of a block."""
     over_length: str = "drop"
@@ -151,6 +159,10 @@ class ValidationConfig:
     watch: dict[str, Any] = field(default_factory=dict)
     """Further sets, watched beside for what is forgotten: {name: file, ...}, as data.validation would name
     them; their metrics are eval_<name>_loss and so on. Not for DPO."""
+    metrics: Any = None
+    """A function of your own, as package.module:name, or a list of them: it gets a
+    `strop.user_metrics.ValidationRows` (texts, log-probs, rewards of every row) and returns {name: number},
+    which is written as eval_<name>. Not for cpt."""
 
 
 @dataclass(frozen=True)

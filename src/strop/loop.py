@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from strop import optim, setup, trainer
+from strop import optim, setup, trainer, user_metrics
 from strop.algos import LARGEST, SMALLEST, Metrics
 from strop.config import Config
 from strop.data.batch import Batch, Prefetcher, make_batch
 from strop.data.sets import RowSet
+from strop.data.store import TokenStore
 from strop.dist import Dist
 from strop.errors import Diverged, UserError
 from strop.models import flops
@@ -129,7 +130,7 @@ def _run_steps(t: Trainer) -> str:
             if not _step(t, batches, data_s) or not _after_step(t):
                 return "YIELD"
             asked = time.monotonic()
-    _save(t)
+    _save(t, last=True)
     return "DONE"
 
 
@@ -198,15 +199,18 @@ def _abandon(t: Trainer) -> bool:
     t.optimizer.zero_grad(set_to_none=True)
     if t.dist.is_main:
         log.info("asked to stop (%s)", t.run.stop.reason or "another rank was")
-    _save(t)
+    _save(t, last=True)
     return False
 
 
-def _forward(t: Trainer, batch: Batch) -> tuple[Tensor, Metrics]:
-    """The loss's sum over the batch, and metrics with the loss among them."""
+def _forward(t: Trainer, batch: Batch, seen: Optional[user_metrics.Seen] = None) -> tuple[Tensor, Metrics]:
+    """The loss's sum over the batch, and metrics with the loss among them; `seen` notes it for the user's."""
     count = t.algo.count(batch)
     batch = batch.to(t.dist.device)
-    loss, metrics = t.algo.loss(t.policy(batch), batch, t.config)
+    out = t.policy(batch)
+    loss, metrics = t.algo.loss(out, batch, t.config)
+    if seen is not None:
+        seen.add(out, batch)
     return loss, {"loss": (loss, loss.new_tensor(float(count))), **metrics}
 
 
@@ -269,7 +273,7 @@ def _after_step(t: Trainer) -> bool:
     last = step >= t.max_steps
     due = (last and v.at_end) or (v.every is not None and step % v.every == 0)
     if due and not t.state.validated and not _validate(t):
-        _save(t)
+        _save(t, last=True)
         return False
     if t.dist.any(t.dist.is_main and t.saver.due(step)) or t.state.best_step == step:
         _save(t)
@@ -279,36 +283,44 @@ def _after_step(t: Trainer) -> bool:
 def _validate(t: Trainer) -> bool:
     """Exact means over the validation set and those watched beside it, whatever the batches; False if asked
     to stop in the middle."""
-    sets = [("eval_", t.val_store, t.val_ref)] if t.val_store is not None else []
-    sets += [(f"eval_{name}_", store, None) for name, store in t.watched.items()]
+    sets = [("validation", "eval_", t.val_store, t.val_ref)] if t.val_store is not None else []
+    sets += [(name, f"eval_{name}_", store, None) for name, store in t.watched.items()]
     if not sets:
         t.state.validated = True
         return True
     t.position.enter("validation")
     means: dict[str, float] = {}
-    for prefix, store, ref in sets:
-        own = _means(t, store, ref)
+    for name, prefix, store, ref in sets:
+        own = _means(t, name, store, ref)
         if own is None:
             return False
-        means |= {prefix + name: value for name, value in (own | t.algo.derived(own)).items()}
+        means |= {prefix + metric: value for metric, value in own.items()}
     t.report.validation({"step": t.state.step, **means})
     t.state.validated = True
     _note_best(t, means)
     return True
 
 
-def _means(t: Trainer, store: RowSet, ref: Optional[np.ndarray]) -> Optional[dict[str, float]]:
-    """Loss and metrics over one set; None if asked to stop in the middle."""
+def _means(t: Trainer, name: str, store: RowSet, ref: Optional[np.ndarray]) -> Optional[dict[str, float]]:
+    """Loss and metrics over one set, with those of the user; None if asked to stop in the middle."""
     meter = Meter()
+    seen = user_metrics.begin(t.config, t.algo)
     bins = trainer.validation_bins(t, store)[t.dist.rank]
     with Prefetcher(make_batch(store, rows, ref) for rows in bins) as batches:
         for batch in batches:
             if trainer.stop_agreed(t):
                 return None
             with torch.no_grad():
-                _, metrics = _forward(t, batch)
+                _, metrics = _forward(t, batch, seen)
             meter.add(metrics, 0.0 if batch.is_dummy else 1.0)
-    return meter.reduce(t.dist)
+    means = meter.reduce(t.dist)
+    means |= t.algo.derived(means)
+    if seen is not None:
+        assert isinstance(store, TokenStore)
+        t.position.enter("metrics")  # the watchdog gives it longer than a micro batch
+        means |= seen.results(name, t.state.step, store, t.dist, means)
+        t.position.enter("validation")
+    return means
 
 
 def _note_best(t: Trainer, means: dict[str, float]) -> None:
@@ -340,10 +352,11 @@ def _patience_is_over(t: Trainer) -> bool:
     return patience is not None and t.state.misses >= patience
 
 
-def _save(t: Trainer) -> None:
-    """Begin to commit the state as it stands (nothing to do at step 0, or where it is committed already)."""
+def _save(t: Trainer, *, last: bool = False) -> None:
+    """Begin to commit the state as it stands (nothing to do at step 0, or where it is committed already);
+    the last time, do it."""
     if t.state.step == 0:
         return
     t.position.enter("save")
     t.state.metrics_bytes = t.report.sync()
-    t.saver.start(trainer.tensors(t), dataclasses.asdict(t.state))
+    t.saver.start(trainer.tensors(t), dataclasses.asdict(t.state), last=last)

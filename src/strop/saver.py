@@ -114,14 +114,18 @@ class Saver:
         running_s = sum((r.get("ended") or time.time()) - r["began"] for r in records)
         return best_interval_s(self.expected_s, running_s, len(records) - 1)
 
-    def start(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Commit `state` (a step that is committed already is left as it is), in the background if so set."""
+    def start(self, tensors: dict[str, Tensor], state: dict[str, Any], *, last: bool = False) -> None:
+        """Commit `state` (a step that is committed already is left as it is), in the background if so set.
+
+        `last`: no training goes on beside it, so a copy would only cost time and memory.
+        """
         self.wait()
         self._last_start = begin = time.monotonic()
-        if self._stager is None:
+        if self._stager is None or last:
             self._commit(tensors, state, begin)
             self.wait()
-            self._report.stalled(time.monotonic() - begin)
+            if not last:
+                self._report.stalled(time.monotonic() - begin)
             return
         staged = self._stager.stage(tensors)
         assert isinstance(staged, dict)

@@ -20,7 +20,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
-from strop import checkpoint, files, ops, optim, parallel, preflight
+from strop import checkpoint, files, ops, optim, parallel, preflight, user_metrics
 from strop import config as config_module
 from strop import run as run_module
 from strop.algos import reference
@@ -116,6 +116,7 @@ def _data(
     if run.env.rank == 0:
         run_module.agree(run, config)
         _check_names(config, algo)
+        user_metrics.load(config)
         tokenizer = load_tokenizer(config.model)
         maker = Maker(
             config,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapter_rows import helpsteer3
 from data_helpers import CHATML, tiny_tokenizer, write_jsonl
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -219,6 +220,18 @@ BROKEN = [
     (["data.max_length=4"], "train data", "40 of 40 rows of the train set (100.0%) were dropped"),
     (["data.max_length=4", "data.over_length=error"], "train data", "40 rows over_length; the first: data/"),
     (["model.tokenizer=./nothing"], "tokenizer", "model.tokenizer: no tokenizer in './nothing'"),
+    (
+        ["data.adapter=hlpsteer3"],
+        "train data",
+        "data.adapter: no adapter is called 'hlpsteer3': did you",
+    ),
+    (["data.train=gsm8k"], "train data", "data.train: gsm8k holds answers to be learnt and text, and this"),
+    (
+        ["data.adapter=squad"],
+        "train data",
+        "data.adapter: squad holds answers to be learnt, and this",
+    ),
+    (["validation.metrics=[not_here:f]"], "validation metrics", "there is no module not_here"),
 ]
 
 
@@ -236,6 +249,20 @@ def test_bad_rows_are_named(ask, tmp_path):
     assert any("1 rows same_pair; the first: data/training.jsonl, line 3" in t for t in fails)
     warns = [text for _, text in found(ask("data.on_bad_row=skip"), "warn")]
     assert any("same_pair" in t for t in warns)
+
+
+def test_rows_of_a_known_set(ask, tmp_path):
+    """Every third row is a tie: left out, and no reason to stop."""
+    for name, count in (("training", 30), ("validation", 6)):
+        rows = [helpsteer3(n % 3, context=f"{name} {n}") for n in range(count)]
+        write_jsonl(tmp_path / "data" / f"{name}.jsonl", rows)
+    answer = ask("data.adapter=helpsteer3", "validation.metrics=json:dumps")
+    assert found(answer, "FAIL") == []
+    told = [c.text for c in answer.checks if c.level == "ok"]
+    assert "all 30 of 30 rows looked at, 20 usable" in told
+    assert "10 rows left out as tie" in told
+    assert "json:dumps can be imported" in told
+    assert answer.numbers["train_rows"] == 20
 
 
 def test_text_and_its_blocks(ask, tmp_path):

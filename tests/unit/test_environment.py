@@ -79,6 +79,27 @@ def test_threads(extra, num_cpus, threads):
     assert env.rank_variables(env.read_task(variables), variables, num_cpus)["OMP_NUM_THREADS"] == threads
 
 
+@pytest.mark.parametrize(
+    ("extra", "preloaded"),
+    [
+        ({}, "env/lib/libtcmalloc.so.4"),
+        ({"LD_PRELOAD": "/mine.so"}, "/mine.so"),  # the user's word
+        ({"STROP_GPUS_PER_NODE": "8"}, None),  # the host's memory is not what a GPU waits for
+    ],
+)
+def test_the_allocator(tmp_path, extra, preloaded):
+    library = tmp_path / "env" / "lib" / "libtcmalloc.so.4"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    variables = {**SRUN, "CONDA_PREFIX": str(tmp_path / "env"), **extra}
+    found = env.rank_variables(env.read_task(variables), variables, 1).get("LD_PRELOAD")
+    assert found == (str(tmp_path / preloaded) if preloaded else None)
+
+
+def test_no_allocator_anywhere(tmp_path):
+    assert env.allocator({}, [str(tmp_path)]) is None
+
+
 def test_interface_for_both_libraries():
     variables = {**SRUN, "STROP_IFNAME": "ib0", "NCCL_SOCKET_IFNAME": "ib1"}
     result = env.rank_variables(env.read_task(variables), variables, 1)
@@ -150,9 +171,11 @@ def test_a_wrapper_that_can_make_no_log_starts_the_trainer_all_the_same(tmp_path
     }
     command = [sys.executable, "-m", "strop.slurm.launch", "--", "dpo"]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
-    assert done.stdout == "args: -m strop.train dpo\n"
-    assert "rank 0" in done.stderr.splitlines()[0]
-    assert "has no log of its own" in done.stderr.splitlines()[0]
+    first, second, *_ = done.stderr.splitlines()
+    assert "rank 0" in first
+    assert "has no log of its own" in first
+    assert second == "args: -m strop.train dpo"
+    assert done.stdout == "to the job's output"
 
 
 def test_ranks_log_to_the_nodes_own_disk_where_the_site_says_so(tmp_path):

@@ -94,7 +94,7 @@ def test_gradcheck_in_fp64(softcap):
 @pytest.fixture
 def fresh(monkeypatch, caplog):
     """As if nothing had been loaded yet."""
-    caches = (native.library, native.identity, native.has_fused_head, native._note)
+    caches = (native.library, native.identity, native.has_avx512, native._note)
     for cache in caches:
         cache.cache_clear()
     caplog.set_level(logging.WARNING)
@@ -107,7 +107,7 @@ def fresh(monkeypatch, caplog):
 def test_without_a_library_one_line_and_the_same_results(fresh, monkeypatch, tmp_path, caplog):
     x, w, target = example()
     expected = ops.linear_logprob(x, w, target)[0]
-    native.library.cache_clear(), native.has_fused_head.cache_clear(), native.identity.cache_clear()
+    native.library.cache_clear(), native.has_avx512.cache_clear(), native.identity.cache_clear()
     monkeypatch.setattr(native.libraries, "places", lambda package, name: [tmp_path / f"{name}.so"])
     for _ in range(2):
         assert torch.allclose(ops.linear_logprob(x, w, target)[0], expected, atol=1e-6)
@@ -152,7 +152,7 @@ def test_what_no_kernel_takes_is_said_once(fresh, caplog):
     ]
 
 
-@pytest.mark.skipif(not native.has_fused_head(torch.bfloat16), reason="this CPU has no AVX-512 bf16")
+@pytest.mark.avx512
 def test_the_fused_heads_c_functions_refuse_what_does_not_fit():
     """Through the C interface: a status, and nothing written."""
     lib = native.library("cpu")

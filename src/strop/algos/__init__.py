@@ -1,5 +1,6 @@
 """The algorithms, one module of functions each: `count(batch)`, `loss(out, batch, cfg)` and `derived(means)`,
-the metrics of a validation set that follow from its means. Where `needs_reference(cfg)`, batches carry the
+the metrics of a validation set that follow from its means; where it has rewards, also `rewards(out, batch,
+cfg)`, those of each sequence, for the user's own metrics. Where `needs_reference(cfg)`, batches carry the
 log-probs of the model that `reference_model(cfg)` names.
 """
 

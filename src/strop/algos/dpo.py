@@ -39,13 +39,7 @@ def loss(out: Output, batch: Batch, cfg: Config) -> tuple[Tensor, Metrics]:
     Log-probs are summed over the completion, or averaged over it for ipo, sigmoid_norm and
     `average_log_probs`. The NLL term is the mean over the tokens of each chosen completion.
     """
-    assert batch.ref_logp_T is not None
-    # Only a batch that stands in for a rank without rows has sequences without trained tokens.
-    num_trained = ops.segment_sum(batch.trained_T.float(), batch.cu_seqlens).clamp(min=1.0)
-    logp = ops.segment_sum(out.logp_T, batch.cu_seqlens)
-    ratio = logp - ops.segment_sum(batch.ref_logp_T, batch.cu_seqlens)
-    if cfg.dpo.average_log_probs or cfg.dpo.loss in preference.AVERAGED:
-        ratio = ratio / num_trained
+    ratio, logp, num_trained = _ratio(out, batch, cfg)
     c, d = ratio[0::2], ratio[1::2]
     losses = ops.dpo_loss(ratio.view(-1, 2), cfg.dpo.loss, cfg.dpo.beta, cfg.dpo.label_smoothing)
     nll = -logp[0::2] / num_trained[0::2]
@@ -56,6 +50,23 @@ def loss(out: Output, batch: Batch, cfg: Config) -> tuple[Tensor, Metrics]:
         if cfg.dpo.sft_loss_weight:
             metrics["sft_loss"] = (nll.sum(), metrics["rewards/chosen"][1])
     return total, metrics
+
+
+def rewards(out: Output, batch: Batch, cfg: Config) -> Tensor:
+    """[2P] of each completion: β times its log-ratio, the mean of which the metrics `rewards/...` are."""
+    return cfg.dpo.beta * _ratio(out, batch, cfg)[0]
+
+
+def _ratio(out: Output, batch: Batch, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-ratio, log-prob and number of trained tokens of each completion, [2P] each."""
+    assert batch.ref_logp_T is not None
+    # Only a batch that stands in for a rank without rows has sequences without trained tokens.
+    num_trained = ops.segment_sum(batch.trained_T.float(), batch.cu_seqlens).clamp(min=1.0)
+    logp = ops.segment_sum(out.logp_T, batch.cu_seqlens)
+    ratio = logp - ops.segment_sum(batch.ref_logp_T, batch.cu_seqlens)
+    if cfg.dpo.average_log_probs or cfg.dpo.loss in preference.AVERAGED:
+        ratio = ratio / num_trained
+    return ratio, logp, num_trained
 
 
 def _metrics(c: Tensor, d: Tensor, logp: Tensor, beta: float, out: Output, batch: Batch) -> Metrics:

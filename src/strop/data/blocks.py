@@ -124,3 +124,15 @@ class Blocks:
         part, begin, _ = self._bounds(row)
         document = int(np.searchsorted(part.corpus.offsets, begin, side="right")) - 1
         return part.corpus.row_id(document)
+
+    def documents(self, row: int) -> list[tuple[str, int, int, bool]]:
+        """[(source, line, its tokens in the block, whether it began before)] of the documents in a block."""
+        part, begin, end = self._bounds(row)
+        offsets = part.corpus.offsets
+        first = int(np.searchsorted(offsets, begin, side="right")) - 1
+        last = int(np.searchsorted(offsets, end, side="left"))
+        edges = np.clip(offsets[first : last + 1], begin, end).tolist()
+        return [
+            (*part.corpus.row_id(first + i), b - a, int(offsets[first + i]) < begin)
+            for i, (a, b) in enumerate(zip(edges, edges[1:]))
+        ]

@@ -35,6 +35,10 @@ class BadRow:
     """For the user: what is wrong with this very row, without its place."""
     tokens: int = 0
     """Its length where that is known."""
+    wanted: bool = False
+    """An adapter left it out though it is sound: no error, and no part of `data.max_dropped_fraction`."""
+    dealt_by: Any = field(default=None, repr=False, compare=False)
+    """What `data.split` would deal it out by; None for what could not be read, which is told of every set."""
 
     @property
     def place(self) -> str:
@@ -50,6 +54,8 @@ def place(source: str, line: int) -> str:
 
 def refuse_or_keep(row: BadRow, config: DataConfig) -> None:
     """UserError where the policy for such a row is to stop; the caller counts it otherwise."""
+    if row.wanted:
+        return
     key, keep_going = ("over_length", "drop") if row.reason == "over_length" else ("on_bad_row", "skip")
     if getattr(config, key) != keep_going:
         raise UserError(
@@ -66,6 +72,8 @@ class Dropped:
     """Their tokens, where they were tokenised."""
     examples: list[dict[str, str | int]] = field(default_factory=list)
     """[{line, message}] of the first few."""
+    wanted: bool = False
+    """As `BadRow.wanted`."""
 
 
 @dataclass
@@ -113,17 +121,23 @@ class Ledger:
             entry.longest = max(entry.longest, len(tokens))
 
     def drop(self, row: BadRow) -> None:
-        entry = self.of(row.source).dropped.setdefault(row.reason, Dropped())
+        entry = self.of(row.source).dropped.setdefault(row.reason, Dropped(wanted=row.wanted))
         entry.rows += 1
         entry.tokens += row.tokens
         if len(entry.examples) < EXAMPLES:
             entry.examples.append({"line": row.line, "message": row.message})
 
     def drop_many(
-        self, source: str, reason: str, rows: int, tokens: int, examples: Iterable[tuple[int, str]]
+        self,
+        source: str,
+        reason: str,
+        rows: int,
+        tokens: int,
+        examples: Iterable[tuple[int, str]],
+        wanted: bool = False,
     ) -> None:
         """Rows counted elsewhere: [(line, message)] of the first ones."""
-        entry = self.of(source).dropped.setdefault(reason, Dropped())
+        entry = self.of(source).dropped.setdefault(reason, Dropped(wanted=wanted))
         entry.rows += rows
         entry.tokens += tokens
         room = EXAMPLES - len(entry.examples)
@@ -140,7 +154,9 @@ class Ledger:
     def check(self, max_dropped_fraction: float, wanted: Collection[str] = ()) -> None:
         """UserError if too many rows were left out (for other reasons than `wanted` ones), or all of them."""
         entries = self.sources.values()
-        meant = sum(d.rows for entry in entries for reason, d in entry.dropped.items() if reason in wanted)
+        meant = sum(
+            d.rows for entry in entries for reason, d in entry.dropped.items() if d.wanted or reason in wanted
+        )
         dropped = self.read - self.used - meant
         if self.used and dropped <= max_dropped_fraction * self.read:
             return

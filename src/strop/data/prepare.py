@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from strop.config import Config, DataConfig
-from strop.data import sources
+from strop.data import adapt, sources
 from strop.data.ledger import BadRow, Ledger, refuse_or_keep
 from strop.data.render import Rendered, Renderer, chat_template
 from strop.data.sources import Source
@@ -27,11 +27,11 @@ PIPELINE = 1
 """Raise it when the same row would be tokenised or masked in another way than before."""
 
 
-def has_validation(config: DataConfig) -> bool:
+def has_validation(config: DataConfig, kind: str) -> bool:
     """Whether the configuration names a validation set, or one lies beside the training set."""
     if config.split is not None:
         return sources.shares(config.split)[1] > 0
-    return bool(sources.find(config, "validation"))
+    return bool(sources.find(config, "validation", kind))
 
 
 def prepare(
@@ -49,15 +49,14 @@ def prepare(
     tokenizer. progress is called with the number of rows done, now and then.
     Raises UserError (key, file or row named; nothing is left behind) and StorageError.
     """
-    found = sources.find(config.data, split)
+    found = sources.find(config.data, split, kind)
     template = chat_template(config.model.chat_template, tokenizer)
     digest = _digest(config, found, tokenizer_digest, template, kind, split)
     path = Path(cache_dir) / f"{kind}-{split}-{digest[:24]}"
     if not (path / "store.json").exists():
         ledger = Ledger(split)
-        renderer = Renderer(kind, tokenizer, template, kind == "sft" and config.sft.train_on_prompt)
         tokeniser = Tokeniser(tokenizer, config.data.max_length)
-        rows = tokeniser(_rendered(found, config.data, split, renderer, ledger))
+        rows = tokeniser(rendered(config, tokenizer, kind, split, ledger))
         try:
             TokenStore.write(
                 path,
@@ -91,21 +90,23 @@ def _digest(
         "on_bad_row": config.data.on_bad_row,
         "train_on_prompt": kind == "sft" and config.sft.train_on_prompt,
     }
+    if any(source.adapter is not None for source in found):
+        record["adapters"] = [adapt.identity(source.adapter) for source in found]
     return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=32).hexdigest()
 
 
-def _rendered(
-    found: list[Source], config: DataConfig, split: str, renderer: Renderer, ledger: Ledger
+def rendered(
+    config: Config, tokenizer: Any, kind: str, split: str, ledger: Ledger
 ) -> Iterator[Rendered | BadRow]:
-    """The rows of all sources that belong to this split, as texts."""
-    for source in found:
+    """The rows of all sources that belong to this split, as texts; the ledger gets those of other splits."""
+    template = chat_template(config.model.chat_template, tokenizer)
+    renderer = Renderer(kind, tokenizer, template, kind == "sft" and config.sft.train_on_prompt)
+    for source in sources.find(config.data, split, kind):
         for row in sources.read(source):
-            if isinstance(row, BadRow):
-                yield row
-            elif config.split is not None and sources.in_split(row, config.split) != split:
+            if sources.elsewhere(row, config.data, split):
                 ledger.of(source.name).other_split += 1
             else:
-                yield renderer(row)
+                yield row if isinstance(row, BadRow) else renderer(row)
 
 
 def _counted(

@@ -51,8 +51,8 @@ class Maker:
             validates = c.data.validation is not None or beside or self._share_of_validation() > 0
             validates = validates or bool(_ranges(self.stores(), "validation"))
         else:
-            sources.find(c.data, "train")  # a missing file is named before what it leads to
-            validates = rows_have_validation(c.data)
+            sources.find(c.data, "train", self.kind)  # a missing file is named before what it leads to
+            validates = rows_have_validation(c.data, self.kind)
         return ["train", *(["validation"] if validates else []), *c.validation.watch]
 
     def prepare(self, name: str) -> tuple[Place, Ledger]:
@@ -148,8 +148,9 @@ class Maker:
 
 
 def data_train(data: DataConfig) -> list[str]:
-    """The entries of data.train; UserError as `sources.check_split`."""
+    """The entries of data.train; UserError as `sources.check_split` and `check_adapter`."""
     sources.check_split(data)
+    sources.check_adapter(data)
     return _entries(data.train, "data.train")
 
 

@@ -6,7 +6,6 @@ run itself. `Scan` keeps what the other checks need: lengths, shares, a few exam
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from strop.data import noise, sources
 from strop.data.ledger import BadRow, Ledger, place
 from strop.data.lengths import histogram
 from strop.data.render import Rendered, Renderer, chat_template
+from strop.data.repeats import row_hash
 from strop.data.sources import Source
 from strop.data.store import TokenisedRow
 from strop.data.tokenise import Tokeniser
@@ -45,7 +45,7 @@ class Scan:
     examples: list[TokenisedRow] = field(default_factory=list)
     templated: int = 0
     plain: int = 0
-    contents: dict[bytes, tuple[str, int]] = field(default_factory=dict)
+    contents: dict[int, tuple[str, int]] = field(default_factory=dict)
     """Hash of a row's tokens -> its place."""
     doubles: int = 0
     """Rows equal to an earlier one of the same set."""
@@ -61,11 +61,9 @@ class Scan:
         self.sequence_tokens += lengths
         if len(self.examples) < 64:
             self.examples.append(row)
-        digest = hashlib.blake2b(digest_size=12)
-        for tokens, _ in row.sequences:
-            digest.update(tokens.tobytes() + b"|")
-        self.doubles += digest.digest() in self.contents
-        self.contents.setdefault(digest.digest(), (row.source, row.line))
+        content = row_hash([tokens for tokens, _ in row.sequences])
+        self.doubles += content in self.contents
+        self.contents.setdefault(content, (row.source, row.line))
 
     @property
     def usable_rows(self) -> int:
@@ -82,7 +80,7 @@ def scan(config: Config, tokenizer: Any, kind: str, split: str, limit: Optional[
     template = chat_template(config.model.chat_template, tokenizer)
     renderer = Renderer(kind, tokenizer, template, kind == "sft" and config.sft.train_on_prompt)
     tokeniser = Tokeniser(tokenizer, config.data.max_length)
-    found = sources.find(config.data, split)
+    found = sources.find(config.data, split, kind)
     for row in tokeniser(_rendered(found, config, split, renderer, limit, result)):
         if isinstance(row, BadRow):
             result.ledger.drop(row)
@@ -100,11 +98,11 @@ def _rendered(
         taken = last = 0
         for row in itertools.islice(sources.read(source), limit):
             taken, last = taken + 1, row.line
+            if sources.elsewhere(row, config.data, split):
+                result.ledger.of(source.name).other_split += 1
+                continue
             if isinstance(row, BadRow):
                 yield row
-                continue
-            if config.data.split is not None and sources.in_split(row, config.data.split) != split:
-                result.ledger.of(source.name).other_split += 1
                 continue
             rendered = renderer(row)
             if isinstance(rendered, Rendered):
@@ -119,6 +117,8 @@ def _rendered(
 
 def num_rows(source: Source, taken: int, last_line: int) -> tuple[int, bool]:
     """(rows of a source, whether counted), without parsing the ones that were not looked at."""
+    if source.adapter is not None:  # rows and lines need not be the same
+        return sum(1 for _ in sources.read(source)), True
     if source.format == "jsonl" and source.path.endswith(".jsonl"):
         with open(source.path, "rb") as file:
             head = sum(len(line) for line in itertools.islice(file, last_line))
@@ -146,8 +146,9 @@ def judge(scan: Scan, config: Config, checks: Checks) -> None:
     for entry in ledger.sources.values():
         for reason, dropped in entry.dropped.items():
             first = dropped.examples[0]
-            if reason in noise.REASONS:
-                checks.ok(name, f"{dropped.rows:,} documents left out as {reason}")
+            if reason in noise.REASONS or dropped.wanted:
+                what = "rows" if dropped.wanted else "documents"
+                checks.ok(name, f"{dropped.rows:,} {what} left out as {reason}")
                 continue
             where = place(entry.name, int(first["line"]))
             text = f"{dropped.rows:,} rows {reason}; the first: {where}: {first['message']}"
@@ -183,10 +184,10 @@ def compare(train: Scan, validation: Scan, checks: Checks) -> None:
     both = train.contents.keys() & validation.contents.keys()
     extent = "" if train.complete and validation.complete else " among the rows looked at"
     if both:
-        digest = next(d for d in validation.contents if d in both)
+        content = next(c for c in validation.contents if c in both)
         text = (
             f"{len(both):,} of {len(validation.contents):,} validation rows are training rows too{extent}; "
-            f"{place(*validation.contents[digest])} is {place(*train.contents[digest])}"
+            f"{place(*validation.contents[content])} is {place(*train.contents[content])}"
         )
         checks.warn("validation data", text, "take them out of one set; data.split never does this")
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Optional
@@ -9,16 +10,16 @@ from typing import Any, Optional
 import numpy as np
 
 from strop.config import Config
+from strop.data import ends
+from strop.data.ends import Ends
 from strop.data.render import chat_template
+from strop.data.spans import spans, special_mask
 from strop.data.store import TokenisedRow
 from strop.data.tokenise import load_tokenizer
 from strop.doctor.checks import Checks
 from strop.doctor.model import Shape
 from strop.doctor.rows import Scan
 from strop.errors import UserError
-
-ENDING = 3
-"""The end-of-turn token is among so many last tokens; templates write a line break after it."""
 
 
 def load(config: Config, checks: Checks, offline: bool) -> Optional[Any]:
@@ -51,9 +52,13 @@ def judge(scan: Scan, tokenizer: Any, shape: Optional[Shape], checks: Checks) ->
         return
     if scan.templated:
         checks.ok("template", f"renders {scan.templated:,} rows looked at")
-    _beginnings(sequences, tokenizer, checks)
+    lengths = [len(tokens) for tokens, _ in sequences]
+    flat, masks = (np.concatenate(arrays) for arrays in zip(*sequences))
+    offsets = np.cumsum([0, *lengths])
+    seen = ends.look(flat, masks, offsets, special_mask(tokenizer), tokenizer.bos_token_id)
+    _beginnings(seen, tokenizer, checks)
     if shape is None or not shape.scores:  # a reward model writes nothing, and need not learn to stop
-        _endings(sequences, tokenizer, checks, plain=scan.plain > 0)
+        _endings(seen, tokenizer, checks, plain=scan.plain > 0)
     if shape is not None:
         largest = max(int(tokens.max()) for tokens, _ in sequences)
         if max(largest, len(tokenizer) - 1) < shape.vocab_size:
@@ -66,53 +71,41 @@ def judge(scan: Scan, tokenizer: Any, shape: Optional[Shape], checks: Checks) ->
             checks.warn("vocabulary", text, "a row with one of the last tokens would end the run")
 
 
-def _beginnings(sequences: list[tuple[np.ndarray, np.ndarray]], tokenizer: Any, checks: Checks) -> None:
-    bos = tokenizer.bos_token_id
-    if bos is None:
+def _beginnings(seen: Ends, tokenizer: Any, checks: Checks) -> None:
+    if tokenizer.bos_token_id is None:
         checks.ok("bos", "the tokenizer has none")
         return
-    at_start = [int(tokens[0]) == bos for tokens, _ in sequences]
-    twice = sum(len(tokens) > 1 and tokens[0] == bos == tokens[1] for tokens, _ in sequences)
-    wanted = tokenizer("a", add_special_tokens=True)["input_ids"][:1] == [bos]
+    num, at_start = len(seen.last_S), int(seen.has_bos_S.sum())
+    twice = int(seen.double_bos_S.sum())
+    wanted = tokenizer("a", add_special_tokens=True)["input_ids"][:1] == [tokenizer.bos_token_id]
     if twice:
-        text = f"{twice:,} of {len(sequences):,} sequences begin with it twice"
+        text = f"{twice:,} of {num:,} sequences begin with it twice"
         checks.fail("bos", text, "take it out of the rows or of the chat template")
-    elif wanted and not all(at_start):
-        text = f"the tokenizer puts {tokenizer.bos_token!r} before a text, {at_start.count(False):,} lack it"
+    elif wanted and at_start < num:
+        text = f"the tokenizer puts {tokenizer.bos_token!r} before a text, {num - at_start:,} lack it"
         checks.warn("bos", text, "the chat template leaves it out: compare it with the model's card")
     else:
-        checks.ok("bos", f"exactly one at the beginning of {sum(at_start):,} of {len(sequences):,} sequences")
+        checks.ok("bos", f"exactly one at the beginning of {at_start:,} of {num:,} sequences")
 
 
-def _endings(
-    sequences: list[tuple[np.ndarray, np.ndarray]], tokenizer: Any, checks: Checks, plain: bool
-) -> None:
+def _endings(seen: Ends, tokenizer: Any, checks: Checks, plain: bool) -> None:
     """Without a trained end-of-turn token the model never learns to stop."""
-    special = {t for t, added in tokenizer.added_tokens_decoder.items() if added.special}
-    special |= set(tokenizer.all_special_ids)
-    ends: dict[int, int] = {}
-    untrained = twice = 0
-    for tokens, trained in sequences:
-        tail = [(int(t), bool(m)) for t, m in zip(tokens[-ENDING:], trained[-ENDING:])]
-        marks = [t for t, m in tail if t in special and m]
-        if not marks:
-            untrained += 1
-        else:
-            ends[marks[-1]] = ends.get(marks[-1], 0) + 1
-            twice += len(marks) > 1 and marks[-1] == marks[-2]
+    num, twice = len(seen.last_S), int(seen.double_end_S.sum())
+    untrained = int((seen.last_S == ends.NONE).sum())
+    marks = [int(token) for token in dict.fromkeys(seen.last_S.tolist()) if token != ends.NONE]
     name = "end of turn"
     if twice:
-        checks.warn(name, f"{twice:,} of {len(sequences):,} sequences end with it twice", "one is too many")
+        checks.warn(name, f"{twice:,} of {num:,} sequences end with it twice", "one is too many")
     if untrained:
         checks.warn(
             name,
-            f"{untrained:,} of {len(sequences):,} sequences end without a trained end-of-turn token",
+            f"{untrained:,} of {num:,} sequences end without a trained end-of-turn token",
             "the model would not learn to stop: let the chat template write one after the answer",
         )
-    if ends:
-        names = ", ".join(repr(tokenizer.convert_ids_to_tokens(t)) for t in ends)
+    if marks:
+        names = ", ".join(repr(tokenizer.convert_ids_to_tokens(t)) for t in marks)
         checks.ok(name, f"{names} is trained" + (" (eos, added to plain text)" if plain else ""))
-    if ends and tokenizer.eos_token_id not in ends:
+    if marks and tokenizer.eos_token_id not in marks:
         text = f"rows end with {names}, the tokenizer's eos is {tokenizer.eos_token!r}"
         checks.warn(name, text, "generation stops where generation_config.json's eos_token_id says; add it")
 
@@ -121,9 +114,5 @@ def preview(row: TokenisedRow, tokenizer: Any, kind: str) -> Iterable[tuple[str,
     """(title, [(text, trained)]) of each sequence of a row, as the model will see it."""
     titles = ("chosen", "rejected") if kind == "preference" else ("",)
     for title, (tokens, trained) in zip(titles, row.sequences):
-        edges = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(tokens)]
-        pieces = [
-            (tokenizer.decode(tokens[a:b].tolist(), skip_special_tokens=False), bool(trained[a]))
-            for a, b in zip(edges, edges[1:])
-        ]
-        yield title, pieces
+        by_mask = itertools.groupby(spans(tokens, trained, tokenizer), key=lambda span: span.trained)
+        yield title, [("".join(span.text for span in own), mask) for mask, own in by_mask]

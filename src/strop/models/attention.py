@@ -1,9 +1,9 @@
 """Attention over packed sequences through transformers' AttentionInterface.
 
-On the CPU, or without flash-attn, each sequence goes through SDPA by itself (`strop_packed`). On a GPU with
-flash-attn its variable-length kernel is used by transformers itself: it takes the same cu_seq_lens. A
-sequence that has more keys than tokens (cu_seq_lens_k) follows a shared prompt: the keys it lacks are the
-first ones of the sequence before it.
+On the CPU all sequences go through one native kernel (bf16); elsewhere, or without flash-attn, each goes
+through SDPA by itself (`strop_packed`). On a GPU with flash-attn its variable-length kernel is used by
+transformers itself: it takes the same cu_seq_lens. A sequence that has more keys than tokens (cu_seq_lens_k)
+follows a shared prompt: the keys it lacks are the first ones of the sequence before it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
+
+from strop.ops import layers
 
 NAME = "strop_packed"
 
@@ -49,6 +51,10 @@ def packed_sdpa(
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise PackingUnsupported("attention with a soft cap or sinks")
     _windows_of_attention.add(sliding_window)
+    if layers.attends(query):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        cu_keys = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
+        return layers.attention(query, key, value, cu_seq_lens_q, cu_keys, scale, sliding_window), None
     lengths = cu_seq_lens_q.diff().tolist()
     num_keys = lengths if cu_seq_lens_k is None else cu_seq_lens_k.diff().tolist()
     # One split for all sequences: the backward of S slices would fill S gradients of the whole batch.

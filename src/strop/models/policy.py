@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from strop import ops
 from strop.data.batch import Batch
 from strop.errors import Diverged, UserError
-from strop.models import attention
+from strop.models import attention, fused
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class Policy(nn.Module):
 
     def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__()
+        fused.install(lm)
         self.lm = lm
         text_config = lm.config.get_text_config()
         self.softcap: Optional[float] = getattr(text_config, "final_logit_softcapping", None)

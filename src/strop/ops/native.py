@@ -57,6 +57,13 @@ CPU_SIGNATURES: dict[str, tuple[Any, ...]] = {
     "strop_head_walk": (_P, _P, _I, _N, _N, _N, _N, _N, _N, _P, _HEAD, _WALK, _P, _P, _P),
     "strop_head_grad": (_P, _P, _I, _N, _N, _N, _N, _N, _N, _P, _HEAD, _P, _P, _P),
     "strop_head_grad_kept": (_P, _P, _I, _N, _N, _N, _N, _P, _F, _P, _P, _P),
+    "strop_norm": (_P, _P, _I, _N, _N, _F, _P, _P),
+    "strop_norm_grad": (_P, _P, _P, _P, _I, _N, _N, _P, _P, _P),
+    "strop_gate": (_P, _P, _I, _N, _P),
+    "strop_gate_grad": (_P, _P, _P, _I, _N, _P, _P),
+    "strop_turn": (_P, _I, _N, _N, _P, _P, _N, _N, _N, _I, _P),
+    "strop_attend": (_P, _P, _P),
+    "strop_attend_grad": (_P, _P, _P, _P, _P, _P, _P),
 }
 
 
@@ -106,14 +113,16 @@ def identity(device: str) -> str:
 
 
 @functools.cache
+def has_avx512(dtype: torch.dtype) -> bool:
+    """Whether this CPU runs what strop_cpu.h has for dtype."""
+    lib = library("cpu")
+    return lib is not None and dtype in DTYPES["cpu"] and bool(lib.strop_head_supported(DTYPES["cpu"][dtype]))
+
+
 def has_fused_head(dtype: torch.dtype) -> bool:
     """Whether matmul and softmax run as one kernel: AVX-512. AMX multiplies bf16 several times as fast as
     AVX-512 does, so there torch's matmul is kept."""
-    lib = library("cpu")
-    if lib is None or dtype not in DTYPES["cpu"]:
-        return False
-    amx = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-    return bool(lib.strop_head_supported(DTYPES["cpu"][dtype])) and not amx
+    return has_avx512(dtype) and not (dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
 
 
 def takes(x: Tensor, what: str) -> bool:

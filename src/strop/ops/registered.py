@@ -18,7 +18,7 @@ from strop.ops.reference import Scalings
 LIB = torch.library.Library("strop", "DEF")
 
 
-def _op(schema: str, implementation: Any, fake: Any) -> None:
+def define(schema: str, implementation: Any, fake: Any) -> None:
     LIB.define(schema)
     name = schema.partition("(")[0]
     LIB.impl(name, implementation, "CompositeExplicitAutograd")
@@ -133,13 +133,13 @@ def _head_autograd(ctx: Any, grad: Optional[Tensor], *_: Any) -> tuple[Optional[
     return given[0], given[1], None, given[2], None, None, None
 
 
-_op(
+define(
     "head(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float? softcap, float temperature, "
     "int keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _head,
     _head_fake,
 )
-_op(
+define(
     "head_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float? softcap, "
     "float temperature, Tensor lse, Tensor? kept, Tensor? tops, bool[] needs) -> (Tensor, Tensor, Tensor)",
     _head_backward,
@@ -182,12 +182,12 @@ def _logprob_autograd(ctx: Any, grad: Optional[Tensor], *_: Any) -> tuple[Option
     return torch.ops.strop.logprob_backward(grad, *ctx.saved_tensors), None
 
 
-_op(
+define(
     "logprob(Tensor logits, Tensor target) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _logprob,
     lambda logits, target: _rows_like(logits),
 )
-_op(
+define(
     "logprob_backward(Tensor grad, Tensor logits, Tensor target, Tensor lse) -> Tensor",
     _logprob_backward,
     lambda grad, logits, target, lse: torch.empty_like(logits, memory_format=torch.contiguous_format),
@@ -242,12 +242,12 @@ def _segment_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return torch.ops.strop.segment_spread(grad, *ctx.saved_tensors, ctx.num_tokens), None
 
 
-_op(
+define(
     "segment_sum(Tensor x, Tensor cu_seqlens) -> Tensor",
     _segment_sum,
     lambda x, cu_seqlens: x.new_empty(cu_seqlens.shape[0] - 1),
 )
-_op(
+define(
     "segment_spread(Tensor g, Tensor cu_seqlens, SymInt num_tokens) -> Tensor",
     _segment_spread,
     lambda g, cu_seqlens, num_tokens: g.new_empty(num_tokens),
@@ -281,7 +281,7 @@ def _dpo_autograd(ctx: Any, grad: Tensor, _: Any) -> tuple[Optional[Tensor], ...
     return slope * grad[:, None], None, None, None, None
 
 
-_op(
+define(
     "dpo_loss(Tensor ratio, str kind, float beta, float label_smoothing, float delta) -> (Tensor, Tensor)",
     _dpo_loss,
     lambda ratio, kind, beta, label_smoothing, delta: (

@@ -22,6 +22,7 @@ from strop.obs import secrets
 from strop.slurm import (
     attempts,
     code,
+    collect,
     command,
     deaths,
     decide,
@@ -46,6 +47,8 @@ class Begun:
     end_time: Optional[float]
     notes: tuple[str, ...]
     successor: Optional[str] = None
+    left_logs: bool = False
+    """Earlier attempts' logs lie on the disks of this job's nodes."""
 
 
 class NothingToDo(Exception):
@@ -82,6 +85,7 @@ def begin(algo: str, args: Sequence[str], job: env.Job) -> Begun:
         args=secrets.mask_args(args),
         named=run.given,
         code=code_now,
+        log_dir=str(job.log_dir) if job.log_dir else None,
         **deaths.mark(),
     )
     (run.directory / "requeue_pending").unlink(missing_ok=True)
@@ -95,7 +99,10 @@ def begin(algo: str, args: Sequence[str], job: env.Job) -> Begun:
         except command.SlurmError as error:
             notes.append(f"NO SUCCESSOR, and this job cannot be requeued: {error}")
     notes += [f"job {behind} is its successor: this one cannot be requeued"] if behind else []
-    return Begun(run.directory, attempt, _end_time(known or {}), tuple(notes), behind)
+    left = any(not set(job.nodes).isdisjoint(collect.uncollected(run.directory, r)) for r in records)
+    return Begun(
+        run.directory, attempt, _end_time(known or {}), tuple(notes), behind, bool(job.log_dir) and left
+    )
 
 
 def _records_of(run: naming.RunName, job: env.Job) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -22,7 +22,7 @@ from strop.slurm import hostlist
 OF_THIS_ATTEMPT = {
     *("STROP_RUN_DIR", "STROP_ATTEMPT", "STROP_JOB_ID", "STROP_RESTART_COUNT", "STROP_END_TIME"),
     *("STROP_TASKS_PER_NODE", "STROP_GPUS_PER_NODE", "STROP_NUM_NODES", "STROP_SHELL_PID"),
-    *("STROP_LOCAL_RESTARTS", "STROP_SUCCESSOR_JOB"),
+    *("STROP_LOCAL_RESTARTS", "STROP_SUCCESSOR_JOB", "STROP_LEFT_LOGS"),
 }
 OF_THIS_SUBMISSION = {
     *("SBATCH_ARRAY_INX", "SBATCH_GRES", "SBATCH_GPUS", "SBATCH_GPUS_PER_NODE", "SBATCH_GPUS_PER_TASK"),
@@ -51,6 +51,8 @@ class Env:
     """Rank 0's way to the job's output, where its descriptors 1 and 2 go to a file of their own."""
     log_dir: Optional[Path] = None
     """STROP_LOG_DIR: where ranks write their logs first, on the node's own disk."""
+    raw_fd: Optional[int] = None
+    """The way to the process that writes what comes out of descriptors 1 and 2 (strop.obs.raw_writer)."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class Job:
     """Of an attempt that has begun, in unix seconds; None when Slurm names no end."""
     log_dir: Optional[Path] = None
     """As in Env."""
+    node: str = ""
+    """Where this process is."""
 
     @property
     def target(self) -> Optional[str]:
@@ -122,6 +126,7 @@ def read_env(environ: Optional[Mapping[str, str]] = None) -> Env:
         ifname=e.get("STROP_IFNAME") or None,
         stdout_fd=int(e["STROP_STDOUT_FD"]) if e.get("STROP_STDOUT_FD") and "STROP_RANK" in e else None,
         log_dir=_log_dir(e) if "STROP_RANK" in e else None,
+        raw_fd=int(e["STROP_RAW_FD"]) if e.get("STROP_RAW_FD") and "STROP_RANK" in e else None,
     )
 
 
@@ -150,6 +155,7 @@ def read_job(environ: Optional[Mapping[str, str]] = None) -> Job:
         successor_wish={"1": True, "0": False}.get(e.get("STROP_SUCCESSOR", "")),
         end_time=float(e["STROP_END_TIME"]) if e.get("STROP_END_TIME") else None,
         log_dir=_log_dir(e),
+        node=(None if local else e.get("SLURMD_NODENAME")) or socket.gethostname(),
     )
 
 
@@ -184,7 +190,27 @@ FRUGAL = {
 """Packed batches differ in shape from step to step. With oneDNN's 1,024 cached kernels and glibc's growing
 threshold a rank's memory doubled within 60 steps on CPUs; with the first two it stays. But then every large
 tensor is fresh memory, whose page faults took a third of the CPU time: the other two (torch's own, and
-glibc's from 2.35 on) ask for huge pages, which leaves a third of the faults and the same memory."""
+glibc's from 2.35 on) ask for huge pages, which leaves a third of the faults and the same memory. With an
+`allocator` of its own a rank has neither the growth nor the faults."""
+
+
+ALLOCATORS = ("libtcmalloc_minimal.so.4", "libtcmalloc.so.4")
+LIBRARY_DIRS = (
+    "/usr/lib/x86_64-linux-gnu",
+    "/usr/lib/aarch64-linux-gnu",
+    "/usr/lib64",
+    "/usr/lib",
+    "/usr/local/lib",
+)
+
+
+def allocator(environ: Mapping[str, str], folders: Iterable[str] = LIBRARY_DIRS) -> Optional[str]:
+    """tcmalloc's library, where a package or Conda has brought it. It keeps the memory that tensors free, in
+    bounds, so the next ones cause no page faults: a step takes a quarter less time than with FRUGAL."""
+    conda = environ.get("CONDA_PREFIX")
+    places = [*([f"{conda}/lib"] if conda else []), *folders]
+    paths = (os.path.join(place, name) for place in places for name in ALLOCATORS)
+    return next((path for path in paths if os.path.exists(path)), None)
 
 
 def rank_variables(task: Task, environ: Mapping[str, str], num_cpus: int) -> dict[str, str]:
@@ -199,6 +225,9 @@ def rank_variables(task: Task, environ: Mapping[str, str], num_cpus: int) -> dic
     variables.setdefault("OMP_NUM_THREADS", str(threads))
     for name, value in FRUGAL.items():
         variables.setdefault(name, value)
+    on_cpu = environ.get("STROP_GPUS_PER_NODE", "0") == "0"
+    if on_cpu and "LD_PRELOAD" not in environ and (library := allocator(environ)) is not None:
+        variables["LD_PRELOAD"] = library
     variables.update(
         STROP_RANK=str(task.rank),
         STROP_WORLD_SIZE=str(task.world_size),
@@ -258,6 +287,12 @@ def tasks_per_node(environ: Optional[Mapping[str, str]] = None) -> int:
             f"--ntasks-per-node={asked}: the allocation has {gpus} GPU(s) on a node; at most one task a GPU"
         )
     return int(asked)
+
+
+def host_python(environ: Optional[Mapping[str, str]] = None) -> str:
+    """HOST_PYTHON: what takes the decisions on batch hosts."""
+    e = os.environ if environ is None else environ
+    return e.get("HOST_PYTHON") or "python3"
 
 
 def all_variables() -> dict[str, str]:

@@ -14,7 +14,9 @@
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define STROP_FUSED 1
+#include "cpu_attention.h"
 #include "cpu_avx512.h"
+#include "cpu_layers.h"
 #define VARIANTS __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define VARIANTS
@@ -386,6 +388,114 @@ int strop_head_grad_kept(const void* exps, const float* tops, int dtype, int64_t
                        : head::grad_kept<head::Bf16>(h, exps, tops, lse, grad, out);
     return STROP_OK;
 }
+namespace {
+
+int check_layer(int dtype, int64_t num_rows, int64_t size) {
+    if (!is_dtype(dtype) || !strop_head_supported(dtype)) return STROP_EDTYPE;
+    return num_rows < 0 || size <= 0 ? STROP_ESHAPE : STROP_OK;
+}
+
+int check_attention(const strop_attention* a) {
+    if (a == nullptr) return STROP_ENULL;
+    const int status = check_layer(STROP_BF16, a->num_tokens, a->size);
+    if (status != STROP_OK) return status;
+    if (a->size % 16 || a->num_kv_heads <= 0 || a->num_heads <= 0 || a->num_heads % a->num_kv_heads || a->window < 0)
+        return STROP_ESHAPE;
+    if (a->num_tokens > INT32_MAX || a->num_seqs < 0) return STROP_ESHAPE;
+    if (a->num_tokens == 0) return STROP_OK;
+    if (!a->q || !a->k || !a->v || !a->cu_queries || !a->cu_keys) return STROP_ENULL;
+    const int32_t *queries = a->cu_queries, *keys = a->cu_keys;
+    if (queries[0] != 0 || keys[0] != 0 || queries[a->num_seqs] != a->num_tokens) return STROP_ESHAPE;
+    for (int64_t s = 0; s < a->num_seqs; s++) {
+        const int64_t length = (int64_t)queries[s + 1] - queries[s], shared = (int64_t)keys[s + 1] - keys[s] - length;
+        if (length < 0 || shared < 0 || (shared > 0 && (s == 0 || shared > queries[s] - queries[s - 1])))
+            return STROP_ESHAPE;
+    }
+    return STROP_OK;
+}
+
+attention::Attention inside(const strop_attention& a) {
+    return {{(const uint16_t*)a.q, a.q_token, a.q_head},
+            {(const uint16_t*)a.k, a.k_token, a.k_head},
+            {(const uint16_t*)a.v, a.v_token, a.v_head},
+            a.num_tokens, a.num_heads, a.num_kv_heads, a.size, a.cu_queries, a.cu_keys, a.scale, a.window};
+}
+
+}  // namespace
+
+int strop_norm(const void* x, const void* weight, int dtype, int64_t num_rows, int64_t size, float eps, void* y,
+               float* inverse) {
+    const int status = check_layer(dtype, num_rows, size);
+    if (status != STROP_OK || num_rows == 0) return status;
+    if (!x || !weight || !y || !inverse) return STROP_ENULL;
+    dtype == STROP_F32 ? layers::norm<layers::F32>(x, weight, num_rows, size, eps, y, inverse)
+                       : layers::norm<layers::Bf16>(x, weight, num_rows, size, eps, y, inverse);
+    return STROP_OK;
+}
+
+int strop_norm_grad(const void* x, const void* weight, const void* dy, const float* inverse, int dtype,
+                    int64_t num_rows, int64_t size, void* dx, float* partial, void* d_weight) {
+    const int status = check_layer(dtype, num_rows, size);
+    if (status != STROP_OK || num_rows == 0) return status;
+    if (!x || !weight || !dy || !inverse || !dx || (partial && !d_weight)) return STROP_ENULL;
+    dtype == STROP_F32
+        ? layers::norm_grad<layers::F32>(x, weight, dy, inverse, num_rows, size, dx, partial, d_weight)
+        : layers::norm_grad<layers::Bf16>(x, weight, dy, inverse, num_rows, size, dx, partial, d_weight);
+    return STROP_OK;
+}
+
+int strop_gate(const void* gate, const void* up, int dtype, int64_t n, void* out) {
+    const int status = check_layer(dtype, n, 1);
+    if (status != STROP_OK || n == 0) return status;
+    if (!gate || !up || !out) return STROP_ENULL;
+    dtype == STROP_F32 ? layers::gate<layers::F32>(gate, up, n, out) : layers::gate<layers::Bf16>(gate, up, n, out);
+    return STROP_OK;
+}
+
+int strop_gate_grad(const void* gate, const void* up, const void* dy, int dtype, int64_t n, void* d_gate,
+                    void* d_up) {
+    const int status = check_layer(dtype, n, 1);
+    if (status != STROP_OK || n == 0) return status;
+    if (!gate || !up || !dy || !d_gate || !d_up) return STROP_ENULL;
+    dtype == STROP_F32 ? layers::gate_grad<layers::F32>(gate, up, dy, n, d_gate, d_up)
+                       : layers::gate_grad<layers::Bf16>(gate, up, dy, n, d_gate, d_up);
+    return STROP_OK;
+}
+
+int strop_turn(const void* x, int dtype, int64_t token_stride, int64_t head_stride, const void* cosine,
+               const void* sine, int64_t num_tokens, int64_t num_heads, int64_t size, int inverse, void* y) {
+    const int status = check_layer(dtype, num_tokens, size);
+    if (status != STROP_OK || num_tokens == 0) return status;
+    if (size % 2 || num_heads < 0) return STROP_ESHAPE;
+    if (!x || !cosine || !sine || !y) return STROP_ENULL;
+    const auto turn = dtype == STROP_F32 ? layers::turn<layers::F32> : layers::turn<layers::Bf16>;
+    turn(x, token_stride, head_stride, cosine, sine, num_tokens, num_heads, size, inverse != 0, y);
+    return STROP_OK;
+}
+
+int strop_attend(const strop_attention* a, void* out, float* lse) {
+    const int status = check_attention(a);
+    if (status != STROP_OK || a->num_tokens == 0) return status;
+    if (!out || !lse) return STROP_ENULL;
+    attention::forward(inside(*a), a->num_seqs, (uint16_t*)out, lse);
+    return STROP_OK;
+}
+
+int strop_attend_grad(const strop_attention* a, const void* out, const void* d_out, const float* lse, void* d_q,
+                      void* d_k, void* d_v) {
+    const int status = check_attention(a);
+    if (status != STROP_OK || a->num_tokens == 0) return status;
+    if (!out || !d_out || !lse || !d_q || !d_k || !d_v) return STROP_ENULL;
+    const int64_t row = a->num_heads * a->size;
+    const attention::Gradients grads = {{(const uint16_t*)d_out, row, a->size},
+                                        {(const uint16_t*)out, row, a->size},
+                                        lse,
+                                        (uint16_t*)d_q,
+                                        (uint16_t*)d_k,
+                                        (uint16_t*)d_v};
+    attention::backward(inside(*a), a->num_seqs, grads);
+    return STROP_OK;
+}
 #else
 int strop_head_pack(const void*, int, int64_t, int64_t, int64_t, void*) { return STROP_EDTYPE; }
 int strop_head_walk(const void*, const void*, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
@@ -398,6 +508,19 @@ int strop_head_grad(const void*, const void*, int, int64_t, int64_t, int64_t, in
 }
 int strop_head_grad_kept(const void*, const float*, int, int64_t, int64_t, int64_t, int64_t, const int64_t*, float,
                          const float*, const float*, void*) {
+    return STROP_EDTYPE;
+}
+int strop_norm(const void*, const void*, int, int64_t, int64_t, float, void*, float*) { return STROP_EDTYPE; }
+int strop_norm_grad(const void*, const void*, const void*, const float*, int, int64_t, int64_t, void*, float*, void*) {
+    return STROP_EDTYPE;
+}
+int strop_gate(const void*, const void*, int, int64_t, void*) { return STROP_EDTYPE; }
+int strop_gate_grad(const void*, const void*, const void*, int, int64_t, void*, void*) { return STROP_EDTYPE; }
+int strop_turn(const void*, int, int64_t, int64_t, const void*, const void*, int64_t, int64_t, int64_t, int, void*) {
+    return STROP_EDTYPE;
+}
+int strop_attend(const strop_attention*, void*, float*) { return STROP_EDTYPE; }
+int strop_attend_grad(const strop_attention*, const void*, const void*, const float*, void*, void*, void*) {
     return STROP_EDTYPE;
 }
 #endif

@@ -42,6 +42,45 @@ int strop_head_grad_kept(const void* exps, const float* tops, int dtype, int64_t
                          int64_t num_words, int64_t vocab, const int64_t* target, float inv_temperature,
                          const float* lse, const float* grad, void* out);
 
+// What follows runs where strop_head_supported says so for the dtype. All tensors are contiguous but where
+// strides are given, in elements. "size" is that of a row, or of an attention head.
+
+// y = weight * x / sqrt(mean(x^2) + eps), rounded as transformers' RMS norms are. x, y [rows, size], weight
+// [size]; inverse fp32 [rows]: 1 / sqrt(...), for the gradient.
+int strop_norm(const void* x, const void* weight, int dtype, int64_t num_rows, int64_t size, float eps, void* y,
+               float* inverse);
+// partial NULL: no weight gradient; else fp32, size * ceil(rows / STROP_NORM_ROWS) of scratch space.
+#define STROP_NORM_ROWS 64
+int strop_norm_grad(const void* x, const void* weight, const void* dy, const float* inverse, int dtype,
+                    int64_t num_rows, int64_t size, void* dx, float* partial, void* d_weight);
+
+// out = silu(gate) * up, n elements, and the gradients of both.
+int strop_gate(const void* gate, const void* up, int dtype, int64_t n, void* out);
+int strop_gate_grad(const void* gate, const void* up, const void* dy, int dtype, int64_t n, void* d_gate,
+                    void* d_up);
+
+// Rotary embedding of x (token, head, size at two strides) by cosine, sine [T, size] -> y [T, heads, size]; the
+// inverse is its gradient.
+int strop_turn(const void* x, int dtype, int64_t token_stride, int64_t head_stride, const void* cosine,
+               const void* sine, int64_t num_tokens, int64_t num_heads, int64_t size, int inverse, void* y);
+
+// Causal attention within each of S sequences (bf16; size a multiple of 16; num_heads one of num_kv_heads).
+// cu_queries, cu_keys int32 [S+1]: a sequence with more keys than queries begins with keys of the one before it.
+// window 0: none. Strides in elements: of a token, of a head.
+typedef struct {
+    const void *q, *k, *v;
+    int64_t q_token, q_head, k_token, k_head, v_token, v_head;
+    int64_t num_tokens, num_heads, num_kv_heads, size, num_seqs;
+    const int32_t *cu_queries, *cu_keys;
+    float scale;
+    int64_t window;
+} strop_attention;
+// out [T, heads, size]; lse fp32 [heads, T].
+int strop_attend(const strop_attention* a, void* out, float* lse);
+// out, d_out, d_q [T, heads, size]; d_k, d_v [T, kv heads, size].
+int strop_attend_grad(const strop_attention* a, const void* out, const void* d_out, const float* lse, void* d_q,
+                      void* d_k, void* d_v);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,0 +1,211 @@
+// What stands between a model's matmuls, each in one pass over its data: RMS norm, rotary embedding, SiLU times
+// gate. In torch each is three to nine operations, which write as many intermediate tensors. 16 lanes of AVX-512,
+// rows by threads; roundings to bf16 are those of transformers' code (the normalised row, and silu(gate), are
+// rounded before they are multiplied), so a model computes what it computed.
+#pragma once
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "cpu_avx512.h"
+#include "strop_cpu.h"
+
+namespace layers {
+
+using head::exp16;
+
+constexpr int64_t ROWS = STROP_NORM_ROWS;  // rows of a norm whose weight gradients are summed by one thread
+
+// Lanes of the last, incomplete 16: loads give 0 there, stores leave memory alone.
+inline __mmask16 lanes(int64_t left) { return left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1); }
+
+struct Bf16 {
+    using Element = uint16_t;
+    AVX512 static INLINE __m512 load(const uint16_t* at, __mmask16 m) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, at)), 16));
+    }
+    AVX512 static INLINE void store(uint16_t* at, __mmask16 m, __m512 x) {
+        _mm256_mask_storeu_epi16(at, m, (__m256i)_mm512_cvtneps_pbh(x));
+    }
+    AVX512 static INLINE __m512 round(__m512 x) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16));
+    }
+};
+
+struct F32 {
+    using Element = float;
+    AVX512 static INLINE __m512 load(const float* at, __mmask16 m) { return _mm512_maskz_loadu_ps(m, at); }
+    AVX512 static INLINE void store(float* at, __mmask16 m, __m512 x) { _mm512_mask_storeu_ps(at, m, x); }
+    AVX512 static INLINE __m512 round(__m512 x) { return x; }
+};
+
+// ---- y = weight * x / sqrt(mean(x²) + eps)
+
+template <class T>
+AVX512 void norm_row(const typename T::Element* x, const typename T::Element* weight, int64_t size, float eps,
+                     typename T::Element* y, float* inverse) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < size; i += 16) {
+        const __m512 v = T::load(x + i, lanes(size - i));
+        sum = _mm512_fmadd_ps(v, v, sum);
+    }
+    *inverse = 1.0f / std::sqrt(_mm512_reduce_add_ps(sum) / (float)size + eps);
+    const __m512 inv = _mm512_set1_ps(*inverse);
+    for (int64_t i = 0; i < size; i += 16) {
+        const __mmask16 m = lanes(size - i);
+        const __m512 n = T::round(_mm512_mul_ps(T::load(x + i, m), inv));
+        T::store(y + i, m, _mm512_mul_ps(n, T::load(weight + i, m)));
+    }
+}
+
+template <class T>
+AVX512 void norm_row_grad(const typename T::Element* x, const typename T::Element* weight,
+                          const typename T::Element* dy, int64_t size, float inverse, typename T::Element* dx,
+                          float* d_weight) {
+    const __m512 inv = _mm512_set1_ps(inverse);
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < size; i += 16) {
+        const __mmask16 m = lanes(size - i);
+        const __m512 n = _mm512_mul_ps(T::load(x + i, m), inv), g = T::load(dy + i, m);
+        sum = _mm512_fmadd_ps(_mm512_mul_ps(g, T::load(weight + i, m)), n, sum);
+        if (d_weight)
+            _mm512_mask_storeu_ps(d_weight + i, m,
+                                  _mm512_fmadd_ps(g, T::round(n), _mm512_maskz_loadu_ps(m, d_weight + i)));
+    }
+    const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / (float)size);
+    for (int64_t i = 0; i < size; i += 16) {
+        const __mmask16 m = lanes(size - i);
+        const __m512 n = _mm512_mul_ps(T::load(x + i, m), inv);
+        const __m512 g = _mm512_mul_ps(T::load(dy + i, m), T::load(weight + i, m));
+        T::store(dx + i, m, _mm512_mul_ps(inv, _mm512_fnmadd_ps(n, mean, g)));
+    }
+}
+
+template <class T>
+void norm(const void* x, const void* weight, int64_t num_rows, int64_t size, float eps, void* y, float* inverse) {
+    using E = typename T::Element;
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < num_rows; r++)
+        norm_row<T>((const E*)x + r * size, (const E*)weight, size, eps, (E*)y + r * size, inverse + r);
+}
+
+AVX512 inline void narrow_all(const float* from, int64_t n, uint16_t* to) {
+    for (int64_t i = 0; i < n; i += 16)
+        Bf16::store(to + i, lanes(n - i), _mm512_maskz_loadu_ps(lanes(n - i), from + i));
+}
+
+// partial: fp32 [blocks of ROWS rows, size], added up in their order; NULL where no weight gradient is wanted.
+template <class T>
+void norm_grad(const void* x, const void* weight, const void* dy, const float* inverse, int64_t num_rows,
+               int64_t size, void* dx, float* partial, void* d_weight) {
+    using E = typename T::Element;
+    const int64_t blocks = (num_rows + ROWS - 1) / ROWS;
+#pragma omp parallel for schedule(static)
+    for (int64_t b = 0; b < blocks; b++) {
+        float* own = partial ? partial + b * size : nullptr;
+        if (own) std::fill(own, own + size, 0.0f);
+        for (int64_t r = b * ROWS; r < std::min(num_rows, (b + 1) * ROWS); r++)
+            norm_row_grad<T>((const E*)x + r * size, (const E*)weight, (const E*)dy + r * size, size, inverse[r],
+                             (E*)dx + r * size, own);
+    }
+    if (!partial) return;
+    for (int64_t b = 1; b < blocks; b++)
+        for (int64_t i = 0; i < size; i++) partial[i] += partial[b * size + i];
+    if (sizeof(E) == 4)
+        std::memcpy(d_weight, partial, size * 4);
+    else
+        narrow_all(partial, size, (uint16_t*)d_weight);
+}
+
+// ---- silu(gate) * up, silu(x) = x / (1 + exp(-x))
+
+AVX512 INLINE __m512 sigmoid16(__m512 x) {
+    // exp of what is not positive only: no overflow on either side
+    const __m512 one = _mm512_set1_ps(1.0f);
+    const __m512 e = exp16(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(x)));
+    const __m512 low = _mm512_div_ps(e, _mm512_add_ps(one, e));
+    return _mm512_mask_sub_ps(low, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GE_OQ), one, low);
+}
+
+template <class T>
+AVX512 void gate_block(const typename T::Element* gate, const typename T::Element* up, int64_t n,
+                       typename T::Element* out) {
+    for (int64_t i = 0; i < n; i += 16) {
+        const __mmask16 m = lanes(n - i);
+        const __m512 g = T::load(gate + i, m);
+        T::store(out + i, m, _mm512_mul_ps(T::round(_mm512_mul_ps(g, sigmoid16(g))), T::load(up + i, m)));
+    }
+}
+
+template <class T>
+AVX512 void gate_block_grad(const typename T::Element* gate, const typename T::Element* up,
+                            const typename T::Element* dy, int64_t n, typename T::Element* d_gate,
+                            typename T::Element* d_up) {
+    for (int64_t i = 0; i < n; i += 16) {
+        const __mmask16 m = lanes(n - i);
+        const __m512 g = T::load(gate + i, m), y = T::load(dy + i, m), s = sigmoid16(g);
+        const __m512 silu = _mm512_mul_ps(g, s), one = _mm512_set1_ps(1.0f);
+        // silu' = s (1 + g (1 - s)) = s + silu (1 - s)
+        const __m512 slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(one, s), s);
+        T::store(d_gate + i, m, _mm512_mul_ps(_mm512_mul_ps(y, T::load(up + i, m)), slope));
+        T::store(d_up + i, m, _mm512_mul_ps(y, silu));
+    }
+}
+
+constexpr int64_t CHUNK = 4096;  // elements of a thread's turn
+
+template <class T>
+void gate(const void* g, const void* up, int64_t n, void* out) {
+    using E = typename T::Element;
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; i += CHUNK)
+        gate_block<T>((const E*)g + i, (const E*)up + i, std::min(CHUNK, n - i), (E*)out + i);
+}
+
+template <class T>
+void gate_grad(const void* g, const void* up, const void* dy, int64_t n, void* d_gate, void* d_up) {
+    using E = typename T::Element;
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; i += CHUNK)
+        gate_block_grad<T>((const E*)g + i, (const E*)up + i, (const E*)dy + i, std::min(CHUNK, n - i),
+                           (E*)d_gate + i, (E*)d_up + i);
+}
+
+// ---- Rotary embedding: y = x cos + (-x2, x1) sin over the halves of a head; the inverse turns back.
+
+template <class T>
+AVX512 void turn_head(const typename T::Element* x, const typename T::Element* cosine,
+                      const typename T::Element* sine, int64_t size, bool inverse, typename T::Element* y) {
+    const int64_t half = size / 2;
+    for (int64_t i = 0; i < half; i += 16) {
+        const __mmask16 m = lanes(half - i);
+        const __m512 a = T::load(x + i, m), b = T::load(x + half + i, m);
+        const __m512 c1 = T::load(cosine + i, m), c2 = T::load(cosine + half + i, m);
+        __m512 s1 = T::load(sine + i, m), s2 = T::load(sine + half + i, m);
+        __m512 y1, y2;
+        if (inverse) {
+            y1 = _mm512_fmadd_ps(a, c1, _mm512_mul_ps(b, s2));
+            y2 = _mm512_fmsub_ps(b, c2, _mm512_mul_ps(a, s1));
+        } else {
+            y1 = _mm512_fmsub_ps(a, c1, _mm512_mul_ps(b, s1));
+            y2 = _mm512_fmadd_ps(b, c2, _mm512_mul_ps(a, s2));
+        }
+        T::store(y + i, m, y1);
+        T::store(y + half + i, m, y2);
+    }
+}
+
+// x: (token, head) at token * token_stride + head * head_stride; cosine, sine [T, D]; y [T, heads, D].
+template <class T>
+void turn(const void* x, int64_t token_stride, int64_t head_stride, const void* cosine, const void* sine,
+          int64_t num_tokens, int64_t num_heads, int64_t size, bool inverse, void* y) {
+    using E = typename T::Element;
+#pragma omp parallel for schedule(static)
+    for (int64_t t = 0; t < num_tokens; t++)
+        for (int64_t h = 0; h < num_heads; h++)
+            turn_head<T>((const E*)x + t * token_stride + h * head_stride, (const E*)cosine + t * size,
+                         (const E*)sine + t * size, size, inverse, (E*)y + (t * num_heads + h) * size);
+}
+
+}  // namespace layers
