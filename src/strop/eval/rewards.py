@@ -70,7 +70,7 @@ def read_pairs(
     """The usable rows of files, directories or hub sets, the ledger of all, and the field of the categories:
     `by`, else the first of CATEGORIES that a row has. Raises UserError if no row can be used, or none has
     `by`."""
-    found = [sources.find_one(name, "--data", "validation", DataConfig()) for name in names]
+    found = [sources.find_one(name, "--data", "validation", DataConfig(), "preference") for name in names]
     renderer = Renderer("preference", tokenizer, template)
     waiting: deque[dict[str, Any]] = deque()
 
