@@ -89,9 +89,14 @@ def main() -> None:
         workers,
         Progress(),
     )
+    train = None
     for name in maker.names():
         begin = time.monotonic()
         place, ledger = maker.prepare(name)
+        if train is None:
+            train = place
+        else:
+            sets.find_overlap(ledger, place, train)
         print(ledger.table())
         print(describe(sets.open_set(place, config, name), config.data.max_length))
         paths = [place] if isinstance(place, str) else list(dict.fromkeys(path for path, _, _ in place))

@@ -62,6 +62,12 @@ def _preference_loss(value: Any) -> Any:
     return "sigmoid" if value == "dpo" else value
 
 
+def _train_on(value: Any) -> str:
+    if not isinstance(value, bool):
+        raise ValueError("expected true or false")
+    return "everything" if value else "all"
+
+
 def _algorithm_section(name: str) -> dict[str, Alias]:
     """The keys that NeMo RL repeats in its `dpo`, `sft` and `rm` sections."""
     return {
@@ -90,6 +96,9 @@ ALIASES: dict[str, Alias] = {
     "log_level": Alias("log.level", note=False),
     "lr": Alias("optim.lr", note=False),
     "seed": Alias("train.seed", note=False),
+    # former names
+    "cpt.weights": Alias("data.weights"),
+    "sft.train_on_prompt": Alias("sft.train_on", _train_on, "all, last or everything"),
     # NeMo RL
     "policy.model_name": Alias("model.path"),
     "policy.tokenizer.name": Alias("model.tokenizer"),

@@ -17,12 +17,13 @@ from strop.slurm import naming
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention": ("auto", "packed", "padded"),
-    "data.over_length": ("drop", "error"),
+    "data.over_length": ("drop", "truncate_prompt_left", "truncate_completion", "error"),
     "data.on_bad_row": ("error", "skip"),
     "prepare.documents": ("file", "paragraph", "line"),
     "train.precision": ("auto", "bf16", "fp16", "fp32"),
     "train.activation_checkpointing": ("none", "selective", "full"),
-    "optim.schedule": ("constant", "linear", "cosine"),
+    "optim.schedule": ("constant", "linear", "cosine", "wsd"),
+    "sft.train_on": ("all", "last", "everything"),
     "checkpoint.best_mode": ("auto", "min", "max"),
     "dpo.loss": (
         "sigmoid",
@@ -81,11 +82,19 @@ RANGES: dict[str, Range] = {
     "optim.weight_decay": NOT_NEGATIVE,
     "optim.warmup_steps": NOT_NEGATIVE,
     "optim.min_lr_ratio": SHARE,
+    "optim.decay_steps": (
+        lambda v: 0 < v < 1 or (v >= 1 and v == int(v)),
+        "must be a number of steps, or a share of them above 0 and below 1",
+    ),
     "validation.every": POSITIVE,
     "validation.patience": POSITIVE,
     "validation.min_delta": NOT_NEGATIVE,
     "checkpoint.keep_last": (lambda v: v >= 2, "must be at least 2, so that there is one to fall back to"),
-    "cpt.weights": (lambda v: bool(v) and all(0 < w < math.inf for w in v), "must hold numbers above 0 only"),
+    "data.weights": (
+        lambda v: bool(v) and all(0 < w < math.inf for w in v),
+        "must hold numbers above 0 only",
+    ),
+    "sft.neftune_alpha": POSITIVE,
     "dpo.beta": POSITIVE,
     "dpo.label_smoothing": (lambda v: 0 <= v < 0.5, "must lie in [0, 0.5)"),
     "dpo.sft_loss_weight": NOT_NEGATIVE,
@@ -146,9 +155,9 @@ def check(flat: Mapping[str, Any], where: Mapping[str, str], path: Path) -> None
         sources = flat[key] if isinstance(flat[key], list) else [flat[key] or ""]
         if not all(isinstance(source, str) for source in sources):
             fail(key, "must be text or a list of texts")
-    weights, entries = flat["cpt.weights"], flat["data.train"]
+    weights, entries = flat["data.weights"], flat["data.train"]
     if weights is not None and len(weights) != (len(entries) if isinstance(entries, list) else 1):
-        fail("cpt.weights", "must have one number for each entry of data.train")
+        fail("data.weights", "must have one number for each entry of data.train")
     for key in [key for key in flat if key.startswith("validation.watch.")]:
         if not isinstance(flat[key], str) or not re.fullmatch(r"[\w-]+", key.split(".", 2)[2]):
             fail(key, "must be a path or hub name under a plain name", "validation.watch")

@@ -99,7 +99,8 @@ class Entry:
     value: Any
     """As YAML reads it."""
     text: Optional[str]
-    """The characters of a scalar, for keys that take text: `revision: 1e10` is a commit, not a number."""
+    """The characters of a scalar, for keys that take text: `revision: 1e10` is a commit, not a number. Of a
+    word of the command line those of a mapping too."""
     where: str
     """"configs/dpo.yaml:12" or "command line"."""
 
@@ -238,7 +239,9 @@ def read_words(words: Sequence[str]) -> list[Entry]:
         loader = _Loader(text)
         try:
             node = loader.get_single_node() or yaml.ScalarNode("tag:yaml.org,2002:null", "")
-            entries.append(_entry(loader, key, node, COMMAND_LINE))
+            # `data.prompt_template=Question: {input}` is a mapping, and text for a key that takes text
+            raw = {"text": text} if isinstance(node, yaml.MappingNode) else {}
+            entries.append(dataclasses.replace(_entry(loader, key, node, COMMAND_LINE), **raw))
         except TooDeep as error:
             raise UserError(f"{COMMAND_LINE}: {key} is {error.problem}") from None
         except yaml.YAMLError:
@@ -278,10 +281,10 @@ def fit(entry: Entry, hint: Any) -> Any:
     inner, optional = _without_none(hint)
     if value is None and (optional or inner is Any):
         return None
-    if text is not None and INTERPOLATION in text:
-        return text  # resolved, and checked once more, after the merge
     if inner is str and text is not None and value is not None:
         return text
+    if text is not None and INTERPOLATION in text and not isinstance(value, dict):
+        return text  # resolved, and checked once more, after the merge
     name, belongs = KINDS[inner]
     if not belongs(value):
         raise UserError(
@@ -302,7 +305,7 @@ def _without_none(hint: Any) -> tuple[Any, bool]:
 def _show(entry: Entry) -> str:
     if entry.value is None:
         return "null"
-    return repr(entry.value) if entry.text is None else repr(entry.text)
+    return repr(entry.value if entry.text is None or isinstance(entry.value, dict) else entry.text)
 
 
 def rename(entry: Entry, notes: list[str]) -> Entry:

@@ -55,10 +55,24 @@ class DataConfig:
     """Split of a hub data set for training; null: train, or what a known set calls it."""
     hub_validation_split: Optional[str] = None
     """Split of a hub data set for validation; null: that of a known set, else none."""
+    weights: Optional[list[float]] = None
+    """Share of an epoch's rows (CPT: blocks) that each entry of `train` gets, such as [0.8, 0.2] for a new
+    source and a replay of an old one. An epoch has as many rows as all entries together; an entry with more
+    than its own gives some twice, one with less goes on in the next epoch. null: every row once an epoch."""
+    system_prompt: Optional[str] = None
+    """Put before conversations that have no system message of their own."""
+    prompt_template: Optional[str] = None
+    """The prompt of rows of plain fields: "Question: {input}\\nAnswer: " or a file with that. {name} is the
+    row's field of that name, {{ and }} are braces. null: the field prompt (SFT: or input)."""
+    completion_template: Optional[str] = None
+    """SFT: the completion, likewise. null: the field completion or output."""
     max_length: int = 1024
     """Longest sequence (prompt and completion) in tokens; CPT: tokens of a block."""
     over_length: str = "drop"
-    """What happens to a longer one: drop (counted) or error."""
+    """What happens to a longer one: drop (counted); truncate_prompt_left: the oldest tokens of the prompt go,
+    behind BOS, as many from both halves of a pair, and the row is dropped if the completion is still too
+    long; truncate_completion: its end goes, without an EOS in its place, and the row is dropped if nothing of
+    it is left; error."""
     max_dropped_fraction: float = 0.05
     """The run stops before training if more than this share of the rows is dropped."""
     on_bad_row: str = "error"
@@ -137,7 +151,10 @@ class OptimConfig:
     weight_decay: float = 0.0
     """On matrices only; norms and biases are not decayed."""
     schedule: str = "linear"
-    """After the warm-up: constant, linear or cosine."""
+    """After the warm-up: constant, linear, cosine, or wsd (constant, and at the end a decay by one minus a
+    square root: `decay_steps`)."""
+    decay_steps: float = 0.1
+    """wsd: the last so many steps decay; a number below 1 is a share of all steps."""
     warmup_steps: int = 0
     """Steps in which the learning rate rises linearly to lr; the first one has lr / warmup_steps."""
     min_lr_ratio: float = 0.0
@@ -208,15 +225,17 @@ class CptConfig:
     cross_documents: bool = False
     """Let attention go on from one document of a block into the next; false: each sees itself only, and its
     positions begin at 0."""
-    weights: Optional[list[float]] = None
-    """Share of the blocks that each entry of data.train gets, such as [0.8, 0.2] for a new source and a
-    replay of old ones; null: every block once an epoch."""
 
 
 @dataclass(frozen=True)
 class SftConfig:
-    train_on_prompt: bool = False
-    """Train on all tokens instead of the completion (messages: the assistant's turns) only."""
+    train_on: str = "all"
+    """all: the completion (messages: every turn of the assistant, but those with "weight": 0); last: only the
+    assistant's last turn; everything: the prompt too. Turns are what the chat template marks with
+    {% generation %}, where it does."""
+    neftune_alpha: Optional[float] = None
+    """NEFTune (Jain et al. 2024): uniform noise of up to this over the square root of (tokens x hidden size)
+    on the embeddings of each sequence in training, such as 5; null: none."""
 
 
 @dataclass(frozen=True)

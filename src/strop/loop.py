@@ -28,7 +28,7 @@ from strop.data.sets import RowSet
 from strop.data.store import TokenStore
 from strop.dist import Dist
 from strop.errors import Diverged, UserError
-from strop.models import flops
+from strop.models import flops, neftune
 from strop.report import Report
 from strop.run import Position, Run
 from strop.slurm import attempts
@@ -137,8 +137,15 @@ def _run_steps(t: Trainer) -> str:
 def _batches(t: Trainer) -> Iterator[list[Batch]]:
     for step in range(t.state.step, t.max_steps):
         own = trainer.step_bins(t, step)[t.dist.rank]
-        batches = [make_batch(t.train_store, rows, t.train_ref) for rows in own]
+        batches = [_keyed(t, step, make_batch(t.train_store, rows, t.train_ref)) for rows in own]
         yield [b.pin() for b in batches] if t.dist.device.type == "cuda" else batches
+
+
+def _keyed(t: Trainer, step: int, batch: Batch) -> Batch:
+    """The batch with what its random draws hang on, where there are any: never its place among ranks."""
+    if t.policy.neftune_alpha is None or batch.is_dummy:
+        return batch
+    return dataclasses.replace(batch, keys_S=neftune.keys(t.config.train.seed, step, batch.rows))
 
 
 def _step(t: Trainer, batches: list[Batch], data_s: float) -> bool:

@@ -26,7 +26,7 @@ from strop import run as run_module
 from strop.algos import reference
 from strop.config import Config
 from strop.data import plan
-from strop.data.sets import Maker, RowSet, open_set
+from strop.data.sets import Maker, RowSet, find_overlap, open_set
 from strop.data.store import TokenStore
 from strop.data.tokenise import load_tokenizer, tokenizer_digest
 from strop.dist import Dist
@@ -75,6 +75,7 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
         train_store.num_rows, config.train.global_batch_size, config.train.limit_train_batches
     )
     max_steps = config.train.max_steps or math.ceil(config.train.max_epochs * per_epoch)
+    optim.check_schedule(config.optim, max_steps)
     if dist.is_main:
         attempts.update(run.dir, run.attempt, max_steps=max_steps)  # for tools.status
     t = Trainer(
@@ -104,7 +105,9 @@ def _empty_policy(config: Config) -> Policy:
     """What the algorithm trains, without its weights: a language model, or one with a scalar head."""
     if config.algo in config_module.SCORING:
         return reward.RewardModel(reward.build_empty(config.model))
-    return Policy(hf.build_empty(config.model))
+    policy = Policy(hf.build_empty(config.model))
+    policy.neftune_alpha = config.sft.neftune_alpha if config.algo == "sft" else None
+    return policy
 
 
 def _data(
@@ -134,9 +137,12 @@ def _data(
             )
         places = {}
         ledgers = {}
+        known = files.read_json(run.dir / "data" / "ledger.json") or {}
         for name in names:
             with report.phase(f"{name} data"):
                 places[name], ledger = maker.prepare(name)
+                if name != "train":
+                    find_overlap(ledger, places[name], places["train"], known.get(name, {}).get("overlap"))
             report.ledger(ledger)
             ledgers[name] = ledger.as_json()
         files.write_json(run.dir / "data" / "ledger.json", ledgers)
@@ -318,6 +324,7 @@ def _reference_files(t: Trainer) -> dict[str, str]:
             c.train.global_batch_size,
             c.train.micro_batch_tokens,
             c.train.micro_batch_size,
+            c.data.weights,
         ],
     }
     cache = config_module.cache_dir(c, t.run.dir.parent)
@@ -342,13 +349,23 @@ def _reference_is_missing(t: Trainer, choices: dict[str, Any]) -> bool:
 
 
 def _reference_bins(t: Trainer, name: str) -> reference.Bins:
-    """The batches of the first epoch, as the loop will see them, or those of validation."""
+    """Batches as the loop will see them, up to the one in which the last row is seen for the first time (the
+    first epoch, unless some of its steps are left out or data.weights draws rows); or those of validation."""
     if name == "validation":
         return validation_bins(t, _stores(t)[name])
     ranks: reference.Bins = [[] for _ in range(t.dist.world_size)]
-    for step in range(min(t.max_steps, t.steps_per_epoch)):
-        for own, more in zip(ranks, step_bins(t, step)):
-            own.extend(more)
+    unseen, left = np.ones(t.train_store.num_rows, dtype=np.bool_), t.train_store.num_rows
+    for step in range(t.max_steps):
+        if not left:
+            break
+        for micro_batch in zip(*step_bins(t, step)):
+            rows = np.unique(np.concatenate(micro_batch))
+            new = rows[unseen[rows]]
+            if len(new):
+                unseen[new] = False
+                left -= len(new)
+                for own, bin_ in zip(ranks, micro_batch):
+                    own.append(bin_)
     return ranks
 
 

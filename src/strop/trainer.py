@@ -15,7 +15,6 @@ import torch
 
 from strop.config import Config
 from strop.data import plan
-from strop.data.blocks import Blocks
 from strop.data.sets import RowSet
 from strop.dist import Dist
 from strop.models import hf
@@ -101,9 +100,9 @@ def tensors(t: Trainer) -> dict[str, torch.Tensor]:
 
 def step_bins(t: Trainer, step: int) -> list[list[np.ndarray]]:
     """[rank][micro batch] -> row ids of optimiser step `step` (from 0)."""
-    c, weights = t.config.train, t.config.cpt.weights
+    c, weights = t.config.train, t.config.data.weights
     rows = plan.step_rows(t.train_store.num_rows, c.global_batch_size, c.seed, step, c.limit_train_batches)
-    if isinstance(t.train_store, Blocks) and weights is not None:
+    if weights is not None:
         rows = plan.blend(rows, t.train_store.part_rows, weights, c.seed, step // t.steps_per_epoch)
     return plan.pack(
         rows,

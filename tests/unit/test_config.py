@@ -62,6 +62,10 @@ def test_a_later_word_wins(file):
         ("run.name=007", "run.name", "007"),
         ("model.chat_template={% if x %}", "model.chat_template", "{% if x %}"),
         ("data.split=98,1,1", "data.split", "98,1,1"),
+        ("data.prompt_template={input}", "data.prompt_template", "{input}"),  # YAML would see mappings
+        ("data.prompt_template=Q: {input}\n", "data.prompt_template", "Q: {input}\n"),
+        ("data.system_prompt=Note: be brief", "data.system_prompt", "Note: be brief"),
+        ("data.train=[a, b]", "data.train", ["a", "b"]),
         ("run.name=a=b", "run.name", "a=b"),
         ("+metadata.team=x", "metadata.team", "x"),
         ("+metadata.a.b={c: [1, yes]}", "metadata.a.b.c", [1, "yes"]),
@@ -124,6 +128,23 @@ WORD_MISTAKES = [
     ("optim.betas=[0.9, 1]", "optim.betas is [0.9, 1.0]; it must be two numbers in [0, 1)"),
     ("train.max_grad_norm=.inf", "train.max_grad_norm is inf; it must be finite"),
     ("train.max_steps=0", "train.max_steps is 0; it must be greater than 0"),
+    (
+        "optim.decay_steps=1.5",
+        "optim.decay_steps is 1.5; it must be a number of steps, or a share of them above 0 and below 1",
+    ),
+    ("data.weights=[0]", "data.weights is [0.0]; it must hold numbers above 0 only"),
+    (
+        "data.weights=[1, 2]",
+        "data.weights is [1.0, 2.0]; it must have one number for each entry of data.train",
+    ),
+    ("cpt.weights=[]", "data.weights is []; it must have one number for each entry of data.train"),
+    ("sft.train_on=first", "sft.train_on is 'first'; it must be one of all, last, everything"),
+    ("sft.train_on_prompt=1", "sft.train_on_prompt is '1': expected true or false"),
+    ("sft.neftune_alpha=0", "sft.neftune_alpha is 0.0; it must be greater than 0"),
+    (
+        "data.over_length=cut",
+        "data.over_length is 'cut'; it must be one of drop, truncate_prompt_left, truncate_completion, error",
+    ),
     ("optim.min_lr_ratio=1.1", "optim.min_lr_ratio is 1.1; it must lie in [0, 1]"),
     ("data.max_dropped_fraction=-0.1", "data.max_dropped_fraction is -0.1; it must lie in [0, 1]"),
     ("dpo.label_smoothing=0.5", "dpo.label_smoothing is 0.5; it must lie in [0, 0.5)"),
@@ -406,5 +427,5 @@ def test_help_names_every_key_of_the_algorithm_with_its_default(capsys):
         if isinstance(field, ast.AnnAssign):
             assert f"\n  train.{field.target.id} = " in text
     assert "\n  train.seed = 42\n      Order of the rows and every other random draw.\n" in text
-    assert "sft.train_on_prompt = false" in text
+    assert "sft.train_on = all" in text
     assert "dpo.beta" not in text

@@ -177,7 +177,7 @@ def test_cache_hit_reads_no_row_and_changes_miss(run, monkeypatch):
         run(data, kind="sft", max_length=100),
         run(data, kind="sft", over_length="error"),
         run(data, kind="sft", on_bad_row="skip"),
-        run(data, kind="sft", sft=SftConfig(train_on_prompt=True)),
+        run(data, kind="sft", sft=SftConfig(train_on="everything")),
         run(data, kind="sft", model=ModelConfig(chat_template=template)),
     ]
     assert len({store.digest for store, _ in [(first, 0), *others]}) == 1 + len(others)
@@ -187,7 +187,7 @@ def test_cache_hit_reads_no_row_and_changes_miss(run, monkeypatch):
 
 def test_a_setting_that_decides_nothing_hits(run):
     first, _ = run([GOOD])
-    second, _ = run([GOOD], sft=SftConfig(train_on_prompt=True), max_dropped_fraction=0.5)
+    second, _ = run([GOOD], sft=SftConfig(train_on="everything"), max_dropped_fraction=0.5)
     assert first.path == second.path
 
 

@@ -219,6 +219,12 @@ BROKEN = [
     (["model.chat_template={{ x"], "train data", "model.chat_template: line 1"),
     (["data.max_length=4"], "train data", "40 of 40 rows of the train set (100.0%) were dropped"),
     (["data.max_length=4", "data.over_length=error"], "train data", "40 rows over_length; the first: data/"),
+    (
+        ["optim.schedule=wsd", "optim.decay_steps=6"],
+        "schedule",
+        "optim.warmup_steps=0, optim.decay_steps=6, 5 steps in all",
+    ),
+    (["data.prompt_template={x"], "train data", "data.prompt_template: expected '}' before end of string"),
     (["model.tokenizer=./nothing"], "tokenizer", "model.tokenizer: no tokenizer in './nothing'"),
     (
         ["data.adapter=hlpsteer3"],
@@ -311,6 +317,11 @@ def test_rows_in_both_sets(ask, tmp_path):
     ("words", "name", "text"),
     [
         (["optim.warmup_steps=5"], "warm-up", "optim.warmup_steps=5, but the run has 5 steps"),
+        (
+            ["data.max_length=20", "data.over_length=truncate_prompt_left", "data.max_dropped_fraction=1"],
+            "train data",
+            " rows cut by truncate_prompt_left; the first: data/training.jsonl, line ",
+        ),
         (["validation.every=6"], "validation", "validation.every=6 is more than the run's 5 steps"),
         (["checkpoint.every=6"], "checkpoints", "checkpoint.every=6 is more than the run's 5 steps"),
         (

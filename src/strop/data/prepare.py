@@ -8,6 +8,7 @@ end with one of two equal results. Ranks open it by its path.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -17,13 +18,13 @@ from typing import Any
 from strop.config import Config, DataConfig
 from strop.data import adapt, sources
 from strop.data.ledger import BadRow, Ledger, refuse_or_keep
-from strop.data.render import Rendered, Renderer, chat_template
+from strop.data.render import Options, Rendered, Renderer, chat_template
 from strop.data.sources import Source
 from strop.data.store import FORMAT, TokenisedRow, TokenStore
 from strop.data.tokenise import Tokeniser
 from strop.errors import STORAGE_ERRNOS, StorageError
 
-PIPELINE = 1
+PIPELINE = 2
 """Raise it when the same row would be tokenised or masked in another way than before."""
 
 
@@ -51,11 +52,12 @@ def prepare(
     """
     found = sources.find(config.data, split, kind)
     template = chat_template(config.model.chat_template, tokenizer)
-    digest = _digest(config, found, tokenizer_digest, template, kind, split)
+    options = Options.of(config, kind)
+    digest = _digest(config, found, tokenizer_digest, template, options, kind, split)
     path = Path(cache_dir) / f"{kind}-{split}-{digest[:24]}"
     if not (path / "store.json").exists():
         ledger = Ledger(split)
-        tokeniser = Tokeniser(tokenizer, config.data.max_length)
+        tokeniser = Tokeniser(tokenizer, config.data.max_length, config.data.over_length)
         rows = tokeniser(rendered(config, tokenizer, kind, split, ledger))
         try:
             TokenStore.write(
@@ -75,7 +77,13 @@ def prepare(
 
 
 def _digest(
-    config: Config, found: list[Source], tokenizer_digest: str, template: str | None, kind: str, split: str
+    config: Config,
+    found: list[Source],
+    tokenizer_digest: str,
+    template: str | None,
+    options: Options,
+    kind: str,
+    split: str,
 ) -> str:
     """Address of the store's content, of the ledger, and so of the names of the sources too."""
     record = {
@@ -88,7 +96,7 @@ def _digest(
         "max_length": config.data.max_length,
         "over_length": config.data.over_length,
         "on_bad_row": config.data.on_bad_row,
-        "train_on_prompt": kind == "sft" and config.sft.train_on_prompt,
+        "options": dataclasses.asdict(options),
     }
     if any(source.adapter is not None for source in found):
         record["adapters"] = [adapt.identity(source.adapter) for source in found]
@@ -100,7 +108,7 @@ def rendered(
 ) -> Iterator[Rendered | BadRow]:
     """The rows of all sources that belong to this split, as texts; the ledger gets those of other splits."""
     template = chat_template(config.model.chat_template, tokenizer)
-    renderer = Renderer(kind, tokenizer, template, kind == "sft" and config.sft.train_on_prompt)
+    renderer = Renderer(kind, tokenizer, template, Options.of(config, kind))
     for source in sources.find(config.data, split, kind):
         for row in sources.read(source):
             if sources.elsewhere(row, config.data, split):
@@ -121,7 +129,7 @@ def _counted(
             refuse_or_keep(row, config)
             ledger.drop(row)
         else:
-            ledger.use(row)
+            ledger.use(row, config.over_length)
             yield row
         if done % 1000 == 0:
             progress(done)

@@ -4,7 +4,8 @@ A row of strings is plain text: prompt + completion, to which the tokeniser adds
 and EOS. A row of messages goes through a chat template, which writes all special tokens itself. Both
 halves of a preference pair share one prompt. What counts as completion is everything that the template
 writes from the end of its generation prompt on, the end-of-turn token included; in `messages`, each turn
-of the assistant likewise. (TRL has the same reading of rows: losses can be compared.)
+of the assistant likewise. (TRL has the same reading of rows: losses can be compared.) SFT takes the turns
+from a template that marks them (strop.data.marks); `sft.train_on` or a message's weight chooses among them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from strop.config import Config
+from strop.data import marks, templates
 from strop.data.ledger import BadRow
 from strop.data.sources import Row
 from strop.errors import UserError
@@ -58,6 +61,28 @@ class Rendered:
     """See `TokenisedRow.value`."""
 
 
+@dataclass(frozen=True)
+class Options:
+    """What the configuration says about rendering one kind of rows. Part of a store's address."""
+
+    train_on: str = "all"
+    """As sft.train_on."""
+    system_prompt: str | None = None
+    prompt: templates.Template | None = None
+    completion: templates.Template | None = None
+
+    @classmethod
+    def of(cls, config: Config, kind: str) -> Options:
+        """UserError for a template that is none."""
+        data, is_sft = config.data, kind == "sft"
+        return cls(
+            config.sft.train_on if is_sft else "all",
+            data.system_prompt,
+            templates.parse(data.prompt_template, "data.prompt_template"),
+            templates.parse(data.completion_template, "data.completion_template") if is_sft else None,
+        )
+
+
 class Refused(Exception):
     """Why a row cannot be used; becomes a BadRow with the row's place."""
 
@@ -83,12 +108,14 @@ class Renderer:
     """Renders rows of one kind with one tokenizer and template."""
 
     def __init__(
-        self, kind: str, tokenizer: Any, template: str | None, train_on_prompt: bool = False
+        self, kind: str, tokenizer: Any, template: str | None, options: Options | None = None
     ) -> None:
         self.kind = kind
         self.tokenizer = tokenizer
         self.template = FIXED_DATE + template if template and "strftime_now" in template else template
-        self.train_on_prompt = train_on_prompt
+        self.signed = marks.with_signs(self.template)
+        """The template with signs at its marks; None where it has none."""
+        self.options = options or Options()
 
     def __call__(self, row: Row) -> Rendered | BadRow:
         try:
@@ -102,35 +129,72 @@ class Renderer:
             value = _margin(row.fields) if self.kind == "preference" else math.nan
         except Refused as refused:
             return BadRow(row.source, row.line, refused.reason, refused.message)
-        if self.train_on_prompt:
+        if self.options.train_on == "everything":
             texts = [Text(item.text, [(0, len(item.text))]) for item in texts]
         return Rendered(row.source, row.line, texts, templated, value)
 
     def _preference(self, fields: dict[str, Any], tools: Any) -> tuple[list[Text], bool]:
-        prompt, chosen, rejected = (_known(fields.get(key)) for key in ("prompt", "chosen", "rejected"))
+        prompt = self._field(self.options.prompt, fields, "prompt")
+        chosen, rejected = _known(fields.get("chosen")), _known(fields.get("rejected"))
         if chosen is None or rejected is None or (prompt is None and isinstance(chosen, str)):
             raise _wrong_fields("preference", fields)
         if chosen == "":
             raise Refused("empty", "chosen is empty")
         if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
-            return [_plain(prompt, chosen), _plain(prompt, rejected)], False
+            return [self._plain(prompt, chosen), self._plain(prompt, rejected)], False
         head, tails = _conversation(prompt, [chosen, rejected])
-        return self._templated(head, tails, tools), True
+        return self._templated(self._with_system(head), tails, tools), True
 
     def _sft(self, fields: dict[str, Any], tools: Any) -> tuple[list[Text], bool]:
         if (messages := _known(fields.get("messages"))) is not None:
             if isinstance(messages, str):
                 raise Refused("wrong_fields", "messages is a string, not a list of messages")
-            return [self._dialogue(messages, tools)], True
+            return [self._dialogue(self._with_system(messages), tools)], True
         for names in (("prompt", "completion"), ("input", "output")):
-            prompt, completion = (_known(fields.get(name)) for name in names)
+            prompt = self._field(self.options.prompt, fields, names[0])
+            completion = self._field(self.options.completion, fields, names[1])
             if prompt is None or completion is None:
                 continue
             if isinstance(prompt, str) and isinstance(completion, str):
-                return [_plain(prompt, completion)], False
-            head, tails = _conversation(prompt, [completion])
-            return self._templated(head, tails, tools), True
+                return [self._plain(prompt, completion)], False
+            head, [tail] = _conversation(prompt, [completion])
+            return [self._answer(self._with_system(head), tail, tools)], True
         raise _wrong_fields("sft", fields)
+
+    def _field(
+        self, template: templates.Template | None, fields: dict[str, Any], name: str
+    ) -> str | list[Message] | None:
+        """What the template makes of the row, else the field of that name."""
+        if template is None:
+            return _known(fields.get(name))
+        try:
+            return template.fill(fields)
+        except templates.Unfilled as unfilled:
+            raise Refused("wrong_fields", str(unfilled)) from None
+
+    def _plain(self, prompt: str, completion: str) -> Text:
+        if self.options.system_prompt is not None:
+            raise Refused(
+                "wrong_fields",
+                "data.system_prompt is for messages, this is plain text: data.prompt_template can hold it",
+            )
+        text = prompt + completion
+        return Text(text, [(len(prompt), len(text))])
+
+    def _with_system(self, messages: list[Message]) -> list[Message]:
+        """The conversation, with data.system_prompt before it where it has no system message."""
+        prompt = self.options.system_prompt
+        if prompt is None or any(message["role"] in ("system", "developer") for message in messages):
+            return messages
+        return [{"role": "system", "content": prompt}, *messages]
+
+    def _answer(self, prompt: list[Message], tail: list[Message], tools: Any) -> Text:
+        """Prompt and completion of SFT: the completion as a whole, unless its turns are told apart."""
+        chosen = any("weight" in message for message in tail)
+        chosen = chosen or (self.options.train_on == "last" and len(tail) > 1)
+        if chosen or self.signed is not None:
+            return self._dialogue(prompt + tail, tools, len(prompt))
+        return self._templated(prompt, [tail], tools)[0]
 
     def _templated(self, prompt: list[Message], tails: list[list[Message]], tools: Any) -> list[Text]:
         """The prompt with each completion, which begins at the same character in all of them."""
@@ -138,14 +202,22 @@ class Renderer:
         begin = self._end_of_prompt(prompt, fulls, tools)
         return [Text(full, [(begin, len(full))]) for full in fulls]
 
-    def _dialogue(self, messages: list[Message], tools: Any) -> Text:
-        """A whole conversation; the assistant's turns are trained, each found by rendering up to it.
+    def _dialogue(self, messages: list[Message], tools: Any, num_context: int = 1) -> Text:
+        """A whole conversation; the assistant's turns are trained, but for those among the first messages
+        and those with a weight of 0. Without marks each is found by rendering up to it.
 
         A conversation that the assistant opens has no prompt for that first turn: it is context.
         """
-        turns = [i for i, message in enumerate(messages) if i > 0 and message["role"] == "assistant"]
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = [i for i in turns if i >= num_context]
         if not turns:
             raise Refused("no_trained_token", "no message of the assistant follows another one")
+        turns = turns[-1:] if self.options.train_on == "last" else turns
+        turns = [i for i in turns if _weight(messages[i])]
+        if not turns:
+            raise Refused("no_trained_token", 'all that would be trained has "weight": 0')
+        if self.signed is not None:
+            return self._marked(messages, turns, tools)
         full = self._render(messages, tools)
         spans = []
         for turn in turns:
@@ -155,6 +227,33 @@ class Renderer:
                 raise _unstable(turn + 1)
             spans.append((begin, len(upto)))
         return Text(full, spans)
+
+    def _marked(self, messages: list[Message], turns: list[int], tools: Any) -> Text:
+        """What the template marks in these turns. Where it does not mark each message of the assistant once,
+        a turn's marks are those that it adds to the messages before it."""
+        text, spans = self._read_marks(messages, tools)
+        all_turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if len(spans) == len(all_turns):
+            own = [spans[all_turns.index(i)] for i in turns]
+        else:
+            own = []
+            for i in turns:
+                first, end = (len(self._read_marks(messages[:n], tools)[1]) for n in (i, i + 1))
+                own += spans[first:end]
+        own = [(begin, end) for begin, end in own if begin < end]
+        if not own:
+            raise Refused("no_trained_token", "the chat template marks nothing with {% generation %}")
+        return Text(text, own)
+
+    def _read_marks(self, messages: list[Message], tools: Any) -> tuple[str, list[tuple[int, int]]]:
+        if not messages:
+            return "", []
+        text, spans = marks.read(self._render(messages, tools, template=self.signed))
+        if text != self._render(messages, tools):
+            raise Refused(
+                "template", "what the chat template marks with {% generation %} cannot be told from the rest"
+            )
+        return text, spans
 
     def _end_of_prompt(self, prompt: list[Message], fulls: list[str], tools: Any) -> int:
         """The character at which the completion begins: where the generation prompt ends.
@@ -168,7 +267,9 @@ class Renderer:
             raise _unstable(len(prompt))
         return begin
 
-    def _render(self, messages: list[Message], tools: Any, *, generate: bool = False) -> str:
+    def _render(
+        self, messages: list[Message], tools: Any, *, generate: bool = False, template: str | None = None
+    ) -> str:
         import jinja2
 
         if self.template is None:
@@ -180,7 +281,7 @@ class Renderer:
             return self.tokenizer.apply_chat_template(
                 messages,
                 tools=tools,
-                chat_template=self.template,
+                chat_template=template or self.template,
                 add_generation_prompt=generate,
                 tokenize=False,
             )
@@ -217,9 +318,12 @@ def _unstable(count: int) -> Refused:
     )
 
 
-def _plain(prompt: str, completion: str) -> Text:
-    text = prompt + completion
-    return Text(text, [(len(prompt), len(text))])
+def _weight(message: Message) -> bool:
+    """OpenAI's field: whether a turn of the assistant is trained."""
+    weight = message.get("weight", 1)
+    if weight not in (0, 1):
+        raise Refused("wrong_fields", f"the weight of a message is 0 or 1, not {_short(weight)}")
+    return bool(weight)
 
 
 def _known(value: Any) -> str | list[Message] | None:

@@ -15,7 +15,7 @@ from strop.config import Config
 from strop.data import noise, sources
 from strop.data.ledger import BadRow, Ledger, place
 from strop.data.lengths import histogram
-from strop.data.render import Rendered, Renderer, chat_template
+from strop.data.render import Options, Rendered, Renderer, chat_template
 from strop.data.repeats import row_hash
 from strop.data.sources import Source
 from strop.data.store import TokenisedRow
@@ -53,9 +53,9 @@ class Scan:
     blocks: Optional[int] = None
     """Rows of a set of text, as far as the looked-at documents tell."""
 
-    def add(self, row: TokenisedRow) -> None:
+    def add(self, row: TokenisedRow, over_length: str = "drop") -> None:
         """A usable row (a document of text): its lengths, an example, whether it was there before."""
-        self.ledger.use(row)
+        self.ledger.use(row, over_length)
         lengths = [len(tokens) for tokens, _ in row.sequences]
         self.row_tokens.append(sum(lengths))
         self.sequence_tokens += lengths
@@ -78,8 +78,8 @@ def scan(config: Config, tokenizer: Any, kind: str, split: str, limit: Optional[
     """Look at `limit` rows of each source (None: all). Raises UserError for what makes a source unusable."""
     result = Scan(split, Ledger(split))
     template = chat_template(config.model.chat_template, tokenizer)
-    renderer = Renderer(kind, tokenizer, template, kind == "sft" and config.sft.train_on_prompt)
-    tokeniser = Tokeniser(tokenizer, config.data.max_length)
+    renderer = Renderer(kind, tokenizer, template, Options.of(config, kind))
+    tokeniser = Tokeniser(tokenizer, config.data.max_length, config.data.over_length)
     found = sources.find(config.data, split, kind)
     for row in tokeniser(_rendered(found, config, split, renderer, limit, result)):
         if isinstance(row, BadRow):
@@ -87,7 +87,7 @@ def scan(config: Config, tokenizer: Any, kind: str, split: str, limit: Optional[
             if row.reason == "over_length":
                 result.too_long.append(row.tokens)
             continue
-        result.add(row)
+        result.add(row, config.data.over_length)
     return result
 
 
@@ -153,11 +153,15 @@ def judge(scan: Scan, config: Config, checks: Checks) -> None:
             where = place(entry.name, int(first["line"]))
             text = f"{dropped.rows:,} rows {reason}; the first: {where}: {first['message']}"
             long = reason == "over_length"
-            key, lenient = ("over_length", "drop") if long else ("on_bad_row", "skip")
-            if getattr(data, key) != lenient:
-                checks.fail(name, text, f"correct it, or data.{key}={lenient} leaves such rows out")
+            if (data.over_length if long else data.on_bad_row) == "error":
+                lenient = "over_length=drop" if long else "on_bad_row=skip"
+                checks.fail(name, text, f"correct it, or data.{lenient} leaves such rows out")
             else:
                 checks.warn(name, text, "data.max_length is the key to raise" if long else "")
+        for policy, cut in entry.truncated.items():
+            first = cut.examples[0]
+            text = f"{cut.rows:,} rows cut by {policy}; the first: {place(entry.name, int(first['line']))}: "
+            checks.warn(name, text + str(first["message"]), "data.max_length is the key to raise")
     try:
         ledger.check(data.max_dropped_fraction, wanted=noise.REASONS)
     except UserError as error:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from strop import ops
 from strop.data.batch import Batch
 from strop.errors import Diverged, UserError
-from strop.models import attention, fused
+from strop.models import attention, fused, neftune
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,7 @@ class Policy(nn.Module):
         self.temperature = _head_temperature(text_config)
         self.head = "fused"
         self.layout = "padded"
+        self.neftune_alpha: Optional[float] = None
 
     def set_layout(self, layout: str, device: torch.device) -> None:
         self.layout = layout
@@ -73,7 +74,8 @@ class Policy(nn.Module):
         index_N = batch.trained_T.nonzero()[:, 0]
         target_N = batch.tokens_T[index_N]
         # The hidden state before a token predicts it. A sequence's first token is never trained.
-        hidden_ND, logits_NV = self._hidden_or_logits(batch, batch.previous_T[index_N])
+        with neftune.noise(self.lm.get_input_embeddings(), batch, self.neftune_alpha, self.layout):
+            hidden_ND, logits_NV = self._hidden_or_logits(batch, batch.previous_T[index_N])
         if logits_NV is not None:
             logp_N, stats = ops.logprob(logits_NV, target_N)
         else:
