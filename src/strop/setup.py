@@ -75,7 +75,6 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
     config = _settle(run, config, dist)
     with report.phase("building the model"):
         policy = _empty_policy(config)
-        policy.neftune_alpha = config.sft.neftune_alpha if config.algo == "sft" else None
         if policy.adapters is not None and dist.is_main:
             log.info("%s", policy.adapters.describe(policy.lm))
         policy.eval()  # dropout is off: the policy and its reference must be one function
@@ -120,6 +119,7 @@ def _empty_policy(config: Config) -> Policy:
         policy = reward.RewardModel(reward.build_empty(config.model))
     else:
         policy = Policy(hf.build_empty(config.model))
+        policy.neftune_alpha = config.sft.neftune_alpha if config.algo == "sft" else None
     if config.lora.rank is not None:
         policy.adapters = lora.Adapters(policy.lm, config.lora, parallel.DTYPES[config.train.precision])
     return policy

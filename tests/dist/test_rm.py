@@ -19,7 +19,14 @@ from tests import toy as t
 from tests.dist.test_step import BATCHES, FREE, rows_of_step
 from tools.convert_dcp_to_hf import read_model_config
 
-GOLDEN = [0.9458334445953369, 1.033522407213847, 1.4874467452367146, 1.1293667952219646, 0.428824578722318, 0.32420338193575543]
+GOLDEN = [
+    0.9458337624867758,
+    0.9354615211486816,
+    1.372005005677541,
+    0.9020739793777466,
+    0.9742873509724935,
+    1.09994109471639,
+]
 """fp32 on an x86 CPU; other kernels round the last digits otherwise."""
 CENTRE = 0.05
 
@@ -61,7 +68,9 @@ def model64(toy):
 
 
 def scores_of(model, store, row):
-    return torch.cat([model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0] for ids, _ in store.sequences(row)])
+    return torch.cat(
+        [model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0] for ids, _ in store.sequences(row)]
+    )
 
 
 def truth(model, store, rows):
@@ -171,7 +180,8 @@ def test_interrupted_twice_equals_undisturbed(ranks, toy, data, tmp_path):
 
 def test_golden_loss_curve(ranks, toy, data, tmp_path):
     """The same model, pairs and seed give these losses; twice on one machine to the last bit."""
-    first, second = (run(ranks, toy, data, tmp_path, name, 2) for name in ("a", "b"))
+    optim = {"lr": 1e-4}  # a larger one would make more of the last digits of other kernels
+    first, second = (run(ranks, toy, data, tmp_path, name, 2, optim=optim) for name in ("a", "b"))
     assert (first / "metrics.jsonl").read_bytes() == (second / "metrics.jsonl").read_bytes()
     assert [line["loss"] for line in t.metrics(first)] == pytest.approx(GOLDEN, rel=1e-6)
 
@@ -194,13 +204,19 @@ def test_export_loads_and_gives_the_trainers_scores(trained):
     tokenizer = AutoTokenizer.from_pretrained(out)
     facts = json.loads((out / "config.json").read_text())
     assert facts["architectures"] == ["LlamaForSequenceClassification"]
-    assert (model.config.num_labels, facts["problem_type"], facts["id2label"]) == (1, "regression", {"0": "LABEL_0"})
+    assert (model.config.num_labels, facts["problem_type"], facts["id2label"]) == (
+        1,
+        "regression",
+        {"0": "LABEL_0"},
+    )
     assert model.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
     assert (out / "chat_template.jinja").is_file()
     assert not (out / "generation_config.json").exists()
     store = t.stores(run_dir)["validation"]
     sequences = [ids.tolist() for row in range(store.num_rows) for ids, _ in store.sequences(row)]
-    truth64 = AutoModelForSequenceClassification.from_pretrained(out, dtype=torch.float64, pad_token_id=None).eval()
+    truth64 = AutoModelForSequenceClassification.from_pretrained(
+        out, dtype=torch.float64, pad_token_id=None
+    ).eval()
     with torch.no_grad():
         alone = torch.cat([truth64(torch.tensor([ids])).logits[0] for ids in sequences]).float()
         assert float(alone.std()) > 0.05
@@ -238,14 +254,24 @@ def test_a_reward_model_goes_on_from_a_reward_model(ranks, toy, data, tmp_path, 
     run_dir, out = trained
     model = {"path": str(out)}
     again = run(
-        ranks, toy, data, tmp_path, "on", 1, model=model, train={"max_steps": 1}, validation={"at_start": True}
+        ranks,
+        toy,
+        data,
+        tmp_path,
+        "on",
+        1,
+        model=model,
+        train={"max_steps": 1},
+        validation={"at_start": True},
     )
     last, first = t.metrics(run_dir)[-1], t.metrics(again)[0]
     assert {k: v for k, v in first.items() if k != "step"} == pytest.approx(
         {k: v for k, v in last.items() if k != "step"}, rel=1e-5, abs=1e-6
     )
     out2 = tmp_path / "hf2"
-    export_checkpoint(find_checkpoint(again, "1"), read_model_config(again / "config.yaml"), out2, dtype="fp32")
+    export_checkpoint(
+        find_checkpoint(again, "1"), read_model_config(again / "config.yaml"), out2, dtype="fp32"
+    )
     assert json.loads((out2 / "config.json").read_text())["problem_type"] == "regression"
 
 
@@ -257,7 +283,10 @@ GOOD = {"prompt": "the fox", "chosen": "jumps", "rejected": "sleeps"}
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "a", "completion": "b"}, "it has the fields prompt, completion; needed: chosen and rejected"),
+        (
+            {"prompt": "a", "completion": "b"},
+            "it has the fields prompt, completion; needed: chosen and rejected",
+        ),
         (GOOD | {"margin": "large"}, "margin is 'large', not a finite number"),
         (GOOD | {"margin": math.nan}, "margin is nan, not a finite number"),
         (GOOD | {"margin": True}, "margin is True, not a finite number"),

@@ -74,6 +74,7 @@ def test_loss_and_gradient_by_hand(centre):
     assert metrics["min_reward"][1] is SMALLEST
     assert metrics["max_reward"][1] is LARGEST
     assert rm.count(batch) == 3
+    assert rm.rewards(out, batch, config).tolist() == scores  # for the user's own metrics
 
 
 def test_extreme_scores_give_finite_losses_and_gradients():

@@ -44,6 +44,11 @@ def loss(out: Scores, batch: Batch, cfg: Config) -> tuple[Tensor, Metrics]:
     return losses.sum(), metrics
 
 
+def rewards(out: Scores, batch: Batch, cfg: Config) -> Tensor:
+    """[2P] of each completion: its score."""
+    return out.score_S
+
+
 def _metrics(c: Tensor, d: Tensor) -> Metrics:
     """TRL's names; the rewards are those of both halves of the pairs, and a tie is not accurate."""
     pairs = torch.tensor(float(len(c)), device=c.device)

@@ -131,7 +131,7 @@ class Renderer:
                 texts, templated = self._sft(row.fields, tools)
             for item in texts:
                 _check_unicode(item.text)
-            value = _margin(row.fields) if self.kind == "preference" else math.nan
+            value = number(row.fields, "margin") if self.kind == "preference" else math.nan
         except Refused as refused:
             return BadRow(row.source, row.line, refused.reason, refused.message)
         if self.options.train_on == "everything":
@@ -421,14 +421,11 @@ def _tools(fields: dict[str, Any]) -> Any:
         raise Refused("wrong_fields", f"tools is not JSON: {error.msg}") from None
 
 
-def _margin(fields: dict[str, Any]) -> float:
-    """By how much the chosen completion is better, as the optional column says; NaN where a row has none."""
-    margin = fields.get("margin")
-    return math.nan if margin is None else finite_number("margin", margin)
-
-
-def finite_number(name: str, value: Any) -> float:
-    """The value of a field as a number that fp32 holds. Raises Refused."""
+def number(fields: dict[str, Any], name: str) -> float:
+    """A field as a number that fp32 holds; NaN where the row has none. Raises Refused."""
+    value = fields.get(name)
+    if value is None:
+        return math.nan
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not abs(value) <= MAX_FP32:
         raise Refused("wrong_fields", f"{name} is {_short(value)}, not a finite number")

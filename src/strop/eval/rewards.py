@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from strop.config import DataConfig
 from strop.data import sources
 from strop.data.ledger import BadRow, Ledger, place
-from strop.data.render import Refused, Rendered, Renderer, finite_number
+from strop.data.render import Refused, Rendered, Renderer, number
 from strop.data.sources import Row
 from strop.data.store import TokenisedRow
 from strop.data.tokenise import Tokeniser
@@ -70,7 +70,7 @@ def read_pairs(
     """The usable rows of files, directories or hub sets, the ledger of all, and the field of the categories:
     `by`, else the first of CATEGORIES that a row has. Raises UserError if no row can be used, or none has
     `by`."""
-    found = [sources.find_one(name, "--data", "validation", DataConfig()) for name in names]
+    found = [sources.find_one(name, "--data", "validation", DataConfig(), "preference") for name in names]
     renderer = Renderer("preference", tokenizer, template)
     waiting: deque[dict[str, Any]] = deque()
 
@@ -114,11 +114,9 @@ def _pair(item: TokenisedRow, fields: dict[str, Any]) -> Pair:
 
 
 def _ratings(fields: dict[str, Any]) -> tuple[float, float]:
-    for names in RATINGS:
-        found = [(name, fields[name]) for name in names if fields.get(name) is not None]
-        if len(found) == 2:
-            chosen, rejected = (finite_number(name, value) for name, value in found)
-            return chosen, rejected
+    for chosen, rejected in RATINGS:
+        if fields.get(chosen) is not None and fields.get(rejected) is not None:
+            return number(fields, chosen), number(fields, rejected)
     return math.nan, math.nan
 
 
