@@ -16,15 +16,13 @@ import math
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Optional
+from typing import Any
 
-import numpy as np
 import torch
 
-from strop import checkpoint, files, ops, optim, parallel, preflight, user_metrics
+from strop import checkpoint, files, ops, optim, parallel, preflight, references, user_metrics
 from strop import config as config_module
 from strop import run as run_module
-from strop.algos import reference
 from strop.config import Config
 from strop.data import labels, plan
 from strop.data.mismatched import Mismatched
@@ -41,15 +39,12 @@ from strop.run import Position, Run
 from strop.saver import Saver
 from strop.slurm import attempts, rendezvous
 from strop.stragglers import Pace
-from strop.trainer import State, Trainer, step_bins, stop_agreed, tensors, validation_bins
+from strop.trainer import State, Trainer, tensors
 
 log = logging.getLogger("strop")
 
 FIRST_LOSS_SCALE = 2.0**16
 """Of fp16; halved at the first overflow."""
-
-MISMATCHED = ", mismatched"
-"""Behind the name of a set: its prompts with the completions of other rows."""
 
 WORTH_SHARING = 0.95
 """Prompts are shared where that leaves at most this part of the tokens."""
@@ -229,7 +224,7 @@ def _load(t: Trainer) -> bool:
     with t.report.phase("verifying checkpoints"):
         step = checkpoint.newest_verified(root, t.dist)
     choices = _choices(t)
-    needs_pass = t.algo.needs_reference(t.config) and _reference_is_missing(t, choices)
+    needs_pass = t.algo.needs_reference(t.config) and references.is_missing(t, choices)
     adapters = t.policy.adapters
     if step is None or needs_pass or not choices or adapters is not None:
         with t.report.phase("loading weights"):
@@ -245,10 +240,10 @@ def _load(t: Trainer) -> bool:
     _set_layout(t, choices)
     if needs_pass:
         with nullcontext() if adapters is None else adapters.off():
-            if not _reference_pass(t, choices, again=step is None or adapters is not None):
+            if not references.compute(t, choices, again=step is None or adapters is not None):
                 return False
     if t.algo.needs_reference(t.config):
-        _open_reference(t, choices)
+        references.open_all(t, choices)
     optim.materialise(t.optimizer)
     if step is not None:
         with t.report.phase(f"loading the checkpoint of step {step}"):
@@ -282,7 +277,7 @@ def _choices(t: Trainer) -> dict[str, Any]:
     choices: dict[str, Any] = {}
     if t.dist.is_main:
         choices = files.read_json(t.run.dir / "data" / "choices.json") or {}
-        if choices.get("reference_of") != _reference_of(t):
+        if choices.get("reference_of") != references.identity(t):
             choices.pop("reference", None)
     return t.dist.broadcast(choices)
 
@@ -305,8 +300,8 @@ def _set_layout(t: Trainer, choices: dict[str, Any]) -> None:
         if isinstance(t.val_store, TokenStore):
             t.val_store = t.val_store.sharing_prompts()
     if t.algo.needs_reference(t.config) and "reference" not in choices:
-        choices["reference"] = t.dist.broadcast(_reference_files(t) if t.dist.is_main else None)
-        choices["reference_of"] = _reference_of(t)
+        choices["reference"] = t.dist.broadcast(references.files(t) if t.dist.is_main else None)
+        choices["reference_of"] = references.identity(t)
     if t.dist.is_main and choices != before:
         run_module.write_config(t.run, t.config)
         files.write_json(t.run.dir / "data" / "choices.json", choices)
@@ -324,116 +319,3 @@ def _shares_prompts(t: Trainer) -> bool:
         return False
     once, twice = store.sharing_prompts().row_lengths.sum(), store.row_lengths.sum()
     return bool(wanted or once < WORTH_SHARING * twice)
-
-
-def _reference_of(t: Trainer) -> Optional[dict[str, Any]]:
-    """What the log-probs of the reference belong to; None for an algorithm without one."""
-    if not t.algo.needs_reference(t.config):
-        return None
-    stores = {name: store.digest for name, store in _stores(t).items()}
-    model = t.config.model
-    return {
-        "model": [model.path, model.revision],
-        "other": t.algo.reference_model(t.config),
-        "stores": stores,
-    }
-
-
-def _reference_files(t: Trainer) -> dict[str, str]:
-    """Where the log-probs of each set are kept, by all that they depend on."""
-    c = t.config
-    model, revision = c.model.path, c.model.revision
-    if path := t.algo.reference_model(c):
-        model, revision = path, None
-    assert model is not None
-    with t.report.phase("hashing the reference's weights"):
-        weights = hf.weights_digest(model, revision)
-    facts = {
-        "weights": weights,
-        "precision": c.train.precision,
-        "layout": t.policy.layout,
-        "head": t.policy.head,
-        "shared_prefix": isinstance(t.train_store, TokenStore) and t.train_store.shared_R is not None,
-        "device": t.dist.device.type,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "kernels": ops.backend(t.dist.device, parallel.DTYPES[c.train.precision]),
-        "ranks": t.dist.world_size,
-        "plan": [
-            c.train.seed,
-            c.train.global_batch_size,
-            c.train.micro_batch_tokens,
-            c.train.micro_batch_size,
-            c.data.weights,
-        ],
-    }
-    cache = config_module.cache_dir(c, t.run.dir.parent)
-    return {name: str(reference.cache_file(cache, store, facts)) for name, store in _stores(t).items()}
-
-
-def _stores(t: Trainer) -> dict[str, reference.RowStore]:
-    """Those that have a reference: rows, never text, and what a baseline is measured on."""
-    stores = {"train": t.train_store} | ({"validation": t.val_store} if t.val_store is not None else {})
-    own: dict[str, reference.RowStore] = {n: s for n, s in stores.items() if isinstance(s, TokenStore)}
-    return own | {f"{name}{MISMATCHED}": view for name, view in t.mismatched.items()}
-
-
-def _reference_is_missing(t: Trainer, choices: dict[str, Any]) -> bool:
-    if "reference" not in choices:
-        return True
-    gone = False
-    if t.dist.is_main:
-        for name, store in _stores(t).items():
-            rows = np.concatenate([r for own in _reference_bins(t, name) for r in own])
-            gone = gone or reference.missing(Path(choices["reference"][name]), store, rows)
-    return t.dist.any(gone)
-
-
-def _reference_bins(t: Trainer, name: str) -> reference.Bins:
-    """Batches as the loop will see them, up to the one in which the last row is seen for the first time (the
-    first epoch, unless some of its steps are left out or data.weights draws rows); or those of validation."""
-    store = _stores(t)[name]
-    if name.startswith("validation"):
-        return validation_bins(t, store)
-    view = store if isinstance(store, Mismatched) else None
-    ranks: reference.Bins = [[] for _ in range(t.dist.world_size)]
-    unseen, left = np.ones(t.train_store.num_rows, dtype=np.bool_), t.train_store.num_rows
-    for step in range(t.max_steps):
-        if not left:
-            break
-        for micro_batch in zip(*step_bins(t, step, view)):
-            rows = np.unique(np.concatenate(micro_batch))
-            new = rows[unseen[rows]]
-            if len(new):
-                unseen[new] = False
-                left -= len(new)
-                for own, bin_ in zip(ranks, micro_batch):
-                    own.append(bin_)
-    return ranks
-
-
-def _reference_pass(t: Trainer, choices: dict[str, Any], *, again: bool) -> bool:
-    """Compute what is missing; False if stopped. `again`: the policy's own weights are needed afterwards."""
-    t.position.enter("reference")
-    other = t.algo.reference_model(t.config)
-    if other is not None:
-        hf.scatter_weights(t.policy.lm, t.config.model, t.dist, path=other)
-    for name, store in _stores(t).items():
-        with t.report.phase(f"reference log-probs ({name})") as progress:
-            path = Path(choices["reference"][name])
-            bins = _reference_bins(t, name)
-            if not reference.compute(
-                t.policy, store, bins, path, t.dist, t.run.dir.name, lambda: stop_agreed(t), progress
-            ):
-                return False
-    if other is not None and again:
-        hf.scatter_weights(t.policy.lm, t.config.model, t.dist)
-    return True
-
-
-def _open_reference(t: Trainer, choices: dict[str, Any]) -> None:
-    t.train_ref = np.load(choices["reference"]["train"], mmap_mode="r")
-    if t.val_store is not None:
-        t.val_ref = np.load(choices["reference"]["validation"], mmap_mode="r")
-    for name in t.mismatched:
-        t.mismatched_refs[name] = np.load(choices["reference"][f"{name}{MISMATCHED}"], mmap_mode="r")

@@ -155,11 +155,11 @@ def test_what_does_not_belong_together_is_not_exported(runs, ranks, toy, tmp_pat
     AutoTokenizer.from_pretrained(base).save_pretrained(other)
     own = type(config.model)(path=str(other))
     for adapter in (True, False):
-        with pytest.raises(UserError, match="are not those that the adapters in .* were trained beside"):
+        with pytest.raises(UserError, match=r"are not those that the adapters in .* were trained beside"):
             export_checkpoint(step, own, tmp_path / "out", lora=config.lora, adapter=adapter)
     plain = t.config(toy, "sft", tmp_path / "full.yaml", train={"max_steps": 1})
     full = ranks.run("sft", plain, f"{tmp_path.name}-full").run_dir
-    with pytest.raises(UserError, match="--adapter: .* holds all weights and no adapters"):
+    with pytest.raises(UserError, match=r"--adapter: .* holds all weights and no adapters"):
         export(full, tmp_path / "out", adapter=True)
     assert not (tmp_path / "out").exists()
     copy = tmp_path / "step-000003"
@@ -173,7 +173,7 @@ def test_what_does_not_belong_together_is_not_exported(runs, ranks, toy, tmp_pat
 
 
 def test_command_line(runs):
-    run_dir, base = runs["all"]
+    run_dir, _ = runs["all"]
     for words in (["--adapter"], []):
         command = [sys.executable, "-m", "tools.convert_dcp_to_hf", "--run", str(run_dir), *words]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -60,7 +60,9 @@ def test_export_as_a_classifier(toy, trained, tmp_path):
     ids = torch.tensor([[5, 9, 120, 33, 7, 300, 2, 18]])
     weights = weights_of(t.checkpoint(trained, 2))
     with torch.no_grad():
-        expected = float(scores(Truth(toy / "model", weights).model, weights["score.weight"][0].double(), ids[0]))
+        expected = float(
+            scores(Truth(toy / "model", weights).model, weights["score.weight"][0].double(), ids[0])
+        )
         merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
         assert float(merged(ids).logits) == pytest.approx(expected, abs=1e-5)
         base = AutoModelForSequenceClassification.from_pretrained(

@@ -82,7 +82,12 @@ def blend(toy, tmp_path):
     def sections(algo):
         train = [str(toy / t.FOLDERS[algo] / "training.jsonl"), str(own[algo])]
         return {
-            "data": {"train": train, "weights": [1, 2], "max_length": 50, "over_length": "truncate_prompt_left"},
+            "data": {
+                "train": train,
+                "weights": [1, 2],
+                "max_length": 50,
+                "over_length": "truncate_prompt_left",
+            },
             "train": {"max_steps": 9, "micro_batch_size": 2},
             "sft": {"neftune_alpha": ALPHA},
             "optim": {"schedule": "wsd", "decay_steps": 3, "warmup_steps": 2},

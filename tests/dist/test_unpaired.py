@@ -34,10 +34,38 @@ LOSSES = {
     "bco": ("dpo", {"dpo": {"loss": "bco_pair"}}),
 }
 GOLDEN = {
-    "kto": [0.7083333333333334, 0.6490888992945353, 0.6771323482195536, 0.5359664162000021, 0.4066188732783, 0.33918291330337524],
-    "simpo": [1.653717080752055, 1.3113363981246948, 1.4980470339457195, 2.630627910296122, 0.29665498932202655, 0.1937509427467982],
-    "orpo": [7.864626884460449, 7.549138069152832, 7.272050539652507, 8.263977209726969, 5.5586598714192705, 6.041275342305501],
-    "bco": [1.3862943649291992, 1.3476529121398926, 1.3785957495371501, 1.319419264793396, 0.7193159262339274, 0.44273610909779865],
+    "kto": [
+        0.7083333333333334,
+        0.6490888992945353,
+        0.6771323482195536,
+        0.5359664162000021,
+        0.4066188732783,
+        0.33918291330337524,
+    ],
+    "simpo": [
+        1.653717080752055,
+        1.3113363981246948,
+        1.4980470339457195,
+        2.630627910296122,
+        0.29665498932202655,
+        0.1937509427467982,
+    ],
+    "orpo": [
+        7.864626884460449,
+        7.549138069152832,
+        7.272050539652507,
+        8.263977209726969,
+        5.5586598714192705,
+        6.041275342305501,
+    ],
+    "bco": [
+        1.3862943649291992,
+        1.3476529121398926,
+        1.3785957495371501,
+        1.319419264793396,
+        0.7193159262339274,
+        0.44273610909779865,
+    ],
 }
 """fp32 on an x86 CPU; other kernels round the last digits otherwise (1.5e-6 was seen)."""
 
@@ -179,7 +207,8 @@ def test_bco_compares_rewards_with_their_mean_so_far(ranks, toy, tmp_path):
     those steps, and the state carries their sum."""
     run_dir = run(
         ranks, toy, tmp_path, "dpo", "bco", 2,
-        train={"max_steps": 3}, dpo={"loss": "bco_pair", "beta": 0.5}, checkpoint={"every": 1, "keep_last": 9},
+        train={"max_steps": 3}, dpo={"loss": "bco_pair", "beta": 0.5},
+        checkpoint={"every": 1, "keep_last": 9},
     )  # fmt: skip
     store, initial = t.stores(run_dir)["train"], t.model64(toy / "model")
     ratios = []
@@ -245,7 +274,11 @@ def test_interrupted_again_and_again_equals_undisturbed(ranks, toy, tmp_path, lo
         "train": {"max_steps": 6, "micro_batch_size": 2},
         "validation": {"at_start": True, "every": 2, "at_end": True},
         "checkpoint": {"every": 3, "best_metric": "eval_loss"},
-        "data": {"train": str(toy / t.FOLDERS[algo]), "cache_dir": str(tmp_path / "cache"), "max_length": 256},
+        "data": {
+            "train": str(toy / t.FOLDERS[algo]),
+            "cache_dir": str(tmp_path / "cache"),
+            "max_length": 256,
+        },
     }
     whole = run(ranks, toy, tmp_path, algo, "whole", 2, **sections)
     for path in (tmp_path / "cache").glob("reference-*"):  # so that the reference pass is stopped as well

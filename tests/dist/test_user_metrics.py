@@ -1,5 +1,5 @@
-"""A user's own metric sees every row of a validation set once and in order, whatever the ranks and batches, with
-the values that plain transformers give in fp64; what it returns counts as any other metric."""
+"""A user's own metric sees every row of a validation set once and in order, whatever the ranks and batches,
+with the values that plain transformers give in fp64; what it returns counts as any other metric."""
 
 from __future__ import annotations
 
@@ -86,13 +86,18 @@ def test_an_error_in_it_ends_all_ranks(ranks, toy, tmp_path):
     job = ranks.start("sft", config(toy, tmp_path, "sft", "broken"), tmp_path.name, world_size=2)
     assert ranks.wait(job) == [78, 78]
     told = job.text()
-    assert "validation.metrics: tests.own_metrics:broken failed on the validation set at step 0: IndexError" in told
+    assert (
+        "validation.metrics: tests.own_metrics:broken failed on the validation set at step 0: IndexError"
+        in told
+    )
     assert 'in broken: return {"third": float(rows.completions[0][2])}' in told
     assert "Traceback" not in told
 
 
 def test_what_is_not_there_is_said_before_the_data(ranks, toy, tmp_path):
-    code, told = ranks.fail("sft", config(toy, tmp_path, "sft", "everythin"), tmp_path.name, "data.train=x.jsonl")
+    code, told = ranks.fail(
+        "sft", config(toy, tmp_path, "sft", "everythin"), tmp_path.name, "data.train=x.jsonl"
+    )
     assert code == 78
     assert "validation.metrics: tests.own_metrics (" in told
     assert "has no everythin; did you mean everything?" in told

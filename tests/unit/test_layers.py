@@ -38,6 +38,7 @@ LAYERS = (
     (
         "strop.train",
         "strop.loop",
+        "strop.references",
         "strop.setup",
         "strop.trainer",
         "strop.baseline",
