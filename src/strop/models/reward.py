@@ -25,7 +25,14 @@ from strop.config import ModelConfig
 from strop.data.batch import Batch
 from strop.errors import Diverged, UserError
 from strop.models import hf
-from strop.models.policy import PROBE_TOLERANCE, Policy, _each_sequence, _probe_batch
+from strop.models.policy import (
+    MOST_NOISE,
+    PROBE_TOLERANCE,
+    Policy,
+    _each_sequence,
+    _probe_batch,
+    difference,
+)
 
 HEAD = "score.weight"
 """Name of the head's matrix [1, H] in transformers' sequence classifiers of causal models."""
@@ -74,13 +81,12 @@ class RewardModel(Policy):
                 f"model.path: {self.name} does not score a sequence by its last token and a matrix"
             )
         truth = torch.cat([self._compared(one) for one in _each_sequence(both)])
-
-        def agrees() -> bool:
-            return float((self._compared(both) - truth).abs().mean()) <= PROBE_TOLERANCE[dtype]
-
-        if not agrees():
+        self.noise = difference(self._compared(both), truth)
+        if self.noise > MOST_NOISE * PROBE_TOLERANCE[dtype]:
             raise UserError(f"model.path: {self.name} gives other scores in a padded batch than alone")
-        self._choose_layout(device, wanted, agrees)
+        self._choose_layout(
+            device, wanted, lambda: difference(self._compared(both), truth) <= self._tolerance(dtype)
+        )
 
     def _compared(self, batch: Batch) -> Tensor:
         """What the head is multiplied with, to a mean square of 1: a small head would hide every leak."""
