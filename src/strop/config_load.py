@@ -99,8 +99,8 @@ class Entry:
     value: Any
     """As YAML reads it."""
     text: Optional[str]
-    """The characters of a scalar, for keys that take text: `revision: 1e10` is a commit, not a number. Of a
-    word of the command line those of a mapping too."""
+    """The characters of a scalar (on the command line of a mapping too), for keys that take text:
+    `revision: 1e10` is a commit, not a number."""
     where: str
     """"configs/dpo.yaml:12" or "command line"."""
 
@@ -230,12 +230,9 @@ def _flatten(
 
 
 def read_words(words: Sequence[str | Entry]) -> list[Entry]:
-    """The settings of the command line: `a.b=value`, value as in YAML. Read ones stay as they are."""
-    entries = []
-    for word in words:
-        if isinstance(word, Entry):
-            entries.append(word)
-            continue
+    """The settings of the command line: `a.b=value`, value as in YAML. Read ones come first as they are."""
+    entries = [word for word in words if isinstance(word, Entry)]
+    for word in (word for word in words if isinstance(word, str)):
         key, equals, text = word.partition("=")
         if not equals or not key:
             raise UserError(f"{COMMAND_LINE}: {word!r} is not key=value")
@@ -243,19 +240,18 @@ def read_words(words: Sequence[str | Entry]) -> list[Entry]:
         try:
             node = loader.get_single_node() or yaml.ScalarNode("tag:yaml.org,2002:null", "")
             # `data.prompt_template=Question: {input}` is a mapping, and text for a key that takes text
-            raw = {"text": text} if isinstance(node, yaml.MappingNode) else {}
-            entries.append(dataclasses.replace(_entry(loader, key, node, COMMAND_LINE), **raw))
+            entries.append(_entry(loader, key, node, COMMAND_LINE, text))
         except TooDeep as error:
             raise UserError(f"{COMMAND_LINE}: {key} is {error.problem}") from None
         except yaml.YAMLError:
-            # Not YAML (`model.chat_template={% for ...`): right for a key that takes text, and the type
-            # check reports it for any other.
+            # Not YAML (`model.chat_template={% for ...`): text, which the type check refuses for other keys
             entries.append(Entry(key, text, text, COMMAND_LINE))
     return entries
 
 
-def _entry(loader: _Loader, key: str, node: yaml.Node, where: str) -> Entry:
-    text = node.value if isinstance(node, yaml.ScalarNode) else None
+def _entry(loader: _Loader, key: str, node: yaml.Node, where: str, written: str | None = None) -> Entry:
+    of_mapping = written if isinstance(node, yaml.MappingNode) else None
+    text = node.value if isinstance(node, yaml.ScalarNode) else of_mapping
     return Entry(key, loader.construct_document(node), text, where)
 
 

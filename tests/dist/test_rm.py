@@ -17,7 +17,7 @@ from strop.models.export import export_checkpoint, find_checkpoint
 from strop.slurm import attempts
 from tests import toy as t
 from tests.dist.test_step import BATCHES, FREE, rows_of_step
-from tools.convert_dcp_to_hf import read_model_config
+from tools.convert_dcp_to_hf import read_config
 
 GOLDEN = [
     0.9458337624867758,
@@ -192,7 +192,7 @@ def trained(ranks, toy, data, tmp_path_factory):
     work = tmp_path_factory.mktemp("trained")
     run_dir = run(ranks, toy, data, work, "run", 2, validation={"at_end": True})
     step = find_checkpoint(run_dir, "latest")
-    export_checkpoint(step, read_model_config(run_dir / "config.yaml"), work / "hf", dtype="fp32")
+    export_checkpoint(step, read_config(run_dir / "config.yaml").model, work / "hf", dtype="fp32")
     return run_dir, work / "hf"
 
 
@@ -270,7 +270,7 @@ def test_a_reward_model_goes_on_from_a_reward_model(ranks, toy, data, tmp_path, 
     )
     out2 = tmp_path / "hf2"
     export_checkpoint(
-        find_checkpoint(again, "1"), read_model_config(again / "config.yaml"), out2, dtype="fp32"
+        find_checkpoint(again, "1"), read_config(again / "config.yaml").model, out2, dtype="fp32"
     )
     assert json.loads((out2 / "config.json").read_text())["problem_type"] == "regression"
 

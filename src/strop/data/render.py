@@ -11,7 +11,6 @@ from a template that marks them (strop.data.marks); `sft.train_on` or a message'
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,20 @@ from typing import Any
 
 from strop.config import Config
 from strop.data import marks, templates
+from strop.data.fields import (
+    Message,
+    Refused,
+    conversation,
+    known,
+    label_of,
+    number,
+    tools_of,
+    weight,
+    wrong_fields,
+)
 from strop.data.ledger import BadRow
 from strop.data.sources import Row
 from strop.errors import UserError
-
-Message = dict[str, Any]
 
 FIXED_DATE = (
     "{% macro strftime_now(format) %}{{ format.replace('%d', '26').replace('%m', '07').replace('%Y', '2024')"
@@ -31,15 +39,6 @@ FIXED_DATE = (
 )
 """Put before templates that print the date (Llama 3): the same rows must give the same tokens tomorrow. It
 shadows the clock that transformers gives them; the day is the one that Llama's template has of its own."""
-
-MAX_FP32 = 3.4e38
-"""Numbers are kept in fp32."""
-
-NEEDED = {
-    "preference": "chosen and rejected, with prompt unless they are message lists that share their beginning",
-    "sft": "messages, or prompt and completion, or input and output",
-    "unpaired": "prompt, completion and label (true or false), or prompt, chosen and rejected",
-}
 
 
 @dataclass(frozen=True)
@@ -85,14 +84,6 @@ class Options:
         )
 
 
-class Refused(Exception):
-    """Why a row cannot be used; becomes a BadRow with the row's place."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason, self.message = reason, message
-
-
 def chat_template(setting: str | None, tokenizer: Any) -> str | None:
     """The Jinja text in force: `model.chat_template` (a template or a file of it), else the tokenizer's."""
     if setting is None:
@@ -122,16 +113,16 @@ class Renderer:
     def __call__(self, row: Row) -> Rendered | BadRow:
         value = math.nan
         try:
-            tools = _tools(row.fields)
+            tools = tools_of(row.fields)
             if self.kind == "preference":
                 texts, templated = self._preference(row.fields, tools)
+                value = number(row.fields, "margin")
             elif self.kind == "unpaired":
                 texts, templated, value = self._unpaired(row.fields, tools)
             else:
                 texts, templated = self._sft(row.fields, tools)
             for item in texts:
                 _check_unicode(item.text)
-            value = number(row.fields, "margin") if self.kind == "preference" else math.nan
         except Refused as refused:
             return BadRow(row.source, row.line, refused.reason, refused.message)
         if self.options.train_on == "everything":
@@ -150,14 +141,14 @@ class Renderer:
 
     def _preference(self, fields: dict[str, Any], tools: Any) -> tuple[list[Text], bool]:
         prompt = self._field(self.options.prompt, fields, "prompt")
-        chosen, rejected = _known(fields.get("chosen")), _known(fields.get("rejected"))
+        chosen, rejected = known(fields.get("chosen")), known(fields.get("rejected"))
         if chosen is None or rejected is None or (prompt is None and isinstance(chosen, str)):
-            raise _wrong_fields("preference", fields)
+            raise wrong_fields("preference", fields)
         if chosen == "":
             raise Refused("empty", "chosen is empty")
         if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
             return [self._plain(prompt, chosen), self._plain(prompt, rejected)], False
-        head, tails = _conversation(prompt, [chosen, rejected])
+        head, tails = conversation(prompt, [chosen, rejected])
         return self._templated(self._with_system(head), tails, tools), True
 
     def _unpaired(self, fields: dict[str, Any], tools: Any) -> tuple[list[Text], bool, float]:
@@ -168,17 +159,17 @@ class Renderer:
                 raise Refused("same_pair", "chosen and rejected are the same")
             return texts, templated, math.nan
         prompt = self._field(self.options.prompt, fields, "prompt")
-        completion = _known(fields.get("completion"))
+        completion = known(fields.get("completion"))
         if prompt is None or completion is None:
-            raise _wrong_fields("unpaired", fields)
-        label = _label(fields)
+            raise wrong_fields("unpaired", fields)
+        label = label_of(fields)
         if isinstance(prompt, str) and isinstance(completion, str):
             return [self._plain(prompt, completion)], False, label
-        head, tails = _conversation(prompt, [completion])
+        head, tails = conversation(prompt, [completion])
         return self._templated(self._with_system(head), tails, tools), True, label
 
     def _sft(self, fields: dict[str, Any], tools: Any) -> tuple[list[Text], bool]:
-        if (messages := _known(fields.get("messages"))) is not None:
+        if (messages := known(fields.get("messages"))) is not None:
             if isinstance(messages, str):
                 raise Refused("wrong_fields", "messages is a string, not a list of messages")
             return [self._dialogue(self._with_system(messages), tools)], True
@@ -189,16 +180,16 @@ class Renderer:
                 continue
             if isinstance(prompt, str) and isinstance(completion, str):
                 return [self._plain(prompt, completion)], False
-            head, [tail] = _conversation(prompt, [completion])
+            head, [tail] = conversation(prompt, [completion])
             return [self._answer(self._with_system(head), tail, tools)], True
-        raise _wrong_fields("sft", fields)
+        raise wrong_fields("sft", fields)
 
     def _field(
         self, template: templates.Template | None, fields: dict[str, Any], name: str
     ) -> str | list[Message] | None:
         """What the template makes of the row, else the field of that name."""
         if template is None:
-            return _known(fields.get(name))
+            return known(fields.get(name))
         try:
             return template.fill(fields)
         except templates.Unfilled as unfilled:
@@ -245,7 +236,7 @@ class Renderer:
         if not turns:
             raise Refused("no_trained_token", "no message of the assistant follows another one")
         turns = turns[-1:] if self.options.train_on == "last" else turns
-        turns = [i for i in turns if _weight(messages[i])]
+        turns = [i for i in turns if weight(messages[i])]
         if not turns:
             raise Refused("no_trained_token", 'all that would be trained has "weight": 0')
         if self.signed is not None:
@@ -348,95 +339,3 @@ def _unstable(count: int) -> Refused:
         f"the chat template renders the first {count} message{'s' * (count > 1)} differently once others "
         "follow, so the completion cannot be told from the prompt",
     )
-
-
-def _weight(message: Message) -> bool:
-    """OpenAI's field: whether a turn of the assistant is trained."""
-    weight = message.get("weight", 1)
-    if weight not in (0, 1):
-        raise Refused("wrong_fields", f"the weight of a message is 0 or 1, not {_short(weight)}")
-    return bool(weight)
-
-
-def _known(value: Any) -> str | list[Message] | None:
-    """A string, a checked message list, or None where the field is missing."""
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, (list, tuple)) or not value:
-        raise Refused("wrong_fields", f"neither text nor a list of messages: {_short(value)}")
-    messages = []
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise Refused(
-                "wrong_fields", f'a message is not {{"role": ..., "content": ...}}: {_short(message)}'
-            )
-        messages.append({key: item for key, item in message.items() if item is not None})
-    return messages
-
-
-def _label(fields: dict[str, Any]) -> float:
-    """1.0 of a desirable row, 0.0 of an undesirable one. Text is refused: "false" would count as true."""
-    label = fields.get("label")
-    if label is None:
-        raise _wrong_fields("unpaired", fields)
-    if not isinstance(label, (bool, int, float)) or label not in (0, 1):
-        raise Refused("wrong_fields", f"label is {_short(label)}; it must be true or false (or 1 or 0)")
-    return float(label)
-
-
-def _conversation(
-    prompt: str | list[Message] | None, completions: list[str | list[Message]]
-) -> tuple[list[Message], list[list[Message]]]:
-    """Prompt messages and the messages of each completion, in whichever form the row has them.
-
-    Completions may repeat the prompt (as hub sets do) or, without a prompt, share their beginning.
-    """
-    tails = [[{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in completions]
-    head = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if head is None:
-        shared = 0
-        while shared < min(map(len, tails)) and all(tail[shared] == tails[0][shared] for tail in tails):
-            shared += 1
-        # Equal halves share everything; they are told apart later, as what they are.
-        shared = min(shared, min(map(len, tails)) - 1)
-        head = tails[0][:shared]
-    if all(tail[: len(head)] == head for tail in tails):
-        tails = [tail[len(head) :] for tail in tails]
-    if not head:
-        raise Refused("wrong_fields", "there is no prompt, and the completions share no first message")
-    for tail in tails:
-        if not tail or tail[0]["role"] != "assistant":
-            raise Refused("wrong_fields", "the completion does not begin with a message of the assistant")
-    return head, tails
-
-
-def _tools(fields: dict[str, Any]) -> Any:
-    """The tools field, which data sets often keep as JSON in a string."""
-    tools = fields.get("tools")
-    if not isinstance(tools, str):
-        return tools or None
-    try:
-        return json.loads(tools) or None if tools.strip() else None
-    except json.JSONDecodeError as error:
-        raise Refused("wrong_fields", f"tools is not JSON: {error.msg}") from None
-
-
-def number(fields: dict[str, Any], name: str) -> float:
-    """A field as a number that fp32 holds; NaN where the row has none. Raises Refused."""
-    value = fields.get(name)
-    if value is None:
-        return math.nan
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not abs(value) <= MAX_FP32:
-        raise Refused("wrong_fields", f"{name} is {_short(value)}, not a finite number")
-    return float(value)
-
-
-def _wrong_fields(kind: str, fields: dict[str, Any]) -> Refused:
-    found = ", ".join(key if value is not None else f"{key} (null)" for key, value in fields.items())
-    return Refused("wrong_fields", f"it has the fields {found or '(none)'}; needed: {NEEDED[kind]}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

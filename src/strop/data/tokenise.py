@@ -19,8 +19,9 @@ import numpy as np
 
 from strop.config import ModelConfig
 from strop.data import cut
+from strop.data.fields import Refused
 from strop.data.ledger import BadRow
-from strop.data.render import Refused, Rendered, Text, chat_template
+from strop.data.render import Rendered, Text, chat_template
 from strop.data.store import TokenisedRow
 from strop.errors import UserError, first_line
 

@@ -23,8 +23,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from strop.config import DataConfig
 from strop.data import sources
+from strop.data.fields import Refused, number
 from strop.data.ledger import BadRow, Ledger, place
-from strop.data.render import Refused, Rendered, Renderer, number
+from strop.data.render import Rendered, Renderer
 from strop.data.sources import Row
 from strop.data.store import TokenisedRow
 from strop.data.tokenise import Tokeniser

@@ -82,12 +82,7 @@ def export_checkpoint(
     if out.exists() and not replace:
         raise UserError(f"--out {out} exists; add --force to replace it, or name another directory")
     say(f"verifying {directory}")
-    try:
-        checkpoint.verify(directory)
-    except checkpoint.Damaged as error:
-        raise StorageError(errno.EIO, f"{error}; nothing exported (another --step may be intact)") from error
-    entries = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
-    stored = {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+    stored = _stored(directory)
     scores = PREFIX + reward.HEAD in stored
     auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     config, model = _base_model(base, auto, scores)
@@ -113,14 +108,7 @@ def export_checkpoint(
         read = _reader(directory, keys, sizes)
     shards = _plan(sizes, target, max_shard_bytes)
     with new_directory(out, replace=replace) as aside:
-        for number, shard in enumerate(shards, 1):
-            say(f"shard {number}/{len(shards)}: {shard.file} ({shard.num_bytes / 1e9:.2f} GB)")
-            tensors = read(shard.dtypes)
-            _check_finite(tensors)
-            save_file(tensors, aside / shard.file, metadata={"format": "pt"})
-            del tensors
-        if len(shards) > 1:
-            (aside / "model.safetensors.index.json").write_text(_index(shards))
+        _write_shards(shards, read, aside, say)
         config.dtype = target
         config.architectures = [type(model).__name__]
         config.save_pretrained(aside)
@@ -129,6 +117,27 @@ def export_checkpoint(
         _write_companions(base, tokenizer, aside)
         say("loading the result and comparing every tensor with the checkpoint")
         _verify(aside, read, shards, base, auto)
+
+
+def _stored(directory: Path) -> dict[str, TensorStorageMetadata]:
+    """The tensors of a checkpoint, which is verified before its metadata, a pickle, is read."""
+    try:
+        checkpoint.verify(directory)
+    except checkpoint.Damaged as error:
+        raise StorageError(errno.EIO, f"{error}; nothing exported (another --step may be intact)") from error
+    entries = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    return {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def _write_shards(shards: list[Shard], read: Reader, aside: Path, say: Callable[[str], None]) -> None:
+    for number, shard in enumerate(shards, 1):
+        say(f"shard {number}/{len(shards)}: {shard.file} ({shard.num_bytes / 1e9:.2f} GB)")
+        tensors = read(shard.dtypes)
+        _check_finite(tensors)
+        save_file(tensors, aside / shard.file, metadata={"format": "pt"})
+        del tensors
+    if len(shards) > 1:
+        (aside / "model.safetensors.index.json").write_text(_index(shards))
 
 
 def _base_model(base: ModelConfig, auto: Any, scores: bool) -> tuple[Any, PreTrainedModel]:
