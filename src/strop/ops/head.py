@@ -298,7 +298,9 @@ class _Products:
         self.by_weight = weight.new_empty(weight.shape) if by_weight else None
         if self.own and by_hidden:
             self.scratch = hidden.new_empty((columns + padded) * (chunk_words(hidden, len(weight)) + 1))
-        if self.own and by_weight:
+        if self.own and self.by_weight is not None:
+            # A fault for each 4 KiB of fresh memory would cost a tenth of the product that fills it.
+            call("strop_huge_pages", hidden, self.by_weight, self.by_weight.nbytes)
             self.turned = hidden.new_empty(padded * (-size // TILE * -TILE))
             call("strop_head_turn", hidden, hidden, num_tokens, size, hidden.stride(0), self.turned)
 
@@ -314,9 +316,7 @@ class _Products:
                     num_words, self.scratch, self.sum,
                 )  # fmt: skip
             if block is not None:
-                call(
-                    "strop_head_d_weight", d_words, d_words, self.turned, num_tokens, size, num_words, block
-                )
+                call("strop_head_d_weight", d_words, d_words, self.turned, num_tokens, size, num_words, block)
             return
         if self.sum is not None:
             self.sum += torch.mm(d_words.t(), weight)

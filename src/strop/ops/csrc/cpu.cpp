@@ -11,6 +11,9 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define STROP_FUSED 1
@@ -302,6 +305,17 @@ int strop_dpo_loss(const float* ratio, int64_t num_pairs, int kind, float beta, 
         d_ratio[2 * p] = (float)l.by_chosen;
         d_ratio[2 * p + 1] = (float)l.by_rejected;
     }
+    return STROP_OK;
+}
+
+int strop_huge_pages(void* memory, int64_t bytes) {
+    if (bytes < 0) return STROP_ESHAPE;
+    if (memory == nullptr && bytes > 0) return STROP_ENULL;
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = 4096, begin = ((uintptr_t)memory + page - 1) / page * page;
+    const uintptr_t end = ((uintptr_t)memory + (uintptr_t)bytes) / page * page;
+    if (end > begin) (void)madvise((void*)begin, end - begin, MADV_HUGEPAGE);  // a kernel without them refuses
+#endif
     return STROP_OK;
 }
 

@@ -15,6 +15,10 @@ extern "C" {
 #define STROP_PANEL 12
 #define STROP_SEGMENT 3072
 
+// Ask for huge pages behind memory that is about to be written first: a fault for 2 MiB in place of 512. Advice
+// only; what is not wholly inside is left as it is.
+int strop_huge_pages(void* memory, int64_t bytes);
+
 // Whether this CPU runs these kernels for dtype. H must be even for bf16.
 int strop_head_supported(int dtype);
 
