@@ -71,7 +71,8 @@ def kept_shape(hidden: Tensor, weight: Tensor, keep: int) -> tuple[list[int], li
 def chunk_words(hidden: Tensor, vocab: int) -> int:
     """Words of a chunk, a multiple of a panel."""
     device = hidden.device.type
-    fit = CHUNK_BYTES[device] // (max(len(hidden), 1) * hidden.element_size())
+    element = 4 if _is_wide(hidden) else hidden.element_size()
+    fit = CHUNK_BYTES[device] // (max(len(hidden), 1) * element)
     if device == "cpu":
         fit = min(fit, CPU_WORDS)
     return max(PANEL, min(fit, vocab + PANEL) // PANEL * PANEL)
@@ -198,10 +199,30 @@ def _rows_of(weight: Tensor, target: Tensor) -> Tensor:
     return weight[target.clamp(0, len(weight) - 1)].float()
 
 
+def _is_wide(hidden: Tensor) -> bool:
+    """Whether torch gives the sums of a 16-bit matmul unrounded. On the CPU it does not."""
+    return hidden.device.type == "cuda" and hidden.dtype != torch.float32
+
+
+def _multiply(hidden: Tensor, words: Tensor) -> Tensor:
+    """Logits [N, words] of a chunk, fp32 where they can be: rounded to bf16 they cost 5e-3 nats a token."""
+    if _is_wide(hidden):
+        return torch.mm(hidden, words.t(), out_dtype=torch.float32)
+    return torch.mm(hidden, words.t())
+
+
 def _walk_chunked(
     hidden: Tensor, weight: Tensor, target: Tensor, rows: _Rows, logits: Optional[Tensor]
 ) -> None:
+    """`logits` keeps them in hidden's type: wide ones are rounded for the gradient alone."""
     vocab, num_tokens = len(weight), len(hidden)
+    if _is_wide(hidden):
+        for start, end in chunks(hidden, vocab):
+            x = _multiply(hidden, weight[start:end])
+            _walk_logits(x, target, start, vocab, None, rows)
+            if logits is not None:
+                logits[:, start:end] = x
+        return
     exact = _exact(hidden, weight, target)
     whole = [(0, vocab)] if logits is not None else chunks(hidden, vocab)
     buffer = hidden.new_empty(num_tokens * whole[0][1]) if logits is None else logits
@@ -234,15 +255,16 @@ def _grad_logits(
 
 def _frozen_chunked(hidden: Tensor, weight: Tensor, target: Tensor, rows: _Rows) -> Tensor:
     """As `_frozen_fused`; a target that no chunk holds makes the kernel give the probabilities alone."""
-    vocab, exact = len(weight), _exact(hidden, weight, target)
+    vocab, exact = len(weight), None if _is_wide(hidden) else _exact(hidden, weight, target)
     minus, nowhere = torch.full_like(rows.top, -1.0), torch.full_like(target, vocab)
     mean = torch.zeros_like(hidden, dtype=torch.float32)
     for start, end in chunks(hidden, vocab):
-        x = torch.mm(hidden, weight[start:end].t())
+        x = _multiply(hidden, weight[start:end])
         before = rows.top.clone()
         _walk_logits(x, target, start, vocab, exact, rows)
         _grad_logits(x, x, nowhere, start, vocab + 1, None, rows, rows.top, minus)
-        mean.mul_(torch.exp(before - rows.top)[:, None]).add_(torch.mm(x, weight[start:end]))
+        part = torch.mm(x.to(hidden.dtype), weight[start:end])
+        mean.mul_(torch.exp(before - rows.top)[:, None]).add_(part)
     slope = torch.full_like(rows.top, rows.scale)
     if rows.softcap:
         slope *= 1 - (rows.at_target / (rows.softcap * rows.scale)) ** 2
@@ -373,11 +395,11 @@ class _Chunked:
         self.exact = _exact(hidden, weight, target)
 
     def of(self, start, end, lse, grad, kept, tops, d_bias):
-        x = torch.mm(self.hidden, self.weight[start:end].t()) if kept is None else kept[:, start:end]
+        x = _multiply(self.hidden, self.weight[start:end]) if kept is None else kept[:, start:end]
         out = x if kept is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        vocab = len(self.weight)
-        _grad_logits(x, out, self.target, start, vocab, self.exact, self.rows, lse, grad, d_bias)
-        return out.t()
+        exact = self.exact if x.dtype == self.hidden.dtype else None
+        _grad_logits(x, out, self.target, start, len(self.weight), exact, self.rows, lse, grad, d_bias)
+        return out.to(self.hidden.dtype).t()
 
 
 def logprob_forward(logits: Tensor, target: Tensor) -> Walked:
