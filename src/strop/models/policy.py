@@ -113,8 +113,8 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def probe(self, device: torch.device, dtype: torch.dtype, wanted: str) -> None:
-        """Choose the head by comparing it with the model's own logits, each sequence alone, then the layout by
-        comparing it with each sequence alone: what one differs by must not count against the other.
+        """Choose the head by comparing it with the model's own logits, each sequence alone, then the layout
+        by comparing it with each sequence alone: what one differs by must not count against the other.
         Collective: all ranks run the same forwards.
 
         Raises UserError if the model cannot be made to agree with itself, Diverged if it gives no numbers.
