@@ -4,7 +4,8 @@
 #   begin     python3 -m strop.slurm begin: which run, is it free, the attempt's record
 #   run_ranks srun (or the local launcher) starts one rank a GPU, maybe in a container
 #   wait      a signal becomes a stop request; the ranks commit, record the outcome and exit 0
-#   collect   where ranks log to their node's own disk: what those that were killed could not copy
+#   collect   where ranks log to their node's own disk: what those that were killed could not copy (and, before
+#             the ranks start, what an attempt left there whose batch shell was killed, too)
 #   end       python3 -m strop.slurm end: decides, requeues, sums up, gives the exit code
 #
 # What a site or a user may set (see configs/sites/example.env):
@@ -143,7 +144,7 @@ collect_logs() {
         step=(srun --overlap --export=ALL "--nodes=$STROP_NUM_NODES" --ntasks-per-node=1
             "--ntasks=$STROP_NUM_NODES" --cpus-per-task=1)
     fi
-    timeout -k 5 $((limit > 5 ? limit : 5)) ${step[@]+"${step[@]}"} "$host_python" -m strop.slurm collect 2>&1 |
+    timeout -k 5 $((limit > 5 ? limit : 5)) ${step[@]+"${step[@]}"} "$host_python" -m strop.slurm collect "$@" 2>&1 |
         sed -u 's/^/strop: logs: /' >&2
 }
 
@@ -153,6 +154,11 @@ attempt() {
     ranks_pid=''
     assignments=$("$host_python" -m strop.slurm begin "$@") || exit $?
     eval "$assignments"
+    if [[ -n $STROP_LEFT_LOGS ]]; then
+        collect_logs earlier &
+        wait_for $!
+        if ((status != 0)); then say "logs of earlier attempts were left on the nodes, in $STROP_LOG_DIR"; fi
+    fi
     run_ranks "$@" &
     ranks_pid=$!
     request_stop # a signal that came during `begin`, or before there was a process to tell
@@ -189,7 +195,7 @@ main() {
     if [[ ${STROP_LAUNCHER:-} == local && $exit_code == 75 ]]; then
         local name=" run.name=${STROP_RUN_DIR##*/}"
         if [[ $* == *run.name=* ]]; then name=''; fi
-        say "to go on: STROP_LAUNCHER=local STROP_LOCAL_RANKS=${STROP_TASKS_PER_NODE:-1} bash sbatch/lib.sh $*$name"
+        say "to go on: STROP_LAUNCHER=local STROP_LOCAL_RANKS=${STROP_TASKS_PER_NODE:-1} bash sbatch/lib.sh $("$host_python" -m strop.slurm show "$@")$name"
     fi
     exit "$exit_code"
 }

@@ -22,62 +22,12 @@
 
 set -euo pipefail
 
-say() { printf 'strop: %s\n' "$*" >&2; }
-
-# shellcheck disable=SC2317 # reached through trap
-on_signal() {
-    signals+="$1 "
-    kill -TERM "$worker_pid" 2>/dev/null || true
-}
-
-# The repository: below the directory of submission, or where the script that was submitted lies.
-find_root() {
-    root=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}
-    if [[ ! -f $root/tools/prepare.py ]]; then
-        local script
-        script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p' | head -n 1)
-        root=$(cd "$(dirname "$script")/.." && pwd)
-    fi
-}
-
-# PYTHON, CONTAINER and MOUNTS as in lib.sh.
-set_command() {
-    local python=${PYTHON:-python3}
-    if [[ -z ${PYTHON:-} && -z ${CONTAINER:-} && -x $root/.venv/bin/python ]]; then python=$root/.venv/bin/python; fi
-    command=("$python" -m tools.prepare "$@")
-    if [[ -z ${CONTAINER:-} ]]; then return; fi
-    local mounts="$root:$root,$PWD:$PWD${MOUNTS:+,$MOUNTS}"
-    if [[ $(srun --help 2>/dev/null) == *--container-image* ]]; then
-        command=(srun --ntasks=1 "--cpus-per-task=${SLURM_CPUS_ON_NODE:-1}" "--container-image=$CONTAINER"
-            "--container-mounts=$mounts" "--container-workdir=$PWD" "${command[@]}")
-    else
-        command=(apptainer exec --bind "$mounts" --pwd "$PWD" "$CONTAINER" "${command[@]}")
-    fi
-}
-
-main() {
-    find_root
-    set_command "$@"
-    export PYTHONPATH=$root/src:$root${PYTHONPATH:+:$PYTHONPATH}
-    signals='' worker_pid=''
-    trap 'on_signal USR1' USR1
-    trap 'on_signal TERM' TERM
-    local exit_code=0
-    "${command[@]}" &
-    worker_pid=$!
-    while kill -0 "$worker_pid" 2>/dev/null; do # a trap ends a wait: see wait_for in lib.sh
-        exit_code=0
-        wait "$worker_pid" || exit_code=$?
-    done
-    local last=0
-    wait "$worker_pid" 2>/dev/null || last=$?
-    if ((last != 127)); then exit_code=$last; fi
-    # Preemption sends TERM to the steps (a container's srun), and not to this shell; scancel to both.
-    if [[ $exit_code != 0 && ($signals == "USR1 " || ($exit_code == 143 && -z $signals)) ]]; then
-        say "stopped before the end; what is finished is kept: back into the queue"
-        scontrol requeue "$SLURM_JOB_ID" || exit 75
-    fi
-    exit "$exit_code"
-}
-
-main "$@"
+# The body lies in the repository: below the directory of submission, or beside the script that was submitted
+# ($0 is a copy in Slurm's spool directory).
+body=${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}/sbatch/tool.sh
+if [[ ! -f $body ]]; then
+    script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p' | head -n 1)
+    body=$(dirname "$script")/tool.sh
+fi
+# exec: the signal goes to the batch shell alone, so the body must be it.
+exec bash "$body" tools.prepare "$@"

@@ -75,7 +75,7 @@ def slurm_cluster() -> Iterator[LocalCluster]:
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """model/, preference/ and sft/ of tests/toy.py."""
+    """model/ and the data of tests/toy.py."""
     from tests import toy
 
     return toy.make(tmp_path_factory.mktemp("toy"))

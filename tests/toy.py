@@ -50,7 +50,7 @@ NUM_TRAIN, NUM_VALIDATION = 21, 7
 
 
 def make(directory: Path) -> Path:
-    """model/, preference/, sft/ and text/ under `directory`."""
+    """model/, preference/, sft/, unpaired/ and text/ under `directory`."""
     tokenizer = tiny_tokenizer()
     model = llama(len(tokenizer))
     model.save_pretrained(directory / "model")
@@ -59,6 +59,7 @@ def make(directory: Path) -> Path:
         write_jsonl(directory / "preference" / f"{name}.jsonl", preference_rows(count, name))
         rows = [{"prompt": r["prompt"], "completion": r["chosen"]} for r in preference_rows(count, name)]
         write_jsonl(directory / "sft" / f"{name}.jsonl", rows)
+        write_jsonl(directory / "unpaired" / f"{name}.jsonl", labelled_rows(count, name))
         write_jsonl(directory / "text" / f"{name}.jsonl", texts(count, name))
     return directory
 
@@ -94,6 +95,15 @@ def preference_rows(count: int, seed: str) -> list[dict[str, str]]:
     ]
 
 
+def labelled_rows(count: int, seed: str) -> list[dict[str, Any]]:
+    """Two of three are desirable."""
+    rows = preference_rows(count, seed)
+    return [
+        {"prompt": row["prompt"], "completion": row["chosen" if i % 3 else "rejected"], "label": i % 3 > 0}
+        for i, row in enumerate(rows)
+    ]
+
+
 def texts(count: int, seed: str) -> list[dict[str, str]]:
     """Documents of one word to several blocks of 32 tokens."""
     draw = random.Random(seed)
@@ -101,7 +111,7 @@ def texts(count: int, seed: str) -> list[dict[str, str]]:
     return [{"text": " ".join([str(i), *draw.choices(WORDS, k=n)])} for i, n in enumerate(lengths)]
 
 
-FOLDERS = {"dpo": "preference", "sft": "sft", "cpt": "text"}
+FOLDERS = {"dpo": "preference", "rm": "preference", "sft": "sft", "kto": "unpaired", "cpt": "text"}
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:
@@ -130,7 +140,7 @@ def config(toy: Path, algo: str, target: Path, **sections: Any) -> Path:
 
 
 def stores(run_dir: Path) -> dict[str, TokenStore]:
-    """The token stores of a run of SFT or DPO: train, validation."""
+    """The token stores of a run of SFT, DPO or KTO: train, validation."""
     paths = json.loads((run_dir / "logs" / "0001" / "data.json").read_text())
     return {name: TokenStore.open(path) for name, path in paths.items()}
 

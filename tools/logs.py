@@ -4,7 +4,10 @@
     python -m tools.logs runs/NAME --follow   what comes from now on, over requeues, until the run ends
     python -m tools.logs runs/NAME --why      why it failed last (or attempt N of --attempt N): which rank
                                               failed first, who only followed, and what was decided
-    python -m tools.logs runs/NAME --html report.html    the whole run as one page, to hand around
+    python -m tools.logs runs/NAME --html report.html    the whole run as one page, to hand around (or the
+                                              ranks and the end of attempt N)
+    python -m tools.logs runs/NAME --collect  fetch what killed jobs have left on their nodes' own disks
+                                              (STROP_LOG_DIR), by srun on those nodes
 
 Which lines:
     --rank 37   --rank 0-7,12   --node gpu[01-04]   --attempt 2|last|all   --level warning
@@ -41,6 +44,7 @@ import collections
 import datetime
 import os
 import re
+import socket
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -49,11 +53,12 @@ from typing import Optional, Union
 
 from strop import files
 from strop.errors import UserError
-from strop.obs import html, log_files, log_follow, log_line, log_text, why
+from strop.obs import html, log_files, log_follow, log_line, log_text, run_files, why
 from strop.obs.log_files import Logs
 from strop.obs.log_text import FOREVER_US, Selection, View
 from strop.obs.merge import Merge
-from strop.slurm import hostlist
+from strop.slurm import attempts as records
+from strop.slurm import code, collect, command, env, hostlist
 from tools import status
 from tools.command_line import command_parser, run
 
@@ -61,6 +66,9 @@ LEVELS = {name.lower(): 10 * number for number, name in enumerate(log_line.LEVEL
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 FOLLOW_TAIL = 20
 """Lines from before, where --tail does not say."""
+FETCH_S = 60.0
+WAIT = "--immediate=20"
+"""Nodes that are taken are said to be, rather than waited for."""
 SLOW_BYTES = 256 << 20
 """From here on it is said that the merge runs in Python."""
 
@@ -72,6 +80,7 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add("--dir", type=Path, default=Path("runs"), help="where all runs are")
     add("--why", action="store_true", help="why it failed")
     add("--html", type=Path, metavar="FILE", help="the run as one page")
+    add("--collect", action="store_true", help="fetch what was left on the nodes' disks")
     add("-f", "--follow", action="store_true", help="go on until the run ends")
     add("--rank", metavar="RANKS", help="such as 37 or 0-7,12")
     add("--node", metavar="NODES", help="as Slurm writes them: gpu[01-04]")
@@ -190,17 +199,51 @@ def in_colour(options: argparse.Namespace) -> bool:
 
 def explain(options: argparse.Namespace, run_dir: Path) -> None:
     """--why and --html."""
+    attempt = attempt_of(options)
+    if attempt == "last":
+        attempt = max((record["attempt"] for record in records.read_all(run_dir)), default="all")
+    number = attempt if isinstance(attempt, int) else None
     if options.why:
-        attempt = attempt_of(options)
-        found = why.explain(run_dir, attempt if isinstance(attempt, int) else None)
+        found = why.explain(run_dir, number)
         sys.stdout.write(why.text(found, in_colour(options)))
     if options.html is not None:
-        page = html.report(run_dir)
+        page = html.report(run_dir, number)
         try:
             files.write_atomic(options.html, page)
         except OSError as error:
             raise UserError(f"--html {options.html}: {error.strerror or error}") from error
         print(log_text.printable(str(options.html)))
+
+
+def fetch(run_dir: Path) -> None:
+    """--collect: `python3 -m strop.slurm collect earlier` on each node that has not been collected from."""
+    all_records = records.read_all(run_dir)
+    runs = status.assess(run_files.read(run_dir, quick=True)).state in status.RUNNING
+    left: dict[str, set[str]] = {}
+    for record in all_records[: -1 if runs else None]:
+        for node in collect.uncollected(run_dir, record):
+            left.setdefault(record["log_dir"], set()).add(node)
+    number = len(all_records) if runs else len(all_records) + 1
+    for log_dir, nodes in left.items():
+        told = {"STROP_RUN_DIR": run_dir.resolve(), "STROP_ATTEMPT": number, "STROP_LOG_DIR": log_dir}
+        words = ["env", f"PYTHONPATH={code.REPOSITORY / 'src'}", *(f"{k}={v}" for k, v in told.items())]
+        words += [env.host_python(), "-m", "strop.slurm", "collect", "earlier"]
+        if nodes != {socket.gethostname()}:
+            step = [
+                f"--nodes={len(nodes)}",
+                f"--ntasks={len(nodes)}",
+                "--ntasks-per-node=1",
+                "--time=5",
+                WAIT,
+            ]
+            words = ["srun", f"--nodelist={','.join(sorted(nodes))}", *step, *words]
+        print(f"logs: collecting from {', '.join(sorted(nodes))}", file=sys.stderr)
+        try:
+            command.slurm(words, deadline_s=FETCH_S)
+        except command.SlurmError as error:
+            raise UserError(f"--collect: {error}") from error
+    if not left:
+        print("logs: nothing is left on any node", file=sys.stderr)
 
 
 def find_logs(options: argparse.Namespace, run_dir: Path) -> Logs:
@@ -273,7 +316,9 @@ def main() -> None:
     options = parse()
     try:
         run_dir = find_run(options.run, options.dir)
-        if options.why or options.html is not None:
+        if options.collect:
+            fetch(run_dir)
+        elif options.why or options.html is not None:
             explain(options, run_dir)
         else:
             show(options, run_dir)

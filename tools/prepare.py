@@ -13,7 +13,7 @@ cpt: text files, directories of them, JSONL, JSON and Parquet with the field pre
 Documents are filtered, equal and nearly equal ones left out (the keys under `prepare`: see
 python -m strop.train cpt --help), data.split="98,1,1" takes a validation set out by a hash of the text.
 What became of every document is printed, and kept as ledger-*.json beside the tokens.
-sft, dpo: exactly the stores that the trainer makes; always in one process.
+sft, dpo, rm: exactly the stores that the trainer makes; always in one process.
 
 --workers defaults to the CPUs of the job or of this machine. Exit code 78: your error; 74: storage.
 """
@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Optional
 
 from strop import config as config_module
+from strop import files
 from strop.errors import UserError
 from strop.slurm import env, naming
 from tools.command_line import command_parser, run
@@ -43,6 +44,7 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument("--algo", choices=config_module.ALGOS, default="cpt")
     parser.add_argument("--config", type=Path, help="default: configs/<algo>.yaml")
     parser.add_argument("--workers", type=int, help="processes; default: the CPUs there are")
+    parser.add_argument("--record", type=Path, help="JSON file to write when all is done: the stores")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     return parser.parse_intermixed_args(argv)
 
@@ -89,13 +91,24 @@ def main() -> None:
         workers,
         Progress(),
     )
+    train = None
+    made: list[str] = []
     for name in maker.names():
         begin = time.monotonic()
         place, ledger = maker.prepare(name)
+        if train is None:
+            train = place
+        else:
+            sets.find_overlap(ledger, place, train)
         print(ledger.table())
         print(describe(sets.open_set(place, config, name), config.data.max_length))
         paths = [place] if isinstance(place, str) else list(dict.fromkeys(path for path, _, _ in place))
+        made += paths
         print(f"store: {', '.join(paths)} ({time.monotonic() - begin:.1f} s)\n", flush=True)
+    if options.record is not None:
+        source = options.config or config_module.default_path(options.algo)
+        told = {"config": str(source.resolve()), "config_sha256": files.sha256(source)}
+        files.write_json(options.record, {**told, "stores": [str(Path(path).resolve()) for path in made]})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python -m tools.status [--dir runs]                 all runs, newest first, one line each
     python -m tools.status runs/NAME [runs/NAME ...]    these in full (a bare NAME is looked up in --dir)
+    python -m tools.status --pipeline NAME              a pipeline's stages as a tree (of all, below the runs)
     python -m tools.status --watch [SECONDS] [runs/NAME ...]    again and again, until all stand still
 
 States: queued, starting, training, validating, saving, stopping (they go on by themselves); finished;
@@ -11,14 +12,17 @@ Of an attempt, `lost` is the time from its last commit to its end, `resume` the 
 `repeated` the steps done again. effective = time in steps that count / time since the first start without
 the queue.
 
-Exit code: 0; 1 if a named run is failed, held, pending or dead; 78 if there is no such run.
+Exit code: 0; 1 if a named run is failed, held, pending or dead, or the named pipeline failed; 78 if there is
+no such run.
 
---json prints {"runs": [...]}; each run has the keys
+--json prints {"runs": [...], "pipelines": [...]}; each run has the keys
     name directory algo state detail step total_steps eta_s tokens_per_s metrics evaluation job_id
     kept_s wall_s queue_s effective_ratio next_action
     checkpoints: committed best damaged unfinished size_bytes
     attempts: attempt job_id nodes began ended state cause action steps committed_step lost_s resume_s
               repeated_steps summary
+each pipeline has name directory state parts, each part of it
+    name stage kind state detail job_id exit_code result step total_steps eta_s tokens_per_s cause next_action
 Times are unix seconds, durations seconds, what is not known null. Keys may be added, none is renamed.
 """
 
@@ -41,6 +45,11 @@ from rich.text import Text
 from strop.errors import UserError
 from strop.obs import run_files, status_text
 from strop.obs.status import BAD, RUNNING, Status, assess
+from strop.pipeline import graph as graph_module
+from strop.pipeline import standing
+from strop.pipeline import text as pipeline_text
+from strop.pipeline.graph import Graph
+from strop.pipeline.standing import Standing
 from tools.command_line import command_parser, run
 
 WATCH_S = 2.0
@@ -76,45 +85,71 @@ def newest_first(root: Path) -> list[Path]:
     return sorted(runs, key=lambda p: (p / "attempts").stat().st_mtime, reverse=True)
 
 
-def look(options: argparse.Namespace) -> list[Status]:
+@dataclasses.dataclass(frozen=True)
+class View:
+    runs: list[Status]
+    pipelines: list[tuple[Graph, dict[str, Standing]]]
+
+    @property
+    def goes_on(self) -> bool:
+        stages = [s for _, standings in self.pipelines for s in standings.values()]
+        return any(r.state in (*RUNNING, "queued") for r in self.runs) or any(s.active for s in stages)
+
+
+def look(options: argparse.Namespace) -> View:
+    if options.pipeline is not None:
+        graphs = [_pipeline(options.dir, options.pipeline)]
+        return View([], [(graph, standing.look(graph)) for graph in graphs])
     if options.runs:
-        return [assess(run_files.read(path)) for path in find(options.runs, options.dir)]
-    return [assess(run_files.read(path, quick=True)) for path in newest_first(options.dir)]
+        return View([assess(run_files.read(path)) for path in find(options.runs, options.dir)], [])
+    runs = [assess(run_files.read(path, quick=True)) for path in newest_first(options.dir)]
+    read = (graph_module.read(path) for path in graph_module.find(options.dir))
+    return View(runs, [(graph, standing.look(graph)) for graph in read if graph is not None])
 
 
-def render(statuses: Sequence[Status], in_full: bool, root: Path) -> RenderableType:
-    if not statuses:
-        return Text(f"no runs in {root}")
-    if not in_full:
-        return status_text.listing(statuses)
-    pages = [status_text.page(s) for s in statuses]
+def _pipeline(root: Path, name: str) -> Graph:
+    graph = graph_module.read(root / f"{name}{graph_module.SUFFIX}")
+    if graph is None:
+        known = [path.name[: -len(graph_module.SUFFIX)] for path in graph_module.find(root)]
+        close = difflib.get_close_matches(name, known, n=3) or known[:3]
+        raise UserError(f"no pipeline {name} in {root}" + (f"; there is {', '.join(close)}" if close else ""))
+    return graph
+
+
+def render(view: View, options: argparse.Namespace) -> RenderableType:
+    trees = [pipeline_text.tree(graph, standings) for graph, standings in view.pipelines]
+    if options.pipeline is not None:
+        return Group(*trees)
+    if not view.runs and not trees:
+        return Text(f"no runs in {options.dir}")
+    if not options.runs:
+        return Group(status_text.listing(view.runs), *(part for tree in trees for part in (Text(""), tree)))
+    pages = [status_text.page(s) for s in view.runs]
     return Group(*(part for page in pages for part in (page, Text(""))))
 
 
-def as_json(statuses: Sequence[Status]) -> str:
-    return json.dumps({"runs": [dataclasses.asdict(s) for s in statuses]})
+def as_json(view: View) -> str:
+    pipelines = [standing.as_dict(graph, standings) for graph, standings in view.pipelines]
+    return json.dumps({"runs": [dataclasses.asdict(s) for s in view.runs], "pipelines": pipelines})
 
 
-def show(options: argparse.Namespace) -> list[Status]:
+def show(options: argparse.Namespace) -> View:
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
-    in_full = bool(options.runs)
-    statuses = look(options)
+    view = look(options)
     if options.watch is None or options.json or not sys.stdout.isatty():
         while True:
-            print(as_json(statuses)) if options.json else _print(
-                console, render(statuses, in_full, options.dir)
-            )
-            if options.watch is None or not _goes_on(statuses):
-                return statuses
+            print(as_json(view)) if options.json else _print(console, render(view, options))
+            if options.watch is None or not view.goes_on:
+                return view
             sys.stdout.flush()
             time.sleep(options.watch)
-            statuses = look(options)
-    with Live(render(statuses, in_full, options.dir), console=console, auto_refresh=False) as live:
-        while _goes_on(statuses):
+            view = look(options)
+    with Live(render(view, options), console=console, auto_refresh=False) as live:
+        while view.goes_on:
             time.sleep(options.watch)
-            statuses = look(options)
-            live.update(render(statuses, in_full, options.dir), refresh=True)
-    return statuses
+            view = look(options)
+            live.update(render(view, options), refresh=True)
+    return view
 
 
 def _print(console: Console, what: RenderableType) -> None:
@@ -124,14 +159,11 @@ def _print(console: Console, what: RenderableType) -> None:
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
-def _goes_on(statuses: Sequence[Status]) -> bool:
-    return any(s.state in (*RUNNING, "queued") for s in statuses)
-
-
 def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     parser.add_argument("runs", nargs="*", metavar="runs/NAME")
     parser.add_argument("--dir", type=Path, default=Path("runs"), help="where all runs are")
+    parser.add_argument("--pipeline", metavar="NAME", help="the stages of this one")
     parser.add_argument("--json", action="store_true", help="for programs; with --watch one line a look")
     parser.add_argument("--watch", nargs="?", type=float, const=WATCH_S, metavar="SECONDS")
     words = list(sys.argv[1:] if argv is None else argv)
@@ -143,8 +175,9 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    statuses = show(options)
-    if options.runs and any(s.state in BAD for s in statuses):
+    view = show(options)
+    failed = any(standing.overall(standings) == "failed" for _, standings in view.pipelines)
+    if (options.runs and any(s.state in BAD for s in view.runs)) or (options.pipeline and failed):
         sys.exit(1)
 
 

@@ -85,7 +85,7 @@ class Scene:
     # ---- processes and job
 
     def rank_pid(self, rank: int) -> int | None:
-        """Process of a rank (its wrapper, before it has become the trainer)."""
+        """Process of a rank: the trainer, not what writes its raw log."""
         return next((pid for pid, r in self.rank_pids().items() if r == rank), None)
 
     def rank_pids(self) -> dict[int, int]:
@@ -93,7 +93,7 @@ class Scene:
         found = {}
         for pid, argv in command_lines():
             module = argv[2] if len(argv) > 2 and argv[1] == "-m" else None
-            if module in ("strop.train", "strop.slurm.launch") and "python" in os.path.basename(argv[0]):
+            if module == "strop.train" and "python" in os.path.basename(argv[0]):
                 pairs = read_or_empty(f"/proc/{pid}/environ").split(b"\0")
                 variables = dict(pair.split(b"=", 1) for pair in pairs if b"=" in pair)
                 if variables.get(b"STROP_RUN_DIR") == os.fsencode(self.run_dir):

@@ -62,8 +62,19 @@ def _preference_loss(value: Any) -> Any:
     return "sigmoid" if value == "dpo" else value
 
 
+def _train_on(value: Any) -> str:
+    if not isinstance(value, bool):
+        raise ValueError("expected true or false")
+    return "everything" if value else "all"
+
+
+def _targets(value: Any) -> Any:
+    """An empty list means all linear layers there."""
+    return value or "all-linear"
+
+
 def _algorithm_section(name: str) -> dict[str, Alias]:
-    """The keys that NeMo RL repeats in its `dpo` and `sft` sections."""
+    """The keys that NeMo RL repeats in its `dpo`, `sft` and `rm` sections."""
     return {
         f"{name}.max_num_steps": Alias("train.max_steps"),
         f"{name}.max_num_epochs": Alias("train.max_epochs"),
@@ -76,6 +87,7 @@ def _algorithm_section(name: str) -> dict[str, Alias]:
 
 
 ABSENT = {
+    "policy.dtensor_cfg.lora_cfg.enabled": "a rank is what turns adapters on: lora.rank",
     "checkpointing.enabled": "checkpoints are always written: checkpoint.every says how often "
     "(null: at the end, and when the job is stopped)",
 }
@@ -90,6 +102,9 @@ ALIASES: dict[str, Alias] = {
     "log_level": Alias("log.level", note=False),
     "lr": Alias("optim.lr", note=False),
     "seed": Alias("train.seed", note=False),
+    # former names
+    "cpt.weights": Alias("data.weights"),
+    "sft.train_on_prompt": Alias("sft.train_on", _train_on, "all, last or everything"),
     # NeMo RL
     "policy.model_name": Alias("model.path"),
     "policy.tokenizer.name": Alias("model.tokenizer"),
@@ -106,12 +121,17 @@ ALIASES: dict[str, Alias] = {
     ),
     "policy.sequence_packing.train_mb_tokens": Alias("train.micro_batch_tokens"),
     "policy.dynamic_batching.train_mb_tokens": Alias("train.micro_batch_tokens"),
+    "policy.dtensor_cfg.lora_cfg.dim": Alias("lora.rank"),
+    "policy.dtensor_cfg.lora_cfg.alpha": Alias("lora.alpha"),
+    "policy.dtensor_cfg.lora_cfg.dropout": Alias("lora.dropout", remark="of an adapter's input"),
+    "policy.dtensor_cfg.lora_cfg.target_modules": Alias("lora.targets", _targets),
     "policy.optimizer.kwargs.lr": Alias("optim.lr"),
     "policy.optimizer.kwargs.weight_decay": Alias("optim.weight_decay"),
     "policy.optimizer.kwargs.betas": Alias("optim.betas"),
     "policy.optimizer.kwargs.eps": Alias("optim.eps"),
     **_algorithm_section("dpo"),
     **_algorithm_section("sft"),
+    **_algorithm_section("rm"),
     "dpo.reference_policy_kl_penalty": Alias("dpo.beta"),
     "dpo.preference_average_log_probs": Alias("dpo.average_log_probs"),
     "dpo.preference_loss": Alias("dpo.loss", _preference_loss),

@@ -5,23 +5,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from strop.config_schema import KINDS, LoraConfig
 from strop.errors import UserError
 from strop.slurm import naming
 
+REFERENCE_FREE = ("simpo", "orpo")
+"""Of dpo.loss; they know no reference model, and take means over tokens."""
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention": ("auto", "packed", "padded"),
-    "data.over_length": ("drop", "error"),
+    "data.over_length": ("drop", "truncate_prompt_left", "truncate_completion", "error"),
     "data.on_bad_row": ("error", "skip"),
     "prepare.documents": ("file", "paragraph", "line"),
     "train.precision": ("auto", "bf16", "fp16", "fp32"),
     "train.activation_checkpointing": ("none", "selective", "full"),
-    "optim.schedule": ("constant", "linear", "cosine"),
+    "optim.schedule": ("constant", "linear", "cosine", "wsd"),
+    "sft.train_on": ("all", "last", "everything"),
     "checkpoint.best_mode": ("auto", "min", "max"),
     "dpo.loss": (
         "sigmoid",
@@ -30,11 +36,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
         "robust",
         "exo_pair",
         "nca_pair",
+        "bco_pair",
         "sppo_hard",
         "apo_zero",
         "apo_down",
         "sigmoid_norm",
+        *REFERENCE_FREE,
     ),
+    "kto.loss": ("kto", "apo_zero_unpaired"),
     "dist.backend": ("auto", "nccl", "gloo"),
     "log.level": ("debug", "info", "warning", "error"),
 }
@@ -48,6 +57,13 @@ METRICS: dict[str, tuple[str, ...]] = {
         *("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected"),
         *("entropy", "mean_token_accuracy"),
     ),
+    "kto": (
+        *("loss", "kl"),
+        *("rewards/chosen", "rewards/rejected", "rewards/margins"),
+        *("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected"),
+        *("entropy", "mean_token_accuracy"),
+    ),
+    "rm": ("loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward"),
 }
 """What an algorithm measures; in metrics.jsonl a validation's names begin with eval_. Known here so that a
 mistyped one is not found at the first validation only."""
@@ -79,15 +95,31 @@ RANGES: dict[str, Range] = {
     "optim.weight_decay": NOT_NEGATIVE,
     "optim.warmup_steps": NOT_NEGATIVE,
     "optim.min_lr_ratio": SHARE,
+    "optim.decay_steps": (
+        lambda v: 0 < v < 1 or (v >= 1 and v == int(v)),
+        "must be a number of steps, or a share of them above 0 and below 1",
+    ),
     "validation.every": POSITIVE,
     "validation.patience": POSITIVE,
     "validation.min_delta": NOT_NEGATIVE,
     "checkpoint.keep_last": (lambda v: v >= 2, "must be at least 2, so that there is one to fall back to"),
-    "cpt.weights": (lambda v: bool(v) and all(0 < w < math.inf for w in v), "must hold numbers above 0 only"),
+    "data.weights": (
+        lambda v: bool(v) and all(0 < w < math.inf for w in v),
+        "must hold numbers above 0 only",
+    ),
+    "sft.neftune_alpha": POSITIVE,
     "dpo.beta": POSITIVE,
     "dpo.label_smoothing": (lambda v: 0 <= v < 0.5, "must lie in [0, 0.5)"),
+    "dpo.simpo_gamma": NOT_NEGATIVE,
     "dpo.sft_loss_weight": NOT_NEGATIVE,
     "dpo.preference_loss_weight": NOT_NEGATIVE,
+    "kto.beta": POSITIVE,
+    "kto.desirable_weight": POSITIVE,
+    "kto.undesirable_weight": POSITIVE,
+    "lora.rank": POSITIVE,
+    "lora.alpha": POSITIVE,
+    "lora.dropout": (lambda v: 0 <= v < 1, "must lie in [0, 1)"),
+    "rm.center_rewards_coefficient": POSITIVE,
     "dist.timeout_s": POSITIVE,
     "dist.rendezvous_timeout_s": POSITIVE,
     "dist.shard_size": POSITIVE,
@@ -113,6 +145,28 @@ def _is_interval(every: Any) -> bool:
     return text == "auto" or bool(re.fullmatch(r"(\d+(\.\d+)?)[smh]", text) and float(text[:-1]) > 0)
 
 
+def _check_dpo(flat: Mapping[str, Any], fail: Callable[..., None]) -> None:
+    """What the losses of DPO need, and what would be of no use to them."""
+    loss = flat["dpo.loss"]
+    if loss in ("robust", "exo_pair") and flat["dpo.label_smoothing"] == 0:
+        fail("dpo.label_smoothing", f"must be greater than 0 for dpo.loss={loss}", "dpo.loss")
+    if loss in REFERENCE_FREE and flat["dpo.reference"] is not None:
+        fail("dpo.reference", f"must be null for dpo.loss={loss}, which knows no reference model")
+    if loss in REFERENCE_FREE and flat["dpo.average_log_probs"]:
+        fail("dpo.average_log_probs", f"must be false for dpo.loss={loss}: it always takes the mean")
+
+
+def _check_user_metrics(flat: Mapping[str, Any], fail: Callable[[str, str], None]) -> bool:
+    """Whether there are any. What they will be called is known at the first validation only."""
+    metrics = flat["validation.metrics"]
+    functions = metrics if isinstance(metrics, list) else [metrics or ""]
+    if not all(isinstance(function, str) for function in functions):
+        fail("validation.metrics", "must be package.module:name or a list of such")
+    if metrics and KINDS[flat["algo"]] == "text":
+        fail("validation.metrics", "needs rows with an answer; a block of text has none")
+    return bool(metrics)
+
+
 def check(flat: Mapping[str, Any], where: Mapping[str, str], path: Path) -> None:
     """UserError for the first key whose value cannot be meant; `where` says where each was set."""
 
@@ -123,8 +177,6 @@ def check(flat: Mapping[str, Any], where: Mapping[str, str], path: Path) -> None
     for key, what in REQUIRED.items():
         if not flat[key]:
             raise UserError(f"{path}: {key} is not set; give {what} there or as {key}=...")
-    if flat["dpo.loss"] == "bco_pair":
-        fail("dpo.loss", "needs a running mean of rewards over all ranks, which no checkpoint holds yet")
     for key, allowed in CHOICES.items():
         if flat[key] not in allowed:
             fail(key, f"must be one of {', '.join(allowed)}")
@@ -132,12 +184,13 @@ def check(flat: Mapping[str, Any], where: Mapping[str, str], path: Path) -> None
         sources = flat[key] if isinstance(flat[key], list) else [flat[key] or ""]
         if not all(isinstance(source, str) for source in sources):
             fail(key, "must be text or a list of texts")
-    weights, entries = flat["cpt.weights"], flat["data.train"]
+    weights, entries = flat["data.weights"], flat["data.train"]
     if weights is not None and len(weights) != (len(entries) if isinstance(entries, list) else 1):
-        fail("cpt.weights", "must have one number for each entry of data.train")
+        fail("data.weights", "must have one number for each entry of data.train")
     for key in [key for key in flat if key.startswith("validation.watch.")]:
         if not isinstance(flat[key], str) or not re.fullmatch(r"[\w-]+", key.split(".", 2)[2]):
             fail(key, "must be a path or hub name under a plain name", "validation.watch")
+    _check_lora(flat, fail)
     every = flat["checkpoint.every"]
     if every is not None and not _is_interval(every):
         fail("checkpoint.every", "must be a number of steps, a time such as 90s, 10m or 1.5h, or auto")
@@ -148,14 +201,39 @@ def check(flat: Mapping[str, Any], where: Mapping[str, str], path: Path) -> None
             fail(key, RANGES[key][1])
     watched = [key.split(".", 2)[2] + "_" for key in flat if key.startswith("validation.watch.")]
     metrics = [f"eval_{own}{name}" for own in ("", *watched) for name in METRICS[flat["algo"]]]
-    if not flat["dpo.sft_loss_weight"] and "eval_sft_loss" in metrics:
+    has_sft_loss = flat["dpo.loss"] == "orpo" if (w := flat["dpo.sft_loss_weight"]) is None else w > 0
+    if not has_sft_loss and "eval_sft_loss" in metrics:
         metrics.remove("eval_sft_loss")
-    if flat["checkpoint.best_metric"] is not None and flat["checkpoint.best_metric"] not in metrics:
+    best = flat["checkpoint.best_metric"]
+    own = _check_user_metrics(flat, fail) and str(best).startswith("eval_")
+    if best is not None and best not in metrics and not own:
         fail("checkpoint.best_metric", f"must be one of {', '.join(metrics)}")
-    if flat["dpo.loss"] in ("robust", "exo_pair") and flat["dpo.label_smoothing"] == 0:
-        fail("dpo.label_smoothing", f"must be greater than 0 for dpo.loss={flat['dpo.loss']}", "dpo.loss")
+    _check_dpo(flat, fail)
     if flat["validation.patience"] is not None and flat["checkpoint.best_metric"] is None:
         fail("validation.patience", "needs checkpoint.best_metric, such as eval_loss")
     name = flat["run.name"]
     if name is not None and not naming.is_plain(name):
         fail("run.name", naming.PLAIN)
+
+
+def _check_lora(flat: Mapping[str, Any], fail: Callable[..., None]) -> None:
+    """Names of layers, and settings of adapters that there would be none of."""
+    for key in ("lora.targets", "lora.modules_to_save"):
+        names = flat[key] if isinstance(flat[key], list) else [flat[key]]
+        if (flat[key] is not None or key == "lora.targets") and not all(
+            n and isinstance(n, str) for n in names
+        ):
+            fail(key, "must be the name of a layer or a list of names")
+    if isinstance(flat["lora.targets"], str):
+        try:
+            re.compile(flat["lora.targets"])
+        except re.error as error:
+            fail("lora.targets", f"is no regular expression ({error})")
+    if flat["lora.targets"] == []:
+        fail("lora.targets", "must name a layer; lora.rank=null trains without adapters")
+    if flat["lora.rank"] is None:
+        for field in dataclasses.fields(LoraConfig):
+            if flat[f"lora.{field.name}"] != field.default:
+                fail(
+                    f"lora.{field.name}", "needs lora.rank: without it no layer gets an adapter", "lora.rank"
+                )

@@ -99,7 +99,8 @@ class Entry:
     value: Any
     """As YAML reads it."""
     text: Optional[str]
-    """The characters of a scalar, for keys that take text: `revision: 1e10` is a commit, not a number."""
+    """The characters of a scalar (on the command line of a mapping too), for keys that take text:
+    `revision: 1e10` is a commit, not a number."""
     where: str
     """"configs/dpo.yaml:12" or "command line"."""
 
@@ -228,28 +229,29 @@ def _flatten(
             yield _entry(loader, key, value_node, f"{file}:{line}")
 
 
-def read_words(words: Sequence[str]) -> list[Entry]:
-    """The settings of the command line: `a.b=value`, value as in YAML."""
-    entries = []
-    for word in words:
+def read_words(words: Sequence[str | Entry]) -> list[Entry]:
+    """The settings of the command line: `a.b=value`, value as in YAML. Read ones come first as they are."""
+    entries = [word for word in words if isinstance(word, Entry)]
+    for word in (word for word in words if isinstance(word, str)):
         key, equals, text = word.partition("=")
         if not equals or not key:
             raise UserError(f"{COMMAND_LINE}: {word!r} is not key=value")
         loader = _Loader(text)
         try:
             node = loader.get_single_node() or yaml.ScalarNode("tag:yaml.org,2002:null", "")
-            entries.append(_entry(loader, key, node, COMMAND_LINE))
+            # `data.prompt_template=Question: {input}` is a mapping, and text for a key that takes text
+            entries.append(_entry(loader, key, node, COMMAND_LINE, text))
         except TooDeep as error:
             raise UserError(f"{COMMAND_LINE}: {key} is {error.problem}") from None
         except yaml.YAMLError:
-            # Not YAML (`model.chat_template={% for ...`): right for a key that takes text, and the type
-            # check reports it for any other.
+            # Not YAML (`model.chat_template={% for ...`): text, which the type check refuses for other keys
             entries.append(Entry(key, text, text, COMMAND_LINE))
     return entries
 
 
-def _entry(loader: _Loader, key: str, node: yaml.Node, where: str) -> Entry:
-    text = node.value if isinstance(node, yaml.ScalarNode) else None
+def _entry(loader: _Loader, key: str, node: yaml.Node, where: str, written: str | None = None) -> Entry:
+    of_mapping = written if isinstance(node, yaml.MappingNode) else None
+    text = node.value if isinstance(node, yaml.ScalarNode) else of_mapping
     return Entry(key, loader.construct_document(node), text, where)
 
 
@@ -278,10 +280,10 @@ def fit(entry: Entry, hint: Any) -> Any:
     inner, optional = _without_none(hint)
     if value is None and (optional or inner is Any):
         return None
-    if text is not None and INTERPOLATION in text:
-        return text  # resolved, and checked once more, after the merge
     if inner is str and text is not None and value is not None:
         return text
+    if text is not None and INTERPOLATION in text and not isinstance(value, dict):
+        return text  # resolved, and checked once more, after the merge
     name, belongs = KINDS[inner]
     if not belongs(value):
         raise UserError(
@@ -302,7 +304,7 @@ def _without_none(hint: Any) -> tuple[Any, bool]:
 def _show(entry: Entry) -> str:
     if entry.value is None:
         return "null"
-    return repr(entry.value) if entry.text is None else repr(entry.text)
+    return repr(entry.value if entry.text is None or isinstance(entry.value, dict) else entry.text)
 
 
 def rename(entry: Entry, notes: list[str]) -> Entry:

@@ -8,9 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-KINDS = {"cpt": "text", "sft": "sft", "dpo": "preference"}
-"""What a row of each algorithm's data is: a block of text, an answer, a pair of answers."""
+KINDS = {"cpt": "text", "sft": "sft", "kto": "unpaired", "dpo": "preference", "rm": "preference"}
+"""What a row of each algorithm's data is: a block of text, an answer, one with a label, a pair of answers."""
 ALGOS = tuple(KINDS)
+SCORING = ("rm",)
+"""Those that train a model with a scalar head in place of the language model's."""
 
 
 @dataclass(frozen=True)
@@ -33,22 +35,44 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     train: Any = None
-    """JSONL, JSON or Parquet file, directory with training.jsonl, hub name, or a list of these. CPT: also
-    text files, directories of any of them, and stores that tools.prepare has made."""
+    """JSONL, JSON or Parquet file, directory with training.jsonl, hub name, short name of a data set that is
+    known (helpsteer3, gsm8k, ...: README.md has all), or a list of these. CPT: also text files, directories
+    of any of them, and stores that tools.prepare has made."""
     validation: Any = None
-    """The same for validation. A directory in `train` that holds validation.jsonl is used if null."""
+    """The same for validation. If null, what belongs to `train` is used: the validation.jsonl of a directory,
+    the held-out split of a set that is known by its name."""
+    adapter: Optional[str] = None
+    """What makes our fields of the rows of files, directories and hub sets: the short name of a data set, for
+    a copy of it; a function or class of your own, as package.module:name; none: nothing. null: nothing, but
+    for hub sets that are known. It applies to `validation` and `validation.watch` too."""
+    adapter_args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments for an adapter of your own: of the class when it is made, or of each call."""
     split: Optional[str] = None
     """"98,1,1": shares of train, validation and test taken out of `train` by a hash of the row."""
     hub_subset: Optional[str] = None
-    """Configuration name of a hub data set."""
-    hub_split: str = "train"
-    """Split of a hub data set for training."""
+    """Configuration name of a hub data set; null: the one that a set known by its name needs, else none."""
+    hub_split: Optional[str] = None
+    """Split of a hub data set for training; null: train, or what a known set calls it."""
     hub_validation_split: Optional[str] = None
-    """Split of a hub data set for validation."""
+    """Split of a hub data set for validation; null: that of a known set, else none."""
+    weights: Optional[list[float]] = None
+    """Share of an epoch's rows (CPT: blocks) that each entry of `train` gets, such as [0.8, 0.2] for a new
+    source and a replay of an old one. An epoch has as many rows as all entries together; an entry with more
+    than its own gives some twice, one with less goes on in the next epoch. null: every row once an epoch."""
+    system_prompt: Optional[str] = None
+    """Put before conversations that have no system message of their own."""
+    prompt_template: Optional[str] = None
+    """The prompt of rows of plain fields: "Question: {input}\\nAnswer: " or a file with that. {name} is the
+    row's field of that name, {{ and }} are braces. null: the field prompt (SFT: or input)."""
+    completion_template: Optional[str] = None
+    """SFT: the completion, likewise. null: the field completion or output."""
     max_length: int = 1024
     """Longest sequence (prompt and completion) in tokens; CPT: tokens of a block."""
     over_length: str = "drop"
-    """What happens to a longer one: drop (counted) or error."""
+    """What happens to a longer one: drop (counted); truncate_prompt_left: the oldest tokens of the prompt go,
+    behind BOS, as many from both halves of a pair, and the row is dropped if the completion is still too
+    long; truncate_completion: its end goes, without an EOS in its place, and the row is dropped if nothing of
+    it is left; error."""
     max_dropped_fraction: float = 0.05
     """The run stops before training if more than this share of the rows is dropped."""
     on_bad_row: str = "error"
@@ -86,7 +110,7 @@ class PrepareConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     global_batch_size: int = 16
-    """Rows (CPT: blocks, SFT: sequences, DPO: pairs) in one optimiser step, over all ranks."""
+    """Rows (CPT: blocks, SFT and KTO: sequences, DPO and RM: pairs) in one optimiser step, over all ranks."""
     micro_batch_tokens: int = 4096
     """Most tokens in one forward of one rank (a longer single row makes a batch of its own).
     Changes memory and speed, never the loss."""
@@ -127,7 +151,10 @@ class OptimConfig:
     weight_decay: float = 0.0
     """On matrices only; norms and biases are not decayed."""
     schedule: str = "linear"
-    """After the warm-up: constant, linear or cosine."""
+    """After the warm-up: constant, linear, cosine, or wsd (constant, and at the end a decay by one minus a
+    square root: `decay_steps`)."""
+    decay_steps: float = 0.1
+    """wsd: the last so many steps decay; a number below 1 is a share of all steps."""
     warmup_steps: int = 0
     """Steps in which the learning rate rises linearly to lr; the first one has lr / warmup_steps."""
     min_lr_ratio: float = 0.0
@@ -148,7 +175,11 @@ class ValidationConfig:
     """How much `checkpoint.best_metric` must gain to count as better, for `patience` and the best one."""
     watch: dict[str, Any] = field(default_factory=dict)
     """Further sets, watched beside for what is forgotten: {name: file, ...}, as data.validation would name
-    them; their metrics are eval_<name>_loss and so on. Not for DPO."""
+    them; their metrics are eval_<name>_loss and so on. Not for DPO and KTO."""
+    metrics: Any = None
+    """A function of your own, as package.module:name, or a list of them: it gets a
+    `strop.user_metrics.ValidationRows` (texts, log-probs, rewards of every row) and returns {name: number},
+    which is written as eval_<name>. Not for cpt."""
 
 
 @dataclass(frozen=True)
@@ -172,19 +203,40 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class DpoConfig:
     beta: float = 0.1
-    """How strongly the policy is held to the reference (`reference_policy_kl_penalty` in NeMo RL)."""
+    """How strongly the policy is held to the reference (`reference_policy_kl_penalty` in NeMo RL). simpo: the
+    scale of its rewards, 2 to 10 in its paper. orpo: the weight of the odds ratio beside the NLL, their λ."""
     loss: str = "sigmoid"
-    """sigmoid, sigmoid_norm (per token), hinge, ipo, robust, exo_pair, nca_pair, sppo_hard, apo_zero or
-    apo_down; formulas in strop/ops/preference.py."""
+    """sigmoid, sigmoid_norm (per token), hinge, ipo, robust, exo_pair, nca_pair, bco_pair, sppo_hard,
+    apo_zero, apo_down, or without a reference model simpo or orpo; formulas in strop/ops/preference.py."""
     label_smoothing: float = 0.0
     """Share of pairs assumed to be labelled the wrong way round: [0, 0.5); robust and exo_pair need one.
-    Used by sigmoid, sigmoid_norm, robust and exo_pair."""
-    sft_loss_weight: float = 0.0
-    """Weight of the negative log-likelihood of the chosen completion, per token."""
+    Used by sigmoid, sigmoid_norm, robust, exo_pair and simpo."""
+    simpo_gamma: float = 0.5
+    """simpo: the margin γ by which the reward of the chosen one shall be larger."""
+    sft_loss_weight: Optional[float] = None
+    """Weight of the negative log-likelihood of the chosen completion, per token; null: 1 for orpo, to which
+    it belongs, 0 for all others."""
     preference_loss_weight: float = 1.0
     """Weight of the preference loss."""
     average_log_probs: bool = False
-    """Mean instead of sum of a completion's token log-probs (ipo and sigmoid_norm: always the mean)."""
+    """Mean instead of sum of a completion's token log-probs (ipo, sigmoid_norm, simpo and orpo:
+    always the mean)."""
+    reference: Optional[str] = None
+    """Reference model; null: the model itself before training."""
+
+
+@dataclass(frozen=True)
+class KtoConfig:
+    beta: float = 0.1
+    """How strongly the policy is held to the reference."""
+    loss: str = "kto"
+    """kto: rewards are compared with the mean log-ratio of answers to other prompts (a second forward without
+    gradient in each step); apo_zero_unpaired: with 0. Formulas in strop/algos/kto.py."""
+    desirable_weight: float = 1.0
+    """Weight of the loss of desirable answers. (desirable_weight x desirable rows) / (undesirable_weight x
+    undesirable rows) should lie between 1 and 4/3."""
+    undesirable_weight: float = 1.0
+    """Weight of the loss of undesirable ones."""
     reference: Optional[str] = None
     """Reference model; null: the model itself before training."""
 
@@ -194,15 +246,45 @@ class CptConfig:
     cross_documents: bool = False
     """Let attention go on from one document of a block into the next; false: each sees itself only, and its
     positions begin at 0."""
-    weights: Optional[list[float]] = None
-    """Share of the blocks that each entry of data.train gets, such as [0.8, 0.2] for a new source and a
-    replay of old ones; null: every block once an epoch."""
 
 
 @dataclass(frozen=True)
 class SftConfig:
-    train_on_prompt: bool = False
-    """Train on all tokens instead of the completion (messages: the assistant's turns) only."""
+    train_on: str = "all"
+    """all: the completion (messages: every turn of the assistant, but those with "weight": 0); last: only the
+    assistant's last turn; everything: the prompt too. Turns are what the chat template marks with
+    {% generation %}, where it does."""
+    neftune_alpha: Optional[float] = None
+    """NEFTune (Jain et al. 2024): uniform noise of up to this over the square root of (tokens x hidden size)
+    on the embeddings of each sequence in training, such as 5; null: none."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Adapters instead of all weights: y = W x + (alpha / rank) B A x, of which only A and B are trained."""
+
+    rank: Optional[int] = None
+    """Rows of A; null: no adapters, all weights are trained. Adapters want a learning rate some ten times
+    that of full training."""
+    alpha: float = 32.0
+    """Scale of the adapters: their part is multiplied by alpha / rank."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead (rank-stabilised LoRA)."""
+    dropout: float = 0.0
+    """Share of an adapter's inputs that is set to 0 in training, the rest scaled up: [0, 1). Drawn for each
+    step, row and token, the same in any batch and on any number of ranks."""
+    targets: Any = "all-linear"
+    """Layers with adapters, as PEFT's target_modules: all-linear (all but the head), a list of names or of
+    their last parts ([q_proj, v_proj]), or a regular expression for whole names."""
+    modules_to_save: Any = None
+    """Modules that are trained whole beside the adapters, by name or its last part, as PEFT's; a reward
+    model's score is among them always."""
+
+
+@dataclass(frozen=True)
+class RmConfig:
+    center_rewards_coefficient: Optional[float] = None
+    """Weight of (r_chosen + r_rejected)², which holds the scores' mean near zero, such as 0.01; null: 0."""
 
 
 @dataclass(frozen=True)
@@ -285,8 +367,11 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
+    kto: KtoConfig = field(default_factory=KtoConfig)
     cpt: CptConfig = field(default_factory=CptConfig)
     sft: SftConfig = field(default_factory=SftConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    rm: RmConfig = field(default_factory=RmConfig)
     dist: DistConfig = field(default_factory=DistConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     log: LogConfig = field(default_factory=LogConfig)

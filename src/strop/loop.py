@@ -1,9 +1,10 @@
 """The one training loop, for every algorithm.
 
-A step: the batches of this rank (made ahead by a thread), their count over all ranks, forward and backward
-with the loss's *sum* divided by that count, one update. Then validation and a checkpoint, if due. Whatever
-one rank alone finds out (a signal, a NaN) is reduced before anybody acts on it, so all ranks leave the loop
-together. Stopping at any moment is ordinary: what is not committed is computed again to the same bits.
+A step: the batches of this rank (made ahead by a thread), their count over all ranks, what rewards are
+compared with where the loss does that (strop.baseline), forward and backward with the loss's *sum* divided by
+that count, one update. Then validation and a checkpoint, if due. Whatever one rank alone finds out (a signal,
+a NaN) is reduced before anybody acts on it, so all ranks leave the loop together. Stopping at any moment is
+ordinary: what is not committed is computed again to the same bits.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from strop import optim, setup, trainer
-from strop.algos import Metrics
+from strop import baseline, optim, setup, trainer, user_metrics
+from strop.algos import LARGEST, SMALLEST, Metrics
 from strop.config import Config
 from strop.data.batch import Batch, Prefetcher, make_batch
 from strop.data.sets import RowSet
+from strop.data.store import TokenStore
 from strop.dist import Dist
 from strop.errors import Diverged, UserError
-from strop.models import flops
+from strop.models import flops, neftune
 from strop.report import Report
 from strop.run import Position, Run
 from strop.slurm import attempts
@@ -40,24 +42,36 @@ SMALLEST_LOSS_SCALE = 2.0**-10
 
 
 class Meter:
-    """(sum, count) pairs over micro batches, reduced over the ranks once."""
+    """(sum, count) pairs and extremes over micro batches, reduced over the ranks once."""
 
     def __init__(self) -> None:
         self._totals: Metrics = {}
+        self._extremes: Metrics = {}
 
     def add(self, metrics: Metrics, weight: float = 1.0) -> None:
         for name, (total, count) in metrics.items():
+            if count is SMALLEST or count is LARGEST:
+                # The smallest is the largest of the negated ones; a batch that does not count has none.
+                own = (
+                    total.detach().double() * float(count) if weight else total.new_tensor(-math.inf).double()
+                )
+                self._extremes[name] = (torch.maximum(own, self._extremes.get(name, (own, count))[0]), count)
+                continue
             # fp64: a validation set has more tokens than fp32 can count
             pair = (total.detach().double() * weight, count.double() * weight)
             old = self._totals.get(name)
             self._totals[name] = pair if old is None else (old[0] + pair[0], old[1] + pair[1])
 
     def reduce(self, dist: Dist) -> dict[str, float]:
-        """Means over all ranks, by name. Every rank must have added the same names."""
+        """Means and extremes over all ranks, by name. Every rank must have added the same names."""
         names = sorted(self._totals)
         values = torch.stack([x for name in names for x in self._totals[name]]).tolist()
         sums = dist.sum(values)
-        return {name: sums[2 * i] / sums[2 * i + 1] for i, name in enumerate(names) if sums[2 * i + 1]}
+        found = {name: sums[2 * i] / sums[2 * i + 1] for i, name in enumerate(names) if sums[2 * i + 1]}
+        if self._extremes:
+            tops = dist.max(torch.stack([top for top, _ in self._extremes.values()]).tolist())
+            found |= {name: float(sign) * top for (name, (_, sign)), top in zip(self._extremes.items(), tops)}
+        return found
 
 
 def train(run: Run, config: Config, position: Position) -> None:
@@ -105,7 +119,7 @@ def _run_steps(t: Trainer) -> str:
         return "YIELD"
     with Prefetcher(_batches(t)) as steps:
         asked = time.monotonic()
-        for batches in steps:
+        for batches, mismatched in steps:
             data_s = time.monotonic() - asked
             if _patience_is_over(t):
                 log.info(
@@ -114,21 +128,33 @@ def _run_steps(t: Trainer) -> str:
                     t.config.checkpoint.best_metric,
                 )
                 break
-            if not _step(t, batches, data_s) or not _after_step(t):
+            if not _step(t, batches, mismatched, data_s) or not _after_step(t):
                 return "YIELD"
             asked = time.monotonic()
     _save(t, last=True)
     return "DONE"
 
 
-def _batches(t: Trainer) -> Iterator[list[Batch]]:
+def _batches(t: Trainer) -> Iterator[tuple[list[Batch], list[Batch]]]:
+    """Of each step what is trained on, and what its baseline is measured on."""
     for step in range(t.state.step, t.max_steps):
         own = trainer.step_bins(t, step)[t.dist.rank]
-        batches = [make_batch(t.train_store, rows, t.train_ref) for rows in own]
-        yield [b.pin() for b in batches] if t.dist.device.type == "cuda" else batches
+        draw = (t.config.train.seed, step) if t.config.lora.dropout else None
+        batches = [_keyed(t, step, make_batch(t.train_store, rows, t.train_ref, draw)) for rows in own]
+        mismatched = list(baseline.batches(t, step))
+        if t.dist.device.type == "cuda":
+            batches, mismatched = [b.pin() for b in batches], [b.pin() for b in mismatched]
+        yield batches, mismatched
 
 
-def _step(t: Trainer, batches: list[Batch], data_s: float) -> bool:
+def _keyed(t: Trainer, step: int, batch: Batch) -> Batch:
+    """The batch with what its random draws hang on, where there are any: never its place among ranks."""
+    if t.policy.neftune_alpha is None or batch.is_dummy:
+        return batch
+    return dataclasses.replace(batch, keys_S=neftune.keys(t.config.train.seed, step, batch.rows))
+
+
+def _step(t: Trainer, batches: list[Batch], mismatched: list[Batch], data_s: float) -> bool:
     """One optimiser step. False if asked to stop before its end; then the state before it is committed."""
     c, state = t.config, t.state
     begin = time.monotonic()
@@ -146,6 +172,9 @@ def _step(t: Trainer, batches: list[Batch], data_s: float) -> bool:
         t.saver.wait()
     if stops:
         return _abandon(t)
+    compared_with = baseline.of_step(t, mismatched)
+    if compared_with is None:
+        return _abandon(t)
     meter = Meter()
     for i, batch in enumerate(batches):
         if i > 0 and trainer.stop_agreed(t):
@@ -153,16 +182,18 @@ def _step(t: Trainer, batches: list[Batch], data_s: float) -> bool:
         whole = i < len(batches) - 1 and not t.reduce_each
         t.policy.set_requires_gradient_sync(not whole)
         t.policy.set_reshard_after_backward(not whole)
-        loss, metrics = _forward(t, batch)
+        loss, metrics = _forward(t, batch, compared_with)
         weight = 0.0 if batch.is_dummy else 1.0
         (loss * (weight * state.loss_scale / count)).backward()
         t.position.beat()
         meter.add(metrics, weight)
     means = meter.reduce(t.dist)
+    means |= t.algo.derived(means)
     lr = optim.learning_rate(c.optim, state.step, t.max_steps)
     norm = _update(t, lr, means["loss"], batches)
     state.step += 1
     state.num_tokens += int(tokens)
+    baseline.remember(t, means, count)
     state.validated = False
     t.position.step = state.step
     line = {
@@ -190,11 +221,16 @@ def _abandon(t: Trainer) -> bool:
     return False
 
 
-def _forward(t: Trainer, batch: Batch) -> tuple[Tensor, Metrics]:
-    """The loss's sum over the batch, and metrics with the loss among them."""
+def _forward(
+    t: Trainer, batch: Batch, compared_with: float, seen: Optional[user_metrics.Seen] = None
+) -> tuple[Tensor, Metrics]:
+    """The loss's sum over the batch, and metrics with the loss among them; `seen` notes it for the user's."""
     count = t.algo.count(batch)
-    batch = batch.to(t.dist.device)
-    loss, metrics = t.algo.loss(t.policy(batch), batch, t.config)
+    batch = dataclasses.replace(batch.to(t.dist.device), baseline=compared_with)
+    out = t.policy(batch)
+    loss, metrics = t.algo.loss(out, batch, t.config)
+    if seen is not None:
+        seen.add(out, batch)
     return loss, {"loss": (loss, loss.new_tensor(float(count))), **metrics}
 
 
@@ -267,36 +303,49 @@ def _after_step(t: Trainer) -> bool:
 def _validate(t: Trainer) -> bool:
     """Exact means over the validation set and those watched beside it, whatever the batches; False if asked
     to stop in the middle."""
-    sets = [("eval_", t.val_store, t.val_ref)] if t.val_store is not None else []
-    sets += [(f"eval_{name}_", store, None) for name, store in t.watched.items()]
+    sets = [("validation", "eval_", t.val_store, t.val_ref)] if t.val_store is not None else []
+    sets += [(name, f"eval_{name}_", store, None) for name, store in t.watched.items()]
     if not sets:
         t.state.validated = True
         return True
     t.position.enter("validation")
+    compared_with = baseline.of_validation(t)
+    if compared_with is None:
+        return False
     means: dict[str, float] = {}
-    for prefix, store, ref in sets:
-        own = _means(t, store, ref)
+    for name, prefix, store, ref in sets:
+        own = _means(t, name, store, ref, compared_with)
         if own is None:
             return False
-        means |= {prefix + name: value for name, value in (own | t.algo.derived(own)).items()}
+        means |= {prefix + metric: value for metric, value in own.items()}
     t.report.validation({"step": t.state.step, **means})
     t.state.validated = True
     _note_best(t, means)
     return True
 
 
-def _means(t: Trainer, store: RowSet, ref: Optional[np.ndarray]) -> Optional[dict[str, float]]:
-    """Loss and metrics over one set; None if asked to stop in the middle."""
+def _means(
+    t: Trainer, name: str, store: RowSet, ref: Optional[np.ndarray], compared_with: float
+) -> Optional[dict[str, float]]:
+    """Loss and metrics over one set, with those of the user; None if asked to stop in the middle."""
     meter = Meter()
+    seen = user_metrics.begin(t.config, t.algo)
     bins = trainer.validation_bins(t, store)[t.dist.rank]
     with Prefetcher(make_batch(store, rows, ref) for rows in bins) as batches:
         for batch in batches:
             if trainer.stop_agreed(t):
                 return None
             with torch.no_grad():
-                _, metrics = _forward(t, batch)
+                _, metrics = _forward(t, batch, compared_with, seen)
             meter.add(metrics, 0.0 if batch.is_dummy else 1.0)
-    return meter.reduce(t.dist)
+    means = meter.reduce(t.dist)
+    means |= t.algo.derived(means)
+    if seen is not None:
+        assert isinstance(store, TokenStore)
+        t.position.enter("metrics")  # the watchdog gives it longer than a micro batch
+        means |= seen.results(name, t.state.step, store, t.dist, means)
+        t.position.enter("validation")
+    return means
 
 
 def _note_best(t: Trainer, means: dict[str, float]) -> None:

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from strop.config import OptimConfig
 from strop.dist import Dist
+from strop.errors import UserError
 
 
 def build(config: OptimConfig, model: nn.Module) -> torch.optim.AdamW:
@@ -27,14 +28,42 @@ def build(config: OptimConfig, model: nn.Module) -> torch.optim.AdamW:
 
 def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
     """Learning rate of optimiser step `step` (from 0): linear warm-up, then the schedule down to
-    lr * min_lr_ratio, which it would reach at step `max_steps`."""
+    lr * min_lr_ratio, which it would reach at step `max_steps`.
+
+    wsd (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395) stays at lr and decays in the last
+    `decay_steps` by 1 - sqrt(share of them done), the best of the forms compared by Hägele et al. 2024
+    (arXiv 2405.18392). Up to there it does not depend on `max_steps`."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
-    done = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
-    left = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    begin = config.warmup_steps
+    if config.schedule == "wsd":
+        begin = max_steps - decay_steps(config, max_steps)
+        if step < begin:
+            return config.lr
+    done = (step - begin) / max(1, max_steps - begin)
+    if config.schedule == "wsd":
+        left = 1 - math.sqrt(done)
+    else:
+        left = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left)
+
+
+def decay_steps(config: OptimConfig, max_steps: int) -> int:
+    """Steps in which wsd decays: `optim.decay_steps`, or that share of all, one at least."""
+    steps = config.decay_steps
+    return int(steps) if steps >= 1 else max(1, round(steps * max_steps))
+
+
+def check_schedule(config: OptimConfig, max_steps: int) -> None:
+    """UserError where the phases of wsd do not fit into the run."""
+    decay = decay_steps(config, max_steps)
+    if config.schedule == "wsd" and config.warmup_steps + decay > max_steps:
+        raise UserError(
+            f"optim.decay_steps: {config.warmup_steps} steps of warm-up and {decay} of decay are more than "
+            f"the run's {max_steps}"
+        )
 
 
 def step(optimizer: torch.optim.AdamW, lr: float, factor: float) -> None:

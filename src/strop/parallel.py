@@ -1,7 +1,8 @@
 """FSDP2: every transformer block, and what is left at the root, sharded over the mesh's last axis.
 
-Weights are fp32 shards; a block's are gathered in the compute type just before its forward and its
-backward. Gradients are summed, not averaged, in fp32: the loss has been divided by the global count already.
+Weights are fp32 shards (frozen ones in the compute type); a block's are gathered in the compute type just
+before its forward and its backward. Gradients are summed, not averaged, in fp32: the loss has been divided by
+the global count already.
 """
 
 from __future__ import annotations
@@ -83,5 +84,7 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def reduce_each_micro_batch(policy: Policy) -> bool:
-    """Whether weights are freed and gradients reduced after every micro batch instead of once a step."""
-    return 4 * sum(p.numel() for p in policy.parameters()) > WHOLE_GRADIENT_BYTES
+    """Whether weights are freed and gradients reduced after every micro batch instead of once a step. Frozen
+    weights have no gradient, but stand there all the same."""
+    whole = sum((4 if p.requires_grad else p.element_size()) * p.numel() for p in policy.parameters())
+    return whole > WHOLE_GRADIENT_BYTES

@@ -134,7 +134,7 @@ def clock_offsets(dist: Dist) -> list[tuple[float, float]]:
 
 def check_disk(run: Run, policy: Policy, dist: Dist) -> None:
     """Weights and two moments in fp32, once while writing beside the ones that are kept."""
-    need = 12 * sum(p.numel() for p in policy.parameters())
+    need = 12 * sum(p.numel() for p in policy.parameters() if p.requires_grad)
     free = dist.broadcast(shutil.disk_usage(run.dir).free)
     if free < need:
         raise UserError(

@@ -153,9 +153,19 @@ def dpo(model: Optional[str] = None, nodes: int = 1, **shorthand: Any) -> Recipe
     return _recipe("dpo", model, nodes, shorthand)
 
 
+def kto(model: Optional[str] = None, nodes: int = 1, **shorthand: Any) -> Recipe:
+    """KTO of `model` on `nodes` nodes; the same arguments."""
+    return _recipe("kto", model, nodes, shorthand)
+
+
 def cpt(model: Optional[str] = None, nodes: int = 1, **shorthand: Any) -> Recipe:
     """Continued pretraining of `model` on `nodes` nodes; the same arguments."""
     return _recipe("cpt", model, nodes, shorthand)
+
+
+def rm(model: Optional[str] = None, nodes: int = 1, **shorthand: Any) -> Recipe:
+    """A reward model from `model` on `nodes` nodes; the same arguments."""
+    return _recipe("rm", model, nodes, shorthand)
 
 
 def sft(model: Optional[str] = None, nodes: int = 1, **shorthand: Any) -> Recipe:

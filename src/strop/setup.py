@@ -13,33 +13,33 @@ import importlib
 import json
 import logging
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Optional
+from typing import Any
 
-import numpy as np
 import torch
 
-from strop import checkpoint, files, ops, optim, parallel, preflight
+from strop import checkpoint, files, ops, optim, parallel, preflight, references, user_metrics
 from strop import config as config_module
 from strop import run as run_module
-from strop.algos import reference
 from strop.config import Config
-from strop.data import plan
-from strop.data.sets import Maker, RowSet, open_set
+from strop.data import labels, plan
+from strop.data.mismatched import Mismatched
+from strop.data.sets import Maker, RowSet, find_overlap, open_set
 from strop.data.store import TokenStore
 from strop.data.tokenise import load_tokenizer, tokenizer_digest
 from strop.dist import Dist
 from strop.dist import start as start_dist
 from strop.errors import UserError
-from strop.models import hf
+from strop.models import hf, lora, reward
 from strop.models.policy import Policy
 from strop.report import Report
 from strop.run import Position, Run
 from strop.saver import Saver
 from strop.slurm import attempts, rendezvous
 from strop.stragglers import Pace
-from strop.trainer import State, Trainer, step_bins, stop_agreed, tensors, validation_bins
+from strop.trainer import State, Trainer, tensors
 
 log = logging.getLogger("strop")
 
@@ -59,6 +59,9 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
     preflight.check_machine(run, config.dist)
     position.enter("data")
     sets = _data(run, config, algo, report, position)
+    if run.env.rank == 0:
+        _tell_imbalance(config, sets["train"])
+    mismatched = _mismatched(config, algo, sets)
     train_store = sets.pop("train")
     position.enter("rendezvous")
     dist = start_dist(config.dist, run.env, run.dir, run.attempt, run.stop)
@@ -66,7 +69,9 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
     position.enter("model")
     config = _settle(run, config, dist)
     with report.phase("building the model"):
-        policy = Policy(hf.build_empty(config.model))
+        policy = _empty_policy(config)
+        if policy.adapters is not None and dist.is_main:
+            log.info("%s", policy.adapters.describe(policy.lm))
         policy.eval()  # dropout is off: the policy and its reference must be one function
         preflight.check_disk(run, policy, dist)
         parallel.shard(policy, config.train, dist)
@@ -75,6 +80,7 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
         train_store.num_rows, config.train.global_batch_size, config.train.limit_train_batches
     )
     max_steps = config.train.max_steps or math.ceil(config.train.max_epochs * per_epoch)
+    optim.check_schedule(config.optim, max_steps)
     if dist.is_main:
         attempts.update(run.dir, run.attempt, max_steps=max_steps)  # for tools.status
     t = Trainer(
@@ -91,6 +97,7 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
         position,
         per_epoch,
         max_steps,
+        mismatched=mismatched,
     )
     t.pace = Pace(policy, dist, nodes)
     t.reduce_each = parallel.reduce_each_micro_batch(policy)
@@ -98,6 +105,19 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
         t.state.loss_scale = FIRST_LOSS_SCALE
     t.ready = _load(t)
     return t
+
+
+def _empty_policy(config: Config) -> Policy:
+    """What the algorithm trains, without its weights: a language model, or one with a scalar head."""
+    policy: Policy
+    if config.algo in config_module.SCORING:
+        policy = reward.RewardModel(reward.build_empty(config.model))
+    else:
+        policy = Policy(hf.build_empty(config.model))
+        policy.neftune_alpha = config.sft.neftune_alpha if config.algo == "sft" else None
+    if config.lora.rank is not None:
+        policy.adapters = lora.Adapters(policy.lm, config.lora, parallel.DTYPES[config.train.precision])
+    return policy
 
 
 def _data(
@@ -109,6 +129,7 @@ def _data(
     if run.env.rank == 0:
         run_module.agree(run, config)
         _check_names(config, algo)
+        user_metrics.load(config)
         tokenizer = load_tokenizer(config.model)
         maker = Maker(
             config,
@@ -126,9 +147,12 @@ def _data(
             )
         places = {}
         ledgers = {}
+        known = files.read_json(run.dir / "data" / "ledger.json") or {}
         for name in names:
             with report.phase(f"{name} data"):
                 places[name], ledger = maker.prepare(name)
+                if name != "train":
+                    find_overlap(ledger, places[name], places["train"], known.get(name, {}).get("overlap"))
             report.ledger(ledger)
             ledgers[name] = ledger.as_json()
         files.write_json(run.dir / "data" / "ledger.json", ledgers)
@@ -136,6 +160,21 @@ def _data(
     else:
         rendezvous.wait_for_file(run.dir, run.attempt, run.env.rank, told, run.stop)
     return {name: open_set(place, config, name) for name, place in json.loads(told.read_text()).items()}
+
+
+def _tell_imbalance(config: Config, store: RowSet) -> None:
+    if config_module.KINDS[config.algo] == "unpaired" and isinstance(store, TokenStore):
+        num_good = int((store.values_R == 1).sum())
+        if line := labels.imbalance(num_good, store.num_rows - num_good, config.kto):
+            log.warning("training data: %s", line)
+
+
+def _mismatched(config: Config, algo: ModuleType, sets: dict[str, RowSet]) -> dict[str, Mismatched]:
+    """What the baseline of train and validation is measured on, for a loss that does so (strop.baseline)."""
+    if not (hasattr(algo, "needs_mismatched") and algo.needs_mismatched(config)):
+        return {}
+    length = config.data.max_length
+    return {name: Mismatched(s, length, name) for name, s in sets.items() if isinstance(s, TokenStore)}
 
 
 def _check_names(config: Config, algo: ModuleType) -> None:
@@ -146,8 +185,8 @@ def _check_names(config: Config, algo: ModuleType) -> None:
     if model.tokenizer:
         hf.check_hub("model.tokenizer", model.tokenizer, model.revision, "tokenizer_config.json")
     if algo.needs_reference(config) and (other := algo.reference_model(config)):
-        hf.check_model(other, "dpo.reference")
-        hf.check_hub("dpo.reference", other, None, "config.json")
+        hf.check_model(other, f"{config.algo}.reference")
+        hf.check_hub(f"{config.algo}.reference", other, None, "config.json")
 
 
 def _settle(run: Run, config: Config, dist: Dist) -> Config:
@@ -185,15 +224,26 @@ def _load(t: Trainer) -> bool:
     with t.report.phase("verifying checkpoints"):
         step = checkpoint.newest_verified(root, t.dist)
     choices = _choices(t)
-    needs_pass = t.algo.needs_reference(t.config) and _reference_is_missing(t, choices)
-    if step is None or needs_pass or not choices:
+    needs_pass = t.algo.needs_reference(t.config) and references.is_missing(t, choices)
+    adapters = t.policy.adapters
+    if step is None or needs_pass or not choices or adapters is not None:
         with t.report.phase("loading weights"):
-            hf.scatter_weights(t.policy.lm, t.config.model, t.dist)
+            scores = t.config.algo in config_module.SCORING
+            read = reward.reader(t.config.train.seed) if scores else hf.read_weights
+            hf.scatter_weights(t.policy.lm, t.config.model, t.dist, read=read)
+    if adapters is not None:
+        adapters.initialise(t.config.train.seed)
+        with t.report.phase("hashing the frozen weights"):
+            t.state.frozen = lora.facts(t.policy.lm, t.config.model, t.dist)
+    if choices:
+        lora.check_facts(t.state.frozen, choices.get("frozen"), t.config.model, t.run.dir)
     _set_layout(t, choices)
-    if needs_pass and not _reference_pass(t, choices, again=step is None):
-        return False
+    if needs_pass:
+        with nullcontext() if adapters is None else adapters.off():
+            if not references.compute(t, choices, again=step is None or adapters is not None):
+                return False
     if t.algo.needs_reference(t.config):
-        _open_reference(t, choices)
+        references.open_all(t, choices)
     optim.materialise(t.optimizer)
     if step is not None:
         with t.report.phase(f"loading the checkpoint of step {step}"):
@@ -227,7 +277,7 @@ def _choices(t: Trainer) -> dict[str, Any]:
     choices: dict[str, Any] = {}
     if t.dist.is_main:
         choices = files.read_json(t.run.dir / "data" / "choices.json") or {}
-        if choices.get("reference_of") != _reference_of(t):
+        if choices.get("reference_of") != references.identity(t):
             choices.pop("reference", None)
     return t.dist.broadcast(choices)
 
@@ -243,14 +293,15 @@ def _set_layout(t: Trainer, choices: dict[str, Any]) -> None:
         with t.report.phase("probing attention and head"):
             t.policy.probe(t.dist.device, parallel.DTYPES[t.config.train.precision], t.config.model.attention)
         choices |= {"head": t.policy.head, "layout": t.policy.layout, "shared_prefix": _shares_prompts(t)}
+        choices["frozen"] = t.state.frozen
     if choices.get("shared_prefix"):
         assert isinstance(t.train_store, TokenStore)
         t.train_store = t.train_store.sharing_prompts()
         if isinstance(t.val_store, TokenStore):
             t.val_store = t.val_store.sharing_prompts()
     if t.algo.needs_reference(t.config) and "reference" not in choices:
-        choices["reference"] = t.dist.broadcast(_reference_files(t) if t.dist.is_main else None)
-        choices["reference_of"] = _reference_of(t)
+        choices["reference"] = t.dist.broadcast(references.files(t) if t.dist.is_main else None)
+        choices["reference_of"] = references.identity(t)
     if t.dist.is_main and choices != before:
         run_module.write_config(t.run, t.config)
         files.write_json(t.run.dir / "data" / "choices.json", choices)
@@ -268,100 +319,3 @@ def _shares_prompts(t: Trainer) -> bool:
         return False
     once, twice = store.sharing_prompts().row_lengths.sum(), store.row_lengths.sum()
     return bool(wanted or once < WORTH_SHARING * twice)
-
-
-def _reference_of(t: Trainer) -> Optional[dict[str, Any]]:
-    """What the log-probs of the reference belong to; None for an algorithm without one."""
-    if not t.algo.needs_reference(t.config):
-        return None
-    stores = {name: store.digest for name, store in _stores(t).items()}
-    model = t.config.model
-    return {
-        "model": [model.path, model.revision],
-        "other": t.algo.reference_model(t.config),
-        "stores": stores,
-    }
-
-
-def _reference_files(t: Trainer) -> dict[str, str]:
-    """Where the log-probs of each set are kept, by all that they depend on."""
-    c = t.config
-    model, revision = c.model.path, c.model.revision
-    if path := t.algo.reference_model(c):
-        model, revision = path, None
-    assert model is not None
-    with t.report.phase("hashing the reference's weights"):
-        weights = hf.weights_digest(model, revision)
-    facts = {
-        "weights": weights,
-        "precision": c.train.precision,
-        "layout": t.policy.layout,
-        "head": t.policy.head,
-        "shared_prefix": isinstance(t.train_store, TokenStore) and t.train_store.shared_R is not None,
-        "device": t.dist.device.type,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "kernels": ops.backend(t.dist.device, parallel.DTYPES[c.train.precision]),
-        "ranks": t.dist.world_size,
-        "plan": [
-            c.train.seed,
-            c.train.global_batch_size,
-            c.train.micro_batch_tokens,
-            c.train.micro_batch_size,
-        ],
-    }
-    cache = config_module.cache_dir(c, t.run.dir.parent)
-    return {name: str(reference.cache_file(cache, store, facts)) for name, store in _stores(t).items()}
-
-
-def _stores(t: Trainer) -> dict[str, TokenStore]:
-    """Those that have a reference: rows, never text."""
-    stores = {"train": t.train_store} | ({"validation": t.val_store} if t.val_store is not None else {})
-    return {name: store for name, store in stores.items() if isinstance(store, TokenStore)}
-
-
-def _reference_is_missing(t: Trainer, choices: dict[str, Any]) -> bool:
-    if "reference" not in choices:
-        return True
-    gone = False
-    if t.dist.is_main:
-        for name, store in _stores(t).items():
-            rows = np.concatenate([r for own in _reference_bins(t, name) for r in own])
-            gone = gone or reference.missing(Path(choices["reference"][name]), store, rows)
-    return t.dist.any(gone)
-
-
-def _reference_bins(t: Trainer, name: str) -> reference.Bins:
-    """The batches of the first epoch, as the loop will see them, or those of validation."""
-    if name == "validation":
-        return validation_bins(t, _stores(t)[name])
-    ranks: reference.Bins = [[] for _ in range(t.dist.world_size)]
-    for step in range(min(t.max_steps, t.steps_per_epoch)):
-        for own, more in zip(ranks, step_bins(t, step)):
-            own.extend(more)
-    return ranks
-
-
-def _reference_pass(t: Trainer, choices: dict[str, Any], *, again: bool) -> bool:
-    """Compute what is missing; False if stopped. `again`: the policy's own weights are needed afterwards."""
-    t.position.enter("reference")
-    other = t.algo.reference_model(t.config)
-    if other is not None:
-        hf.scatter_weights(t.policy.lm, t.config.model, t.dist, path=other)
-    for name, store in _stores(t).items():
-        with t.report.phase(f"reference log-probs ({name})") as progress:
-            path = Path(choices["reference"][name])
-            bins = _reference_bins(t, name)
-            if not reference.compute(
-                t.policy, store, bins, path, t.dist, t.run.dir.name, lambda: stop_agreed(t), progress
-            ):
-                return False
-    if other is not None and again:
-        hf.scatter_weights(t.policy.lm, t.config.model, t.dist)
-    return True
-
-
-def _open_reference(t: Trainer, choices: dict[str, Any]) -> None:
-    t.train_ref = np.load(choices["reference"]["train"], mmap_mode="r")
-    if t.val_store is not None:
-        t.val_ref = np.load(choices["reference"]["validation"], mmap_mode="r")

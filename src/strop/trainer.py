@@ -15,7 +15,7 @@ import torch
 
 from strop.config import Config
 from strop.data import plan
-from strop.data.blocks import Blocks
+from strop.data.mismatched import Mismatched
 from strop.data.sets import RowSet
 from strop.dist import Dist
 from strop.models import hf
@@ -48,12 +48,22 @@ class State:
     best_step: Optional[int] = None
     misses: int = 0
     """Validations since the best one."""
+    reward_sum: float = 0.0
+    """Of all pairs of all steps so far, the mean of a pair's two rewards (bco_pair)."""
+    num_rewarded: int = 0
+    """How many these are."""
     loss_scale: float = 1.0
     """Above 1 for fp16 only."""
     scale_steps: int = 0
     """Steps since the loss scale changed (fp16)."""
     metrics_bytes: int = 0
     """Length of metrics.jsonl at the commit: what lies beyond is of steps that are done again."""
+    frozen: Optional[dict[str, str]] = None
+    """What the adapters belong to, see models.lora.facts; None where all weights are trained."""
+
+    @property
+    def mean_reward(self) -> float:
+        return self.reward_sum / self.num_rewarded if self.num_rewarded else 0.0
 
 
 @dataclass
@@ -76,6 +86,9 @@ class Trainer:
     max_steps: int
     train_ref: Optional[np.ndarray] = None
     val_ref: Optional[np.ndarray] = None
+    mismatched: dict[str, Mismatched] = field(default_factory=dict)
+    """What the baseline of train and validation is measured on (KTO), and the reference's log-probs of it."""
+    mismatched_refs: dict[str, np.ndarray] = field(default_factory=dict)
     state: State = field(default_factory=State)
     pace: Pace = field(init=False)
     saver: Saver = field(init=False)
@@ -89,8 +102,11 @@ class Trainer:
 
 
 def tensors(t: Trainer) -> dict[str, torch.Tensor]:
-    """What a checkpoint holds: fp32 weights and both moments of AdamW, by name."""
+    """What a checkpoint holds: fp32 weights and both moments of AdamW, by name. Of a model with adapters only
+    what is trained."""
     state = hf.distinct_state(t.policy.lm)
+    if t.policy.adapters is not None:
+        state = {name: tensor for name, tensor in state.items() if tensor.requires_grad}
     out = {f"model.{name}": tensor.detach() for name, tensor in state.items()}
     for name, tensor in state.items():
         for key, moment in t.optimizer.state.get(tensor, {}).items():
@@ -99,22 +115,22 @@ def tensors(t: Trainer) -> dict[str, torch.Tensor]:
     return out
 
 
-def step_bins(t: Trainer, step: int) -> list[list[np.ndarray]]:
-    """[rank][micro batch] -> row ids of optimiser step `step` (from 0)."""
-    c, weights = t.config.train, t.config.cpt.weights
+def step_bins(t: Trainer, step: int, store: Optional[Mismatched] = None) -> list[list[np.ndarray]]:
+    """[rank][micro batch] -> row ids of optimiser step `step` (from 0), packed by the lengths in `store`."""
+    c, weights = t.config.train, t.config.data.weights
     rows = plan.step_rows(t.train_store.num_rows, c.global_batch_size, c.seed, step, c.limit_train_batches)
-    if isinstance(t.train_store, Blocks) and weights is not None:
+    if weights is not None:
         rows = plan.blend(rows, t.train_store.part_rows, weights, c.seed, step // t.steps_per_epoch)
     return plan.pack(
         rows,
-        t.train_store.row_lengths,
+        (store or t.train_store).row_lengths,
         world_size=t.dist.world_size,
         max_tokens=c.micro_batch_tokens,
         max_rows=c.micro_batch_size,
     )
 
 
-def validation_bins(t: Trainer, store: RowSet) -> list[list[np.ndarray]]:
+def validation_bins(t: Trainer, store: RowSet | Mismatched) -> list[list[np.ndarray]]:
     """[rank][micro batch] -> row ids of a validation set, or of its first `limit_val_batches`."""
     c = t.config.train
     num_rows = store.num_rows

@@ -20,7 +20,7 @@ from strop.config import ModelConfig
 from strop.errors import StorageError, UserError
 from strop.models.export import export_checkpoint, find_checkpoint
 from tools import demo_assets, demo_facts
-from tools.convert_dcp_to_hf import parse_size, read_model_config
+from tools.convert_dcp_to_hf import parse_size, read_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
@@ -94,7 +94,7 @@ def _save_on_two_ranks(runs):
 
 
 def _base(runs, name):
-    return read_model_config(runs / name / "config.yaml")
+    return read_config(runs / name / "config.yaml").model
 
 
 def _stored(out):

@@ -2,13 +2,15 @@
 
 Arguments key=value: steps (goal), step_s, fail (user, exception, kill, segv, diverged, oom, storage, exit0),
 at (the step at which rank `rank` fails), once (only in the first attempt), hold_commit_s (how long a commit
-takes), log (1: every rank logs its steps as the trainer does).
+takes), log (1: every rank logs its steps as the trainer does), leak (the name of a variable whose value every
+rank writes to the raw descriptors, at once and in two halves, before it fails).
 Rank 0 writes every step to steps.jsonl; a stop request is agreed on through files, since there is no process
 group here. `+metadata.steps=9` is the same as `steps=9`: the real configuration lets it pass.
 """
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import json
 import logging
@@ -76,6 +78,8 @@ def fail(env: Env, args: dict[str, str], step: int) -> None:
         return
     if args.get("once") and env.attempt != 1:
         return
+    if args.get("leak"):
+        leak(os.environ[args["leak"]].encode())
     assert env.run_dir is not None
     assert env.attempt is not None
     if kind in ("kill", "segv"):
@@ -96,6 +100,14 @@ def fail(env: Env, args: dict[str, str], step: int) -> None:
         node=env.node,
     )
     os._exit(code)
+
+
+def leak(secret: bytes) -> None:
+    libc = ctypes.CDLL(None)
+    for text in (b"before " + secret + b" after\n", b"half: " + secret[:7], secret[7:] + b" done\n"):
+        libc.write(2, text, len(text))
+        time.sleep(0.05)
+    libc.write(1, b"last words " + secret, 11 + len(secret))
 
 
 def agree(env: Env, request: stop.StopRequest, step: int) -> str | None:

@@ -22,8 +22,7 @@ VARIABLE = "STROP_TEST_FORK_SERVER"
 def ask(argv: list[str]) -> None:
     """srun's task. Standard library only, and little of it."""
     fds = [0, 1, 2]
-    if os.environ.get("STROP_STDOUT_FD"):
-        fds.append(int(os.environ["STROP_STDOUT_FD"]))
+    fds += [int(os.environ[name]) for name in ("STROP_STDOUT_FD", "STROP_RAW_FD") if os.environ.get(name)]
     request = {"argv": argv, "env": dict(os.environ), "cwd": os.getcwd(), "fds": fds}
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(os.environ[VARIABLE])

@@ -75,6 +75,29 @@ def test_preemption_that_cancels(submit):
     assert len({job, second, third}) == 3
 
 
+def test_what_waits_for_a_cancelled_job_waits_for_its_successor(submit, tmp_path, monkeypatch):
+    """Killed without a word: nothing of the job can act then, and afterok alone would end what waits."""
+    waiting = tmp_path / "waiting"
+    monkeypatch.setenv("STROP_DEPENDANTS", str(waiting))
+    job = submit("--nodes=2", "--partition=cancel", "--hold", "steps=30", "run.name=w")
+    option = ["--kill-on-invalid-dep=yes", "--parsable", "--output=/dev/null", "--wrap=true"]
+    behind = [command.slurm(["sbatch", f"--dependency=afterok:{job}", *option]).strip() for _ in range(2)]
+    waiting.write_text(behind[0] + "\n")  # the other one is not told
+    command.slurm(["scontrol", "release", job])
+    run = Path("runs/w")
+    wait_until(lambda: len(steps(run)) >= 3)
+    (second,) = successors(run)
+    assert command.show_job(behind[0])["Dependency"] == (
+        f"afterok:{job}(unfulfilled)?afterok:{second}(unfulfilled)"
+    )
+    submit("--nodes=2", "--partition=high", "steps=2", "run.name=high-w")
+    assert ended(job)["JobState"] == "PREEMPTED"
+    assert ended(behind[1])["JobState"] == "CANCELLED"
+    assert state(behind[0]) == "PENDING"
+    assert ended(second, 90)["ExitCode"] == "0:0"
+    assert ended(behind[0])["JobState"] == "COMPLETED"
+
+
 def test_no_requeue_goes_on_in_a_successor(submit):
     job = submit("--nodes=1", "--no-requeue", "steps=25", "run.name=no")
     run = Path("runs/no")

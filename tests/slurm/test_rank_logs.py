@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from strop.obs import log_files
 from strop.slurm import attempts
 from tests.log_lines import read
-from tests.slurm.body_jobs import causes, ended, output, submitting
+from tests.slurm.body_jobs import causes, ended, output, submitting, wait_until
 
 PASSWORD = "correct-horse-battery"
 
@@ -54,6 +56,25 @@ def test_what_a_killed_rank_had_written_is_collected(submit, tmp_path, monkeypat
     assert attempts.read(run, 1)["args"][-1] == "+metadata.api_key=[secret]"
 
 
+@pytest.mark.parametrize("kind", ["segv", "kill", "exception"])
+def test_no_secret_of_a_dying_rank_reaches_a_disk(submit, tmp_path, monkeypatch, kind):
+    """Written by C past Python, whole and in halves, the last time just before the end. The words around it
+    are there, and Slurm's own view of the end is that of a rank without a writer."""
+    monkeypatch.setenv("DB_PASSWORD", PASSWORD)
+    monkeypatch.setenv("STROP_TEST_PYTHON", sys.executable)
+    words = ["run.name=r", "log=1", "steps=4", f"fail={kind}", "rank=1", "at=2", "once=1", "leak=DB_PASSWORD"]
+    job = submit("--nodes=2", *words)
+    assert ended(job, 240)["JobState"] == "COMPLETED", output(job)
+    cause = {"segv": "segfault", "kill": "killed"}.get(kind, kind)
+    assert causes(Path("runs/r")) == [cause, "done"], output(job)
+    raw = Path("runs/r/logs/0001/rank00001.err").read_text()
+    assert raw.startswith("before [secret] after\nhalf: [secret] done\nlast words [secret]"), raw
+    assert ("Segmentation fault" in raw) == (kind == "segv")
+    for path in [p for p in tmp_path.rglob("*") if p.is_file()]:
+        assert PASSWORD.encode() not in path.read_bytes(), path
+    assert PASSWORD not in output(job)
+
+
 def test_logs_that_cannot_be_collected_do_not_keep_the_job_from_its_end(submit, tmp_path, monkeypatch):
     """A directory stands where one copy of the second attempt should go."""
     assert ended(submit("run.name=r", "steps=1"), 240)["JobState"] == "COMPLETED"
@@ -69,3 +90,25 @@ def test_logs_that_cannot_be_collected_do_not_keep_the_job_from_its_end(submit, 
     assert f"logs were left on the nodes, in {disk}" in output(job)
     assert (disk / "r/0002/rank00000.jsonl").is_file()
     assert (tmp_path / "runs/r/logs/0002/rank00001.err").is_file()  # the others are copied all the same
+
+
+def test_what_a_killed_job_left_on_its_nodes_is_fetched_by_the_next_attempt(submit, tmp_path, monkeypatch):
+    """The batch shell is killed with its ranks, long before they copy anything by themselves."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    monkeypatch.setenv("STROP_LOG_DIR", str(disk))
+    monkeypatch.setenv("STROP_TEST_PYTHON", sys.executable)
+    job = submit("--nodes=2", "run.name=r", "log=1", "steps=600", "step_s=0.3")
+    local = disk / "r/0001"
+    wait_until(lambda: all((local / f"rank0000{r}.jsonl").exists() for r in (0, 1)), 120)
+    wait_until(lambda: len(read(local, 1)) > 2, 60)
+    subprocess.run(["scancel", "--full", "--signal=KILL", job], check=True)
+    ended(job, 120)
+    written = {path.name: path.read_bytes() for path in local.iterdir()}
+    run = Path("runs/r")
+    assert any(f"newer lines may lie on node1, node2, in {local}" in n for n in log_files.find(run).notes)
+    job = submit("--nodes=2", "run.name=r", "log=1", "steps=1")
+    assert ended(job, 240)["JobState"] == "COMPLETED", output(job)
+    assert list(disk.iterdir()) == [], output(job)
+    assert {name: (run / "logs/0001" / name).read_bytes() for name in written} == written
+    assert not any("newer lines" in note for note in log_files.find(run).notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -80,3 +81,35 @@ def test_learning_rate(schedule, warmup, floor):
             ]
             expected = 1.0 if schedule == "constant" else floor + (1 - floor) * falling
         assert optim.learning_rate(config, step, 20) == pytest.approx(2e-3 * expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("decay", "floor", "rates"),
+    [
+        (4, 0.0, [0.5, 1, 1, 1, 1, 1, 1, 0.5, 1 - 2**-0.5, 1 - 0.75**0.5]),
+        (4, 0.2, [0.5, 1, 1, 1, 1, 1, 1, 0.6, 0.2 + 0.8 * (1 - 2**-0.5), 0.2 + 0.8 * (1 - 0.75**0.5)]),
+        (0.4, 0.0, [0.5, 1, 1, 1, 1, 1, 1, 0.5, 1 - 2**-0.5, 1 - 0.75**0.5]),  # 0.4 of ten steps
+        (1, 0.0, [0.5, *[1] * 9]),  # one step of decay begins at the full rate
+        (0.01, 0.0, [0.5, *[1] * 9]),  # a share of less than a step is one
+        (8, 0.0, [0.5, 1, *(1 - (k / 8) ** 0.5 for k in range(8))]),  # no stable phase at all
+    ],
+)
+def test_warmup_stable_decay(decay, floor, rates):
+    """Ten steps, two of warm-up; rates by hand."""
+    config = OptimConfig(lr=2.0, schedule="wsd", warmup_steps=2, decay_steps=decay, min_lr_ratio=floor)
+    optim.check_schedule(config, 10)
+    assert [optim.learning_rate(config, step, 10) for step in range(10)] == pytest.approx(
+        [2 * rate for rate in rates], rel=1e-12
+    )
+    if decay == 4:  # a longer run is the same up to where the shorter one began to decay
+        longer = [optim.learning_rate(config, step, 100) for step in range(7)]
+        assert longer == [optim.learning_rate(config, step, 10) for step in range(7)]
+
+
+def test_phases_that_do_not_fit():
+    config = OptimConfig(schedule="wsd", warmup_steps=2, decay_steps=9)
+    with pytest.raises(
+        UserError, match=r"^optim\.decay_steps: 2 steps of warm-up and 9 of decay are more than"
+    ):
+        optim.check_schedule(config, 10)
+    optim.check_schedule(dataclasses.replace(config, schedule="cosine"), 10)

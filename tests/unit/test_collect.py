@@ -1,15 +1,18 @@
 """Rank files on a node's own disk and their copies in the run directory."""
 
+import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from strop.obs import log_files
 from strop.obs.rank_log import RankLog
 from strop.run import Position
-from strop.slurm import collect
+from strop.slurm import attempts, collect
 from tests.log_lines import read
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,6 +69,8 @@ def test_collecting_after_the_ranks_leaves_nothing_behind(tmp_path):
     }
     command = [sys.executable, "-S", "-m", "strop.slurm", "collect"]
     subprocess.run(command, env=variables, check=True)
+    (mark,) = shared.glob("collected-*")
+    mark.unlink()
     assert files(shared) == {"rank00003.jsonl": b"early late", "rank00003.err": b""}
     assert list(disk.iterdir()) == []
     subprocess.run(command, env=variables, check=True)  # a node on which no rank was
@@ -91,3 +96,50 @@ def test_a_copy_that_cannot_be_made_does_not_stop_the_rank(tmp_path, capfd):
     with pytest.raises(FileExistsError):
         collect.collect(tmp_path / "local", tmp_path / "shared")
     assert [line["message"] for line in read(tmp_path / "local", 5)] == ["here"]
+
+
+def left_behind(tmp_path, node):
+    """A run of three attempts on this node's disk: of the first nothing was collected, the third runs."""
+    run, disk = tmp_path / "runs/r", tmp_path / "disk"
+    for number, state in ((1, "FAIL"), (2, "DONE"), (3, "X")):
+        attempts.begin(run, job_id=None, restart_count=0, nodes=[node, "far"], log_dir=str(disk), wait_s=0)
+        attempts.update(run, number, state=state, pid=0, **({} if state == "X" else {"closed": 1.0}))
+        (disk / f"r/{number:04d}").mkdir(parents=True)
+        (disk / f"r/{number:04d}/rank00000.jsonl").write_bytes(b"%d\n" % number)
+    for name in (node, "far"):
+        (run / f"logs/0002/collected-{name}").touch()
+    return run, disk
+
+
+def test_the_next_attempt_fetches_what_was_left_on_its_nodes(tmp_path):
+    """Not yet its own files, which the ranks are about to write; those at its end. Never another run's."""
+    run, disk = left_behind(tmp_path, "here")
+    assert collect.uncollected(run, attempts.read(run, 1)) == ["here", "far"]
+    assert collect.from_this_node(run, disk, "elsewhere", 3, earlier=True) == []
+    assert files(run / "logs/0001") == {}
+    assert collect.from_this_node(run, disk, "here", 3, earlier=True) == []
+    assert files(run / "logs/0001") == {"rank00000.jsonl": b"1\n", "collected-here": b""}
+    assert files(run / "logs/0003") == {}
+    assert sorted(path.name for path in (disk / "r").iterdir()) == ["0002", "0003"]
+    assert collect.uncollected(run, attempts.read(run, 1)) == ["far"]
+    assert collect.from_this_node(run, disk, "here", 3, earlier=False) == []
+    assert files(run / "logs/0003") == {"rank00000.jsonl": b"3\n", "collected-here": b""}
+
+
+def test_where_logs_are_that_are_not_here(tmp_path):
+    """The tool says so, and fetches them; on the only node that is this machine, without Slurm."""
+    run, disk = left_behind(tmp_path, socket.gethostname())
+    (run / "logs/0001/collected-far").touch()
+    for name in (socket.gethostname(), "far"):
+        (run / f"logs/0003/collected-{name}").touch()
+    rows = [{"rank": rank, "node": socket.gethostname(), "offset_s": 0.0} for rank in (0, 1)]
+    (run / "logs/0001/clock.json").write_text(json.dumps({"ranks": rows}))
+    note = f"attempt 1: newer lines may lie on {socket.gethostname()} (rank 0-1), in {disk}/r/0001"
+    assert any(line.startswith(note) for line in log_files.find(run).notes)
+    variables = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HOST_PYTHON": sys.executable}
+    command = [sys.executable, "-m", "tools.logs", str(run)]
+    for words in (["--attempt", "1"], ["--collect"]):
+        done = subprocess.run([*command, *words], cwd=ROOT, env=variables, capture_output=True, text=True)
+        assert (note in done.stderr) == (words != ["--collect"]), done.stderr
+    assert (run / "logs/0001/rank00000.jsonl").read_bytes() == b"1\n"
+    assert not any("attempt 1: newer" in line for line in log_files.find(run).notes)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from strop import config, config_check, config_load, config_schema
 from strop.aliases import ALIASES
-from strop.config import Config, differences, dump_yaml, load, parse_args, to_dict
+from strop.config import ALGOS, Config, differences, dump_yaml, load, parse_args, to_dict
 from strop.errors import UserError
 
 MINIMAL = "model:\n  path: m\ndata:\n  train: d.jsonl\n"
@@ -62,6 +62,10 @@ def test_a_later_word_wins(file):
         ("run.name=007", "run.name", "007"),
         ("model.chat_template={% if x %}", "model.chat_template", "{% if x %}"),
         ("data.split=98,1,1", "data.split", "98,1,1"),
+        ("data.prompt_template={input}", "data.prompt_template", "{input}"),  # YAML would see mappings
+        ("data.prompt_template=Q: {input}\n", "data.prompt_template", "Q: {input}\n"),
+        ("data.system_prompt=Note: be brief", "data.system_prompt", "Note: be brief"),
+        ("data.train=[a, b]", "data.train", ["a", "b"]),
         ("run.name=a=b", "run.name", "a=b"),
         ("+metadata.team=x", "metadata.team", "x"),
         ("+metadata.a.b={c: [1, yes]}", "metadata.a.b.c", [1, "yes"]),
@@ -114,7 +118,7 @@ WORD_MISTAKES = [
     (
         "dpo.loss=kto",
         "dpo.loss is 'kto'; it must be one of sigmoid, hinge, ipo, robust, "
-        "exo_pair, nca_pair, sppo_hard, apo_zero, apo_down, sigmoid_norm",
+        "exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero, apo_down, sigmoid_norm, simpo, orpo",
     ),
     ("train.precision=bf61", "train.precision is 'bf61'; it must be one of auto, bf16, fp16, fp32"),
     ("data.train=3", "data.train is 3; it must be text or a list of texts"),
@@ -124,6 +128,23 @@ WORD_MISTAKES = [
     ("optim.betas=[0.9, 1]", "optim.betas is [0.9, 1.0]; it must be two numbers in [0, 1)"),
     ("train.max_grad_norm=.inf", "train.max_grad_norm is inf; it must be finite"),
     ("train.max_steps=0", "train.max_steps is 0; it must be greater than 0"),
+    (
+        "optim.decay_steps=1.5",
+        "optim.decay_steps is 1.5; it must be a number of steps, or a share of them above 0 and below 1",
+    ),
+    ("data.weights=[0]", "data.weights is [0.0]; it must hold numbers above 0 only"),
+    (
+        "data.weights=[1, 2]",
+        "data.weights is [1.0, 2.0]; it must have one number for each entry of data.train",
+    ),
+    ("cpt.weights=[]", "data.weights is []; it must have one number for each entry of data.train"),
+    ("sft.train_on=first", "sft.train_on is 'first'; it must be one of all, last, everything"),
+    ("sft.train_on_prompt=1", "sft.train_on_prompt is '1': expected true or false"),
+    ("sft.neftune_alpha=0", "sft.neftune_alpha is 0.0; it must be greater than 0"),
+    (
+        "data.over_length=cut",
+        "data.over_length is 'cut'; it must be one of drop, truncate_prompt_left, truncate_completion, error",
+    ),
     ("optim.min_lr_ratio=1.1", "optim.min_lr_ratio is 1.1; it must lie in [0, 1]"),
     ("data.max_dropped_fraction=-0.1", "data.max_dropped_fraction is -0.1; it must lie in [0, 1]"),
     ("dpo.label_smoothing=0.5", "dpo.label_smoothing is 0.5; it must lie in [0, 0.5)"),
@@ -264,7 +285,7 @@ def test_a_file_that_cannot_be_read(file, make, reason):
 
 
 def test_unknown_algorithm(file):
-    assert message(file, algo="dop") == "unknown algorithm 'dop': expected one of cpt, sft, dpo"
+    assert message(file, algo="dop") == f"unknown algorithm 'dop': expected one of {', '.join(ALGOS)}"
 
 
 def test_the_default_file_is_configs_algo_yaml_here(file):
@@ -406,5 +427,32 @@ def test_help_names_every_key_of_the_algorithm_with_its_default(capsys):
         if isinstance(field, ast.AnnAssign):
             assert f"\n  train.{field.target.id} = " in text
     assert "\n  train.seed = 42\n      Order of the rows and every other random draw.\n" in text
-    assert "sft.train_on_prompt = false" in text
+    assert "sft.train_on = all" in text
     assert "dpo.beta" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            ["dpo.loss=simpo", "dpo.reference=other"],
+            "dpo.reference is 'other'; it must be null for dpo.loss=simpo, which knows no reference model",
+        ),
+        (
+            ["dpo.loss=orpo", "dpo.average_log_probs=true"],
+            "dpo.average_log_probs is True; it must be false for dpo.loss=orpo: it always takes the mean",
+        ),
+        (["dpo.loss=simpo", "dpo.simpo_gamma=-0.1"], "dpo.simpo_gamma is -0.1; it must not be negative"),
+        (["kto.loss=dpo"], "kto.loss is 'dpo'; it must be one of kto, apo_zero_unpaired"),
+        (["kto.desirable_weight=0"], "kto.desirable_weight is 0.0; it must be greater than 0"),
+    ],
+)
+def test_what_losses_without_reference_or_pairs_do_not_take(file, words, expected):
+    assert message(file, *words) == f"command line: {expected}"
+
+
+def test_orpo_has_an_sft_loss_to_choose_the_best_by(file):
+    words = ["checkpoint.best_metric=eval_sft_loss"]
+    assert "must be one of" in message(file, *words)
+    assert "must be one of" in message(file, *words, "dpo.loss=orpo", "dpo.sft_loss_weight=0")
+    assert loaded(file, *words, "dpo.loss=orpo").dpo.sft_loss_weight is None

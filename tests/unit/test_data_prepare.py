@@ -140,7 +140,7 @@ def test_split_covers_every_row_once(run):
 
 def _split(run, data, part):
     config = Config(data=DataConfig(train=str(write_jsonl(run.path, data)), split="80,20,0"))
-    assert has_validation(config.data)
+    assert has_validation(config.data, "sft")
     return prepare(config, TOKENIZER, "t", run.cache, "sft", part)
 
 
@@ -153,11 +153,11 @@ def test_a_split_that_leaves_nothing(run):
 
 def test_has_validation(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", rows(2))
-    assert not has_validation(DataConfig(train=str(tmp_path)))
-    assert not has_validation(DataConfig(train=str(tmp_path), split="9,0,1"))
+    assert not has_validation(DataConfig(train=str(tmp_path)), "sft")
+    assert not has_validation(DataConfig(train=str(tmp_path), split="9,0,1"), "sft")
     write_jsonl(tmp_path / "validation.jsonl", rows(2))
-    assert has_validation(DataConfig(train=str(tmp_path)))
-    assert has_validation(DataConfig(train="x.jsonl", validation=str(tmp_path)))
+    assert has_validation(DataConfig(train=str(tmp_path)), "sft")
+    assert has_validation(DataConfig(train="x.jsonl", validation=str(tmp_path)), "sft")
 
 
 def test_cache_hit_reads_no_row_and_changes_miss(run, monkeypatch):
@@ -177,7 +177,7 @@ def test_cache_hit_reads_no_row_and_changes_miss(run, monkeypatch):
         run(data, kind="sft", max_length=100),
         run(data, kind="sft", over_length="error"),
         run(data, kind="sft", on_bad_row="skip"),
-        run(data, kind="sft", sft=SftConfig(train_on_prompt=True)),
+        run(data, kind="sft", sft=SftConfig(train_on="everything")),
         run(data, kind="sft", model=ModelConfig(chat_template=template)),
     ]
     assert len({store.digest for store, _ in [(first, 0), *others]}) == 1 + len(others)
@@ -187,7 +187,7 @@ def test_cache_hit_reads_no_row_and_changes_miss(run, monkeypatch):
 
 def test_a_setting_that_decides_nothing_hits(run):
     first, _ = run([GOOD])
-    second, _ = run([GOOD], sft=SftConfig(train_on_prompt=True), max_dropped_fraction=0.5)
+    second, _ = run([GOOD], sft=SftConfig(train_on="everything"), max_dropped_fraction=0.5)
     assert first.path == second.path
 
 

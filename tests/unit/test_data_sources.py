@@ -25,7 +25,7 @@ ROWS = [
 
 
 def read_all(config, split="train"):
-    return [row for source in sources.find(config, split) for row in sources.read(source)]
+    return [row for source in sources.find(config, split, "sft") for row in sources.read(source)]
 
 
 def fields(rows):
@@ -97,7 +97,7 @@ def test_a_local_copy_of_a_hub_set(tmp_path, monkeypatch):
         pyarrow.Table.from_pylist(ROWS), copy / "data" / "train-00000-of-00001.parquet"
     )
     assert fields(read_all(DataConfig(train=str(copy)))) == ROWS
-    assert sources.find(DataConfig(train=str(copy)), "validation") == []
+    assert sources.find(DataConfig(train=str(copy)), "validation", "sft") == []
 
 
 @pytest.mark.parametrize("stem", ["training", "train"])
@@ -114,7 +114,7 @@ def test_a_list_is_read_in_order_and_a_file_has_no_validation(tmp_path):
     config = DataConfig(train=[str(b), str(a)])
     rows = read_all(config)
     assert [(row.source, row.line) for row in rows] == [(str(b), 1), (str(b), 2), (str(a), 1)]
-    assert sources.find(config, "validation") == []
+    assert sources.find(config, "validation", "sft") == []
 
 
 def test_empty_lines_are_ignored_but_counted_as_lines(tmp_path):
@@ -176,7 +176,7 @@ def test_a_relative_name_below_an_existing_directory_is_a_path(tmp_path, monkeyp
     assert error_of(DataConfig(train="assets/demo-dpo")) == (
         "data.train: no such file or directory: assets/demo-dpo\n  in assets there is: demo-sft"
     )
-    (source,) = sources.find(DataConfig(train="owner/name", hub_subset="en"), "train")
+    (source,) = sources.find(DataConfig(train="owner/name", hub_subset="en"), "train", "sft")
     assert source == Source("owner/name/en:train", "hub", "owner/name", "en", "train")
 
 
@@ -278,7 +278,7 @@ def test_split_by_content():
 
 def test_digest_follows_content_not_name(tmp_path):
     a, b = write_jsonl(tmp_path / "a.jsonl", ROWS), write_jsonl(tmp_path / "b.jsonl", ROWS)
-    (first,), (second,) = (sources.find(DataConfig(train=str(p)), "train") for p in (a, b))
+    (first,), (second,) = (sources.find(DataConfig(train=str(p)), "train", "sft") for p in (a, b))
     assert sources.digest(first) == sources.digest(second)
     write_jsonl(b, ROWS[:2])
     assert sources.digest(first) != sources.digest(second)

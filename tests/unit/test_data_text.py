@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strop.config import Config, CptConfig, DataConfig, PrepareConfig
+from strop.config import Config, DataConfig, PrepareConfig
 from strop.data import documents, near, noise, parts, prepare_text, sets
 from strop.data.corpus import Corpus
 from strop.data.ledger import Ledger
@@ -406,7 +406,7 @@ def test_a_blend_with_nothing_left_of_a_source(tmp_path):
     names = [str(tmp_path / name) for name in ("a.txt", "b.txt")]
     for name in names:
         Path(name).write_text("x")
-    config = Config(data=DataConfig(train=names), cpt=CptConfig(weights=[1, 1]))
+    config = Config(data=DataConfig(train=names, weights=[1, 1]))
     with pytest.raises(UserError, match=r"no document of .*b\.txt is left"):
         sets.Maker(config, "text", TOKENIZER, "t", tmp_path / "cache").prepare("train")
 

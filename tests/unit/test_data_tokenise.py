@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strop.data.ledger import BadRow
-from strop.data.render import Renderer, chat_template
+from strop.data.render import Options, Renderer, chat_template
 from strop.data.sources import Row
 from strop.data.tokenise import Tokeniser, tokenizer_digest
 from strop.errors import UserError
@@ -21,10 +21,10 @@ USER = {"role": "user", "content": "How many apples?"}
 EOS = PLAIN.eos_token_id
 
 
-def run(fields, kind, tokenizer=PLAIN, template="own", train_on_prompt=False, max_length=10_000):
+def run(fields, kind, tokenizer=PLAIN, template="own", max_length=10_000, **options):
     template = tokenizer.chat_template if template == "own" else template
     rows = fields if isinstance(fields, list) else [fields]
-    renderer = Renderer(kind, tokenizer, template, train_on_prompt)
+    renderer = Renderer(kind, tokenizer, template, Options(**options))
     rendered = [renderer(Row("a.jsonl", line, row)) for line, row in enumerate(rows, start=1)]
     results = list(Tokeniser(tokenizer, max_length)(rendered))
     assert len(results) == len(rows)
@@ -159,10 +159,10 @@ def test_tools_reach_the_template():
     assert marked(PLAIN, run(fields, "sft", CHAT_BOS).sequences[0]).startswith("<s>[1 tools]")
 
 
-def test_train_on_prompt_trains_all_but_the_first_token():
+def test_everything_trains_all_but_the_first_token():
     for fields in ({"prompt": "a b", "completion": " c"}, {"messages": [USER, assistant("84")]}):
         for tokenizer in (PLAIN, CHAT_BOS):
-            _, trained = run(fields, "sft", tokenizer, train_on_prompt=True).sequences[0]
+            _, trained = run(fields, "sft", tokenizer, train_on="everything").sequences[0]
             assert not trained[0]
             assert trained[1:].all()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapter_rows import helpsteer3
 from data_helpers import CHATML, tiny_tokenizer, write_jsonl
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -100,6 +101,23 @@ def test_memory_by_hand():
     assert memory.disk_bytes(SHAPE, keep_last=2, has_best=True) == 4 * 12 * 1_000_003
 
 
+def test_memory_with_adapters_by_hand():
+    """Frozen weights in the compute type and nothing else; what is trained in fp32, with all that belongs to
+    it. Here both together stay below 2 GiB on a rank."""
+    adapted = replace(SHAPE, num_trained=50_001)
+    options = {"micro_batch_tokens": 100, "activation_checkpointing": "full", "gpu": False}
+    m = memory.estimate(adapted, num_ranks=2, precision="bf16", **options)
+    assert (m.weights, m.optimizer) == (4 * 25_001 + 2 * 500_002, 8 * 25_001)
+    assert m.gradients == 4 * 25_001 + 4 * 50_001
+    assert m.host_staging == 12 * 25_001
+    assert memory.disk_bytes(adapted, keep_last=2, has_best=False) == 3 * 12 * 50_001
+    full = memory.estimate(SHAPE, num_ranks=2, precision="bf16", **options)
+    assert (m.gathered, m.activations, m.head) == (full.gathered, full.activations, full.head)
+    large = replace(SHAPE, num_params=2**30, num_trained=300_000)  # in bf16 alone 2 GiB
+    m = memory.estimate(large, num_ranks=1, precision="bf16", **options)
+    assert m.gradients == 4 * 300_000 + (2 + 4) * 100_000
+
+
 def test_quota():
     text = (
         "Disk quotas for user me (uid 1000):\n     Filesystem  blocks   quota   limit   grace   files\n"
@@ -148,8 +166,8 @@ def ask(assets, tmp_path, monkeypatch):
         "train: {global_batch_size: 8}\ncheckpoint: {every: 2}\n"
     )
 
-    def run(*words: str, **question):
-        return examine.examine(Question("dpo", ("--config", "c.yaml", *words), **question))
+    def run(*words: str, algo: str = "dpo", **question):
+        return examine.examine(Question(algo, ("--config", "c.yaml", *words), **question))
 
     return run
 
@@ -176,6 +194,44 @@ def test_a_sound_run(ask, assets):
     ]
 
 
+def test_a_run_with_adapters(ask):
+    """Rank 2 on q and v of three layers: 2 (32 + 32) + 2 (32 + 16) numbers each, of 12 bytes in a save."""
+    answer = ask("lora.rank=2", "lora.targets=[q_proj,v_proj]")
+    trained = 3 * 2 * ((32 + 32) + (32 + 16))
+    assert any(
+        n == "adapters" and f"trainable parameters {trained:,} of" in t for n, t in found(answer, "ok")
+    )
+    assert answer.numbers["checkpoint_bytes"] == 12 * trained
+    assert answer.numbers["memory_bytes"]["optimizer"] == 8 * trained
+
+
+def test_a_reward_model(ask, assets, tmp_path):
+    """A head of 32 numbers in place of the logits, new where the weights are a language model's, missing
+    where they should have one; nothing about learning to stop."""
+    answer = ask(algo="rm", nodes=2)
+    assert found(answer, "FAIL") + found(answer, "warn") == []
+    lm = LlamaForCausalLM(LlamaConfig(**LLAMA))
+    assert answer.numbers["num_params"] == sum(p.numel() for p in lm.parameters()) + 32
+    assert answer.numbers["memory_bytes"]["head"] == 0
+    assert [text for name, text in found(answer, "ok") if name == "weights" and "29 tensors" in text]
+    config = json.loads((assets / "config.json").read_text())
+    changes = {
+        "LlamaForSequenceClassification": ("warn", "weights", "1 of 30 weights are not in the files"),
+        "Classes": ("FAIL", "model", "sorts into 3 classes; a reward model has one"),
+        "Mamba": ("FAIL", "model", "transformers has no MambaForSequenceClassification (model_type mamba)"),
+    }
+    for change, (level, name, told) in changes.items():
+        copy = tmp_path / change
+        shutil.copytree(assets, copy)
+        other = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+        if change == "Classes":
+            other["id2label"] = {str(i): "x" for i in range(3)}
+        facts = {"model_type": "mamba"} if change == "Mamba" else config | other
+        (copy / "config.json").write_text(json.dumps(facts))
+        texts = [text for n, text in found(ask(f"model.path={copy}", algo="rm"), level) if n == name]
+        assert [t for t in texts if told in t], (change, texts)
+
+
 def test_the_tools_preview():
     from tools import doctor
 
@@ -189,9 +245,32 @@ BROKEN = [
     (["model.path=./nothing"], "model", "model.path: ./nothing does not exist"),
     (["data.train=data/trainin.jsonl"], "train data", "data.train: no such file or directory"),
     (["model.chat_template={{ x"], "train data", "model.chat_template: line 1"),
+    (
+        ["lora.rank=4", "lora.targets=[q_prog]"],
+        "adapters",
+        "no layer is called 'q_prog'; did you mean q_proj",
+    ),
     (["data.max_length=4"], "train data", "40 of 40 rows of the train set (100.0%) were dropped"),
     (["data.max_length=4", "data.over_length=error"], "train data", "40 rows over_length; the first: data/"),
+    (
+        ["optim.schedule=wsd", "optim.decay_steps=6"],
+        "schedule",
+        "optim.warmup_steps=0, optim.decay_steps=6, 5 steps in all",
+    ),
+    (["data.prompt_template={x"], "train data", "data.prompt_template: expected '}' before end of string"),
     (["model.tokenizer=./nothing"], "tokenizer", "model.tokenizer: no tokenizer in './nothing'"),
+    (
+        ["data.adapter=hlpsteer3"],
+        "train data",
+        "data.adapter: no adapter is called 'hlpsteer3': did you",
+    ),
+    (["data.train=gsm8k"], "train data", "data.train: gsm8k holds answers to be learnt and text, and this"),
+    (
+        ["data.adapter=squad"],
+        "train data",
+        "data.adapter: squad holds answers to be learnt, and this",
+    ),
+    (["validation.metrics=[not_here:f]"], "validation metrics", "there is no module not_here"),
 ]
 
 
@@ -209,6 +288,36 @@ def test_bad_rows_are_named(ask, tmp_path):
     assert any("1 rows same_pair; the first: data/training.jsonl, line 3" in t for t in fails)
     warns = [text for _, text in found(ask("data.on_bad_row=skip"), "warn")]
     assert any("same_pair" in t for t in warns)
+
+
+def test_labels_of_unpaired_rows(ask, tmp_path):
+    """Pairs are balanced; with three more desirable rows they are not; and one row has no others."""
+    question = Question("kto", ("--config", "c.yaml"))
+    answer = examine.examine(question)
+    assert ("labels", "40 of 80 rows are desirable") in found(answer, "ok")
+    assert [title for title, _ in answer.previews] == ["desirable"]
+    good = [{"prompt": f"{n}?", "completion": "Yes.", "label": True} for n in range(3)]
+    write_jsonl(tmp_path / "data" / "training.jsonl", [pair("a?"), pair("b?"), *good])
+    warns = [text for name, text in found(examine.examine(question), "warn") if name == "labels"]
+    assert [text.partition(",")[0] for text in warns] == ["5 desirable and 2 undesirable rows"]
+    write_jsonl(tmp_path / "data" / "training.jsonl", good[:1])
+    assert ("labels", "a single row cannot be compared with others") in found(
+        examine.examine(question), "FAIL"
+    )
+
+
+def test_rows_of_a_known_set(ask, tmp_path):
+    """Every third row is a tie: left out, and no reason to stop."""
+    for name, count in (("training", 30), ("validation", 6)):
+        rows = [helpsteer3(n % 3, context=f"{name} {n}") for n in range(count)]
+        write_jsonl(tmp_path / "data" / f"{name}.jsonl", rows)
+    answer = ask("data.adapter=helpsteer3", "validation.metrics=json:dumps")
+    assert found(answer, "FAIL") == []
+    told = [c.text for c in answer.checks if c.level == "ok"]
+    assert "all 30 of 30 rows looked at, 20 usable" in told
+    assert "10 rows left out as tie" in told
+    assert "json:dumps can be imported" in told
+    assert answer.numbers["train_rows"] == 20
 
 
 def test_text_and_its_blocks(ask, tmp_path):
@@ -257,6 +366,11 @@ def test_rows_in_both_sets(ask, tmp_path):
     ("words", "name", "text"),
     [
         (["optim.warmup_steps=5"], "warm-up", "optim.warmup_steps=5, but the run has 5 steps"),
+        (
+            ["data.max_length=20", "data.over_length=truncate_prompt_left", "data.max_dropped_fraction=1"],
+            "train data",
+            " rows cut by truncate_prompt_left; the first: data/training.jsonl, line ",
+        ),
         (["validation.every=6"], "validation", "validation.every=6 is more than the run's 5 steps"),
         (["checkpoint.every=6"], "checkpoints", "checkpoint.every=6 is more than the run's 5 steps"),
         (

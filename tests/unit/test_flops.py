@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from strop.data.store import TokenisedRow, TokenStore
 from strop.models import flops
@@ -46,6 +47,13 @@ def test_peak_by_the_name_that_torch_gives(store):
 def test_shared_prompts_count_as_the_model_has_them(store):
     lm = build("llama", SIZES)
     assert flops.per_token(lm, store.sharing_prompts()) == flops.per_token(lm, store)
+
+
+def test_a_reward_model(store):
+    """No logits: the matrices of the blocks and the head's 32 numbers; the embedding is only looked up."""
+    config = AutoConfig.for_model("llama", **SIZES, num_labels=1)
+    lm = AutoModelForSequenceClassification.from_config(config)
+    assert flops.per_token(lm, store) == 6 * (MATRICES + NORMS + 32) + 6 * 2 * 32 * 5
 
 
 def test_a_model_without_attention_has_no_figure(store):

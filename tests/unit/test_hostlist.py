@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from strop.slurm import env, hostlist
@@ -20,6 +22,28 @@ CASES = [
 @pytest.mark.parametrize(("text", "names"), CASES)
 def test_expand(text, names):
     assert hostlist.expand(text) == names
+
+
+@pytest.mark.parametrize(
+    "text", ["gpu[1-99999999]", "r[1-999]n[1-999]", "[1-9][1-9][1-9][1-9][1-9][1-9][1-9]"]
+)
+def test_more_names_than_any_cluster_has(text):
+    """An error at once, not gigabytes of names."""
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="more than 262144 hosts"):
+        hostlist.expand(text)
+    assert time.monotonic() - began < 1.0
+
+
+@pytest.mark.parametrize(
+    ("numbers", "limit", "text"),
+    [
+        ([], None, ""), ([7], None, "7"), ([1, 0], None, "0-1"), ([0, 1, 3, 3, 9, 8, 7], None, "0-1,3,7-9"),
+        (range(512), 1, "0-511"), ([1, 3, 5, 6], 2, "1,3 and 2 more"),
+    ],
+)  # fmt: skip
+def test_ranges(numbers, limit, text):
+    assert hostlist.ranges(numbers, limit) == text
 
 
 @pytest.mark.parametrize("text", ["n[1-3", "n1-3]", "n[3-1]", "n[[1]]"])

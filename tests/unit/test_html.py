@@ -163,6 +163,26 @@ def test_a_straggler_is_a_band_of_its_own(tmp_path):
     assert "6" in [band["ranks"] for band in bands]
 
 
+def test_one_attempt_of_several(tmp_path):
+    """The page of attempt 1 holds its cause, its ranks' lives and its row, and nothing of attempt 2."""
+    made = Made(tmp_path, ranks=8)
+    for rank, began in ((3, 0.0), (6, 200.0)):
+        made.begin(began)
+        made.live(125.0, [1, 2, 3])
+        made.verdict(rank, 125.0, "exception", f"by rank {rank}", "IndexError", TRACE)
+        made.close(1, 130.0)
+    text = html.report(made.dir, 1)
+    one = Page(text).data()["timeline"]
+    assert [a["attempt"] for a in one["attempts"]] == [1]
+    assert {life["attempt"] for band in one["bands"] for life in band["lives"]} == {1}
+    assert "Attempt 1 of 2" in text
+    assert "by rank 3" in text
+    assert "by rank 6" not in text
+    assert "Last failure: attempt 2 of 2" in html.report(made.dir)
+    with pytest.raises(UserError, match="--attempt 99"):
+        html.report(made.dir, 99)
+
+
 def test_a_page_of_a_run_without_anything(tmp_path):
     (tmp_path / "r/attempts").mkdir(parents=True)
     words = " ".join(text for _, text in Page(html.report(tmp_path / "r")).texts)

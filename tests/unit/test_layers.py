@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS = (
-    ("strop", "strop.errors", "strop.aliases", "strop.files", "strop.libraries"),
+    ("strop", "strop.errors", "strop.aliases", "strop.files", "strop.libraries", "strop.user_code"),
     (
         "strop.config",
         "strop.config_check",
@@ -38,16 +38,20 @@ LAYERS = (
     (
         "strop.train",
         "strop.loop",
+        "strop.references",
         "strop.setup",
         "strop.trainer",
+        "strop.baseline",
         "strop.saver",
         "strop.report",
         "strop.watchdog",
         "strop.preflight",
         "strop.stragglers",
+        "strop.user_metrics",
         "strop.run",
         "strop.submission",
         "strop.recipes",
+        "strop.pipeline",
         "strop.doctor",
     ),
     ("tools",),
@@ -57,7 +61,7 @@ WITHOUT_TORCH = 1
 """The highest layer that may not import torch."""
 HOST_PYTHON = (
     *("strop.slurm", "strop.errors", "strop.aliases", "strop.files"),
-    *("strop.obs.secrets", "strop.obs.log_line"),
+    *("strop.obs.secrets", "strop.obs.log_line", "strop.obs.raw_writer", "strop.obs.raw_filter"),
 )
 """What runs on the host's bare python3 3.9 (with the packages' own empty __init__)."""
 MAX_FILE_LINES = 400

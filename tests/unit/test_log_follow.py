@@ -126,6 +126,22 @@ def test_files_that_vanish_or_shrink_are_told(run: LogRun) -> None:
     ]
 
 
+def test_a_file_that_is_replaced_under_its_name_is_shown_from_its_beginning(run: LogRun) -> None:
+    """By a longer one within a poll, and by one that was there when following began."""
+    paths = [run.write(rank, line(1, "old", rank=rank)) for rank in range(2)]
+    tested = follower(run)
+    clock = Clock(tested)
+    for number in (0, 1):
+        aside = paths[number].with_name("aside")
+        aside.write_bytes(
+            line(5, "new, and longer than the old one", rank=number) + line(6, "b", rank=number)
+        )
+        aside.rename(paths[number])
+        rows = clock.after(0.2) + clock.after(0.5)
+        assert [row.split("INFO     ")[1] for row in rows] == ["new, and longer than the old one", "b"]
+    assert [note.split(" was ")[1][:8] for note in tested.notes] == ["replaced", "replaced"]
+
+
 def test_only_what_is_watched(run: LogRun) -> None:
     clock = Clock(follower(run, Watched(ranks=[(1, 2)], raw=False)))
     for rank in range(4):
@@ -138,7 +154,13 @@ def start(run: LogRun, *options: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}"}
     command = [sys.executable, "-m", "tools.logs", str(run.directory), "--follow", *options]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # a background job of a shell, such as CI's, ignores SIGINT and hands that on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

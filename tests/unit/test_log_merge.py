@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from strop.obs import log_files, log_text
+from strop.obs import log_files, log_text, secrets
 from strop.obs.log_text import Selection, View
 from strop.obs.merge import Merge, lines
 from tests.unit.log_helpers import BEGAN_S, LogRun, at, line
@@ -163,7 +163,7 @@ def test_equal_lines_of_many_ranks_are_one(tmp_path: Path) -> None:
         "2026-11-20 03:00:03.300 [6] INFO     step 2: step",
         "2026-11-20 03:00:03.300 [6] ERROR    step 3: step",
         "2026-11-20 03:00:03.300 [7] INFO     step 1: step",
-        "2026-11-20 03:00:04.000 [1,2] INFO     edge of the window",
+        "2026-11-20 03:00:04.000 [1-2] INFO     edge of the window",
         "2026-11-20 03:00:06.000 [2,4] INFO     edge of the window",
     ]
 
@@ -193,7 +193,7 @@ def test_the_number_of_waiting_lines_is_bounded(tmp_path: Path) -> None:
     assert len(rows) == num + 2
     assert rows[0].endswith("[0] INFO     m0")
     assert rows[-2:] == [
-        f"2026-11-20 03:00:00.016 [0,1] INFO     m{num}",
+        f"2026-11-20 03:00:00.016 [0-1] INFO     m{num}",
         "2026-11-20 03:00:01.000 [1] INFO     m0",
     ]
 
@@ -243,6 +243,70 @@ def test_secrets_are_taken_out_of_raw_lines(tmp_path: Path) -> None:
         assert token not in text
     nothing, _ = both(run.directory, selection=Selection(grep=re.compile("a1B2")))
     assert nothing == ""
+
+
+SECRETS = ("hf_" + "a1B2" * 8, 'quo"ted\\back', "caf\u00e9-au-lait", "slash/es/here", "ghp_" + "x1" * 12)
+
+
+TOLD = re.compile(
+    "|".join(map(re.escape, (*SECRETS, "swordfish.swordfish", "'swordfish'", '"swordfish', "swordfish")))
+)
+
+
+@pytest.mark.parametrize("text", [
+    "login with {0}", "password: {1}", "the value {1}", "{2} and {2}", "{3}", "a {4} b",
+    "API_KEY = 'swordfish'", 'token": "swordfish', "Bearer swordfish.swordfish",
+    "https://me:swordfish@host/", "{0}\n{3}\x9b",
+])  # fmt: skip
+@pytest.mark.parametrize("form", ["ours", "ascii", "slashes"])
+def test_secrets_of_another_writer_are_taken_out_when_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, form: str
+) -> None:
+    """In whichever way JSON may write a character: in the message, the traceback, a field of its own.
+    The truth is the text with each secret replaced by hand."""
+    for i in (1, 2, 3):
+        monkeypatch.setenv(f"MY_{i}_PASSWORD", SECRETS[i])
+    secrets.learn([])  # the environment is read anew
+    message = text.format(*SECRETS)
+    fields = {
+        "time": at(1.0),
+        "level": "INFO",
+        "message": message,
+        "traceback": f"T {message}",
+        "note": message,
+    }
+    row = json.dumps({**fields, "api_key": "swordfish"}, ensure_ascii=form == "ascii", separators=(",", ":"))
+    row = row.replace("/", "\\/") if form == "slashes" else row
+    run = LogRun(tmp_path / "run")
+    run.attempt(1)
+    run.write(0, row.encode() + b"\n", line(2.0, "12 tokens: secretly"))
+    try:
+        for view in VIEWS:
+            shown, _ = both(run.directory, view)
+            assert "12 tokens: secretly" in shown
+            assert "\x9b" not in shown
+            if view.json:
+                first, told = json.loads(shown.splitlines()[0]), TOLD.sub("[secret]", message)
+                assert (first["message"], first["note"], first["traceback"]) == (told, told, f"T {told}")
+                assert first["api_key"] == "[secret]"
+            for secret in (*SECRETS, "swordfish"):
+                assert secret not in shown
+                assert json.dumps(secret)[1:-1] not in shown
+    finally:
+        monkeypatch.undo()
+        secrets.learn([])
+
+
+def test_control_characters_in_json_are_escaped(tmp_path: Path) -> None:
+    """DEL and 80 to 9F, which JSON allows and a terminal obeys; 9B begins a command as ESC [ does."""
+    text = "\x1b[31m \x7f \x80 \x9b2J \x9f \xa0 \u00c2 \u4e2d"
+    run = LogRun(tmp_path / "run")
+    run.attempt(1)
+    run.write(0, line(1.0, text))
+    run.write(1, text.encode() + b"\n", raw=True)
+    shown, _ = both(run.directory, View(json=True))
+    assert [json.loads(row)["message"] for row in shown.splitlines()] == [text, text]
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", shown)
 
 
 # ----------------------------------------------------------------------------------------- selection
@@ -340,7 +404,7 @@ def test_silent_ranks_missing_segments_and_deleted_lines_are_named(tmp_path: Pat
     (logs / "present-00008").touch()
     _, notes = both(run.directory)
     assert notes == [
-        "attempt 1: rank 2-5,7,8 of 8 wrote nothing",
+        "attempt 1: rank 2-5,7-8 of 8 wrote nothing",
         "attempt 1: rank 0 of 8 lack(s) a segment that was deleted, by rotation or by hand",
         "80 line(s) deleted by the rotation of a full log (attempt 1: rank 0)",
     ]

@@ -1,41 +1,27 @@
 """All that a process says ends in its rank's log: a launched rank as `strop.slurm.launch` leaves it."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests import log_lines
 from tests.log_lines import read
 
-ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "hf_" + "aBcD1234" * 4
 
 HEAD = """
 import logging, os, sys, threading, warnings
 from tests.log_lines import setup
-os.set_inheritable({out}, True)
-setup({folder!r}, rank={rank}, stdout_fd={out} if {rank} == 0 else None)
+setup({folder!r}, rank={rank})
 log = logging.getLogger("strop.x")
 """
 
 
 def launched(folder, code, rank=0, check=True, **variables):
     """Run `code` in a process with its raw descriptors in rankNNNNN.err. (stdout of the job, code)"""
-    raw = os.open(folder / f"rank{rank:05d}.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    out = os.open(folder / "job.out", os.O_RDWR | os.O_CREAT | os.O_APPEND)
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", HEAD.format(folder=str(folder), rank=rank, out=out) + code],
-            env={"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", **variables},
-            stdout=raw,
-            stderr=raw,
-            pass_fds=[out],
-        )
-    finally:
-        os.close(raw)
-        os.close(out)
+    with open(folder / "job.out", "a") as out:
+        head = HEAD.format(folder=str(folder), rank=rank)
+        done = log_lines.launched(folder, head + code, rank, stdout=out, **variables)
     assert not check or done.returncode == 0, (folder / f"rank{rank:05d}.err").read_text()
     return (folder / "job.out").read_text(), done.returncode
 
@@ -164,18 +150,9 @@ warnings.warn("https://me:hunter2hunter@host")
 def test_a_terminal_keeps_its_stdout(tmp_path):
     """Rank 0 of the local launcher in a terminal: a progress bar must be able to draw there."""
     main, terminal = os.openpty()
-    (tmp_path / "rank00000.err").touch()
-    code = HEAD.format(folder=str(tmp_path), rank=0, out=terminal)
-    raw = os.open(tmp_path / "rank00000.err", os.O_WRONLY | os.O_APPEND)
-    subprocess.run(
-        [sys.executable, "-c", code + "print('shown', sys.stdout.isatty())\nlog.info('said')\n"],
-        env={"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"},
-        stdout=raw,
-        stderr=raw,
-        pass_fds=[terminal],
-        check=True,
-    )
-    os.close(raw)
+    code = HEAD.format(folder=str(tmp_path), rank=0)
+    code += "print('shown', sys.stdout.isatty())\nlog.info('said')\n"
+    assert log_lines.launched(tmp_path, code, stdout=terminal).returncode == 0
     shown = os.read(main, 4096).decode()
     assert "shown True" in shown
     assert "said" in shown

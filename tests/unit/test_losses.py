@@ -1,4 +1,4 @@
-"""DPO and SFT losses and their metrics against formulas in fp64, pair by pair in plain Python."""
+"""DPO, KTO and SFT losses and their metrics against formulas in fp64, pair by pair in plain Python."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from strop import config_check, ops
-from strop.algos import dpo, sft
-from strop.config import ALGOS, Config, DpoConfig
+from strop.algos import dpo, kto, sft
+from strop.config import ALGOS, SCORING, Config, DpoConfig, KtoConfig
 from strop.data.batch import Batch
 from strop.models.policy import Output
+from strop.models.reward import Scores
 from strop.ops import native
 from strop.ops import preference as preference_module
 
@@ -69,7 +70,13 @@ def preference(kind, c, d, beta, eps, delta=0.0):
         "sppo_hard": lambda: (c - 1 / (2 * beta)) ** 2 + (d + 1 / (2 * beta)) ** 2,
         "apo_zero": lambda: (1 - sigma(win)) + sigma(lose),
         "apo_down": lambda: sigma(win) + (1 - sigma(beta * h)),
+        "simpo": lambda: -(1 - eps) * log_sigmoid(beta * h - delta) - eps * log_sigmoid(delta - beta * h),
+        "orpo": lambda: beta * math.log(1 + odds(d) / odds(c)),
     }[kind]()
+
+
+def odds(logp):
+    return math.exp(logp) / (1 - math.exp(logp))
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
@@ -80,6 +87,8 @@ def test_every_preference_loss_and_its_derivative(monkeypatch, kind, backend):
         monkeypatch.setattr(native, "is_loaded", lambda device: False)
     assert ops.dpo_loss(torch.zeros(0, 2), kind, 0.3, 0.1).shape == (0,)
     pairs = [(0.0, 0.0), (3.0, -2.0), (-4.0, 1.5), (0.3, 0.4), (20.0, 9.0), (2.0, -9.0)]
+    if kind == "orpo":  # of probabilities; the last ones are nearly 1 and nearly 0
+        pairs = [(-0.7, -0.7), (-3.0, -0.2), (-0.1, -9.0), (-20.0, -0.5), (-1e-3, -2e-3), (-30.0, -1e-3)]
     for chosen in (pairs, pairs[:1]):
         ratio = torch.tensor(chosen, requires_grad=True)
         losses = ops.dpo_loss(ratio, kind, 0.3, 0.1, 0.25)
@@ -91,8 +100,8 @@ def test_every_preference_loss_and_its_derivative(monkeypatch, kind, backend):
                 return preference(kind, c, d, 0.3, 0.1, 0.25)
 
             assert float(losses[p].detach()) == pytest.approx(f(c, d), rel=2e-6, abs=2e-7)
-            slopes = [(f(c + s, d) - f(c - s, d)) / (2 * s) for s in (1e-5,)]
-            slopes += [(f(c, d + s) - f(c, d - s)) / (2 * s) for s in (1e-5,)]
+            s = 1e-5 if kind != "orpo" else 1e-6
+            slopes = [(f(c + s, d) - f(c - s, d)) / (2 * s), (f(c, d + s) - f(c, d - s)) / (2 * s)]
             assert (ratio.grad[p] / (p + 1)).tolist() == pytest.approx(slopes, rel=1e-4, abs=1e-6)
 
 
@@ -129,32 +138,43 @@ def test_bad_preference_arguments_are_named():
         {"sft_loss_weight": 0.7, "preference_loss_weight": 0.4},
         {"sft_loss_weight": 1.0, "average_log_probs": True, "beta": 1.3},
         {"preference_loss_weight": 0.0, "sft_loss_weight": 1.0},
+        {"loss": "bco_pair", "beta": 0.3},
+        {"loss": "simpo", "beta": 2.0, "simpo_gamma": 1.5},
+        {"loss": "simpo", "beta": 2.5, "simpo_gamma": 0.0, "label_smoothing": 0.1, "sft_loss_weight": 0.3},
+        {"loss": "orpo", "beta": 0.25},
+        {"loss": "orpo", "sft_loss_weight": 0.0},
     ],
     ids=str,
 )
 def test_dpo_loss_and_gradient(options):
     out, batch = example()
     cfg = DpoConfig(**options)
+    free = cfg.loss in ("simpo", "orpo")
+    batch = dataclasses.replace(batch, ref_logp_T=None if free else batch.ref_logp_T, baseline=0.4)
+    assert dpo.needs_reference(Config(dpo=cfg)) == (not free)
+    sft_weight = (cfg.loss == "orpo") if cfg.sft_loss_weight is None else cfg.sft_loss_weight
     total, metrics = dpo.loss(out, batch, Config(dpo=cfg))
 
     def by_hand(logp):
         """Sum over the pairs."""
-        policy, ref = pieces(logp, batch), pieces(batch.ref_logp_T, batch)
+        policy, ref = pieces(logp, batch), pieces(0 * logp if free else batch.ref_logp_T, batch)
         losses, prefs, nlls = [], [], []
         for c, d in ((0, 1), (2, 3), (4, 5)):
-            means = cfg.average_log_probs or cfg.loss in ("ipo", "sigmoid_norm")
+            means = cfg.average_log_probs or cfg.loss in ("ipo", "sigmoid_norm", "simpo", "orpo")
             ratios = [
                 (math.fsum(policy[s]) - math.fsum(ref[s])) / (len(policy[s]) if means else 1) for s in (c, d)
             ]
-            prefs.append(preference(cfg.loss, *ratios, cfg.beta, cfg.label_smoothing))
+            delta = cfg.simpo_gamma if cfg.loss == "simpo" else 0.4
+            prefs.append(preference(cfg.loss, *ratios, cfg.beta, cfg.label_smoothing, delta))
             nlls.append(-math.fsum(policy[c]) / len(policy[c]))
-            losses.append(cfg.preference_loss_weight * prefs[-1] + cfg.sft_loss_weight * nlls[-1])
+            losses.append(cfg.preference_loss_weight * prefs[-1] + sft_weight * nlls[-1])
         return math.fsum(losses), math.fsum(prefs), math.fsum(nlls)
 
     expected = by_hand(out.logp_T.detach().double())
     assert float(total.detach()) == pytest.approx(expected[0], rel=1e-5)
     assert float(metrics["preference_loss"][0]) == pytest.approx(expected[1], rel=1e-5)
-    if cfg.sft_loss_weight:
+    assert ("sft_loss" in metrics) == (sft_weight > 0)
+    if sft_weight:
         assert float(metrics["sft_loss"][0]) == pytest.approx(expected[2], rel=1e-5)
     total.backward()
     # Central differences of the formula. (Where nothing is trained the policy gives a constant 0.)
@@ -191,13 +211,94 @@ def test_dpo_metrics():
         assert float(metrics[name][1]) == count, name
 
 
+def test_metrics_without_a_reference():
+    """As TRL's CPO and ORPO trainers: log-probs are means over the tokens, rewards β times these."""
+    out, batch = example()
+    batch = dataclasses.replace(batch, ref_logp_T=None)
+    means = [sum(p) / len(p) for p in pieces(out.logp_T.detach().double(), batch)]
+    for loss in ("simpo", "orpo"):
+        metrics = dpo.loss(out, batch, Config(dpo=DpoConfig(beta=0.25, loss=loss)))[1]
+        for i, side in enumerate(("chosen", "rejected")):
+            assert float(metrics[f"logps/{side}"][0]) == pytest.approx(sum(means[i::2]), rel=1e-5)
+            assert float(metrics[f"rewards/{side}"][0]) == pytest.approx(0.25 * sum(means[i::2]), rel=1e-5)
+
+
+def test_the_mean_reward_that_bco_remembers():
+    means = {"rewards/chosen": 1.5, "rewards/rejected": -0.5}
+    assert dpo.running_reward(means, Config(dpo=DpoConfig(loss="bco_pair"))) == 0.5
+    assert dpo.running_reward(means, Config()) is None
+
+
+def unpaired(spread=3.0):
+    """The six sequences as rows; labels in no order."""
+    out, batch = example(spread)
+    labels = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0])
+    return out, dataclasses.replace(batch, rows=np.arange(6), value_R=labels)
+
+
+@pytest.mark.parametrize("baseline", [0.7, -0.7])
+@pytest.mark.parametrize(
+    "cfg", [KtoConfig(), KtoConfig(beta=0.5, desirable_weight=1.3, undesirable_weight=0.6)], ids=str
+)
+def test_kto_loss_and_gradient(cfg, baseline):
+    """A baseline below 0 counts as 0. (apo_zero_unpaired measures none: its baseline is 0.)"""
+    out, batch = unpaired()
+    batch = dataclasses.replace(batch, baseline=baseline)
+    total, metrics = kto.loss(out, batch, Config(algo="kto", kto=cfg))
+    z0 = max(0.0, baseline)
+
+    def by_hand(logp):
+        policy, ref = pieces(logp, batch), pieces(batch.ref_logp_T, batch)
+        ratios = [math.fsum(p) - math.fsum(r) for p, r in zip(policy, ref)]
+        good = [cfg.desirable_weight * (1 - sigma(cfg.beta * (ratios[i] - z0))) for i in (0, 3, 4)]
+        bad = [cfg.undesirable_weight * (1 - sigma(cfg.beta * (z0 - ratios[i]))) for i in (1, 2, 5)]
+        return math.fsum(good + bad)
+
+    base = out.logp_T.detach().double()
+    assert float(total.detach()) == pytest.approx(by_hand(base), rel=1e-5)
+    assert kto.count(batch) == 6
+    assert float(metrics["kl"][0] / metrics["kl"][1]) == pytest.approx(z0, rel=1e-12)
+    total.backward()
+    for token in batch.trained_T.nonzero()[::3, 0].tolist():
+        step = torch.zeros(len(batch.tokens_T), dtype=torch.float64)
+        step[token] = 1e-5
+        slope = (by_hand(base + step) - by_hand(base - step)) / 2e-5
+        assert float(out.logp_T.grad[token]) == pytest.approx(slope, rel=1e-4, abs=1e-6)
+
+
+def test_kto_metrics_and_baseline():
+    out, batch = unpaired()
+    cfg = Config(algo="kto", kto=KtoConfig(beta=0.25))
+    metrics = kto.loss(out, batch, cfg)[1]
+    policy, ref = (pieces(x.detach().double(), batch) for x in (out.logp_T, batch.ref_logp_T))
+    ratio = [sum(p) - sum(r) for p, r in zip(policy, ref)]
+    logits = pieces(out.mean_logit_T, batch)
+    for side, own in (("chosen", (0, 3, 4)), ("rejected", (1, 2, 5))):
+        expected = {
+            f"rewards/{side}": (sum(0.25 * ratio[i] for i in own), 3),
+            f"logps/{side}": (sum(sum(policy[i]) for i in own), 3),
+            f"logits/{side}": (sum(sum(logits[i]) for i in own), sum(len(logits[i]) for i in own)),
+        }
+        for name, (total, count) in expected.items():
+            assert float(metrics[name][0]) == pytest.approx(total, rel=1e-5), name
+            assert float(metrics[name][1]) == count, name
+    total, count = kto.kl(out, batch, cfg)
+    assert (float(total.detach()), count) == (pytest.approx(sum(ratio), rel=1e-5), 6)
+    assert kto.derived({"rewards/chosen": 2.0, "rewards/rejected": 0.5}) == {"rewards/margins": 1.5}
+    assert kto.derived({"rewards/chosen": 2.0}) == {}
+
+
 @pytest.mark.parametrize("algo", ALGOS)
 def test_metrics_that_a_configuration_may_name_are_those_that_there_are(algo):
     """The loop adds the loss itself; sft_loss is there where it has a weight."""
-    out, batch = example()
+    out, batch = unpaired() if algo == "kto" else example()
+    if algo in SCORING:
+        out = Scores(torch.arange(6.0), torch.zeros(6, 0))
+        batch = dataclasses.replace(batch, value_R=torch.full((3,), torch.nan))
     module = importlib.import_module(f"strop.algos.{algo}")
     metrics = module.loss(out, batch, Config(algo=algo, dpo=DpoConfig(sft_loss_weight=0.5)))[1]
-    assert sorted(config_check.METRICS[algo]) == sorted(["loss", *metrics, *module.derived({"loss": 0.0})])
+    derived = module.derived(dict.fromkeys(["loss", *metrics], 0.0))
+    assert sorted(config_check.METRICS[algo]) == sorted(["loss", *metrics, *derived])
 
 
 def test_a_tie_is_ln_2_and_not_accurate():

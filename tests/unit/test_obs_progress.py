@@ -59,10 +59,12 @@ def test_a_line_for_each_step(lines):
     progress.evaluation(
         5, {"step": 5, "eval_loss": 0.5, "eval_rewards/accuracies": 0.75, "eval_rewards/margins": 0.1}
     )
+    progress.evaluation(6, {"step": 6, "eval_loss": 0.4, "eval_accuracy": 0.8, "eval_margin": 1.25})  # rm
     assert lines.messages == [
         "step 4/100  loss 0.6931  acc 0.53  lr 1.0e-06  grad 1.23  4,124 tok/s  eta 3m12s",
         "step 5/100  eta 1m35s",
         "validation at step 5  loss 0.5000  acc 0.75  margin 0.100",
+        "validation at step 6  loss 0.4000  acc 0.80  margin 1.250",
     ]
 
 

@@ -161,7 +161,7 @@ def test_bf16_log_probs_err_by_less_than_a_thousandth(use, engine, keep):
 
 
 # H: below, at and above the columns of a tile (32), and no multiple of a panel (12). Words: below and above
-# what is summed in registers (1,024), an odd number among them. N: one token, odd, more than a work item (128).
+# what is summed in registers (1,024), an odd number among them. N: one, odd, more than a work item (128).
 @pytest.mark.skipif(not native.has_fused_head(torch.bfloat16), reason="no AVX-512 bf16 here")
 @pytest.mark.parametrize(
     ("num_tokens", "hidden", "vocab"), [(1, 2, 1), (33, 30, 13), (161, 34, 1037), (7, 96, 3100)]

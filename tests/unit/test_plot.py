@@ -54,6 +54,17 @@ def test_picture_has_ink_in_every_panel(tmp_path):
             assert coloured.sum() > 200, (row, column)
 
 
+def test_the_panels_of_a_reward_model(tmp_path):
+    (tmp_path / "a").mkdir()
+    names = ("loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward")
+    lines = [{"step": 1, **dict.fromkeys(names, 0.5)}, {"step": 1, **{f"eval_{n}": 0.5 for n in names}}]
+    _write(tmp_path / "a" / "metrics.jsonl", lines)
+    panels = plot._panels([plot.read_run(tmp_path / "a")])
+    assert [(p.train, p.eval) for p in panels] == [
+        (name, f"eval_{name}") for name in ("loss", "accuracy", "margin", "mean_reward")
+    ]
+
+
 def test_csv_is_the_same_table(tmp_path):
     rows = make_run(tmp_path / "a", entropy=1 / 3)
     path = plot.write_csv(plot.read_run(tmp_path / "a"))

@@ -19,7 +19,7 @@ import pytest
 from strop.obs import log_line, rank_log
 from strop.obs.rank_log import RankLog
 from strop.run import Position
-from tests.log_lines import read
+from tests.log_lines import launched, read
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = ["time", "rank", "node", "attempt", "step", "phase", "level", "logger", "message"]
@@ -174,13 +174,23 @@ def test_secrets_and_very_long_texts(tmp_path):
 
 
 RAW = """
-from strop.obs.raw import RawFiles
+import os, sys, time
+from pathlib import Path
+sys.path[:0] = [{root!r}]
+from tests.unit.test_rank_log import *
+from strop.obs import raw, raw_writer
+raw.WRITER_S = 0.2  # here the writer may have to wait for a CPU
+raw_writer.tell(int(os.environ["STROP_RAW_FD"]), [], {segment})
+rank_log.TICK_S = {tick}
 folder = Path({folder!r})
-fd = os.open(folder / "rank00007.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-os.dup2(fd, 1), os.dup2(fd, 2)
-rank_log.TICK_S = 0.0
-log = make(folder, raw=RawFiles.of_this_process(folder, 7, {segment}))
+log = make(folder, raw=raw.RawFiles(folder, 7, {segment}))
 """
+
+
+def captured(folder, code, segment=1 << 20, tick=0.0):
+    """`code` in a process whose raw output is captured."""
+    head = RAW.format(root=str(ROOT), folder=str(folder), segment=segment, tick=tick)
+    assert launched(folder, head + code, 7).returncode == 0, (folder / "rank00007.err").read_text()
 
 
 def test_marks_say_where_the_raw_file_stood(tmp_path):
@@ -195,7 +205,7 @@ log.tick()
 log.tick()
 log.close()
 """
-    child(RAW.format(folder=str(tmp_path), segment=1 << 20) + code)
+    captured(tmp_path, code)
     raw = (tmp_path / "rank00007.err").read_bytes()
     got = [(line["message"], line.get("raw")) for line in read(tmp_path, 7)]
     assert got == [("first", None), ("second", [0, 9]), ("third", None), ("raw output", [0, len(raw)])]
@@ -213,34 +223,24 @@ for i in range(100):
         log.tick()
 log.close()
 """
-    child(RAW.format(folder=str(tmp_path), segment=1000) + code)
+    captured(tmp_path, code, segment=1000)
     files = {int((re.findall(r"\.(\d+)\.", path.name) or [0])[0]): path for path in tmp_path.glob("*.err")}
-    assert sorted(files) == [0, 8, 9, 10]
+    assert sorted(files) == [0, 7, 8, 9]
     lines = [line for i in sorted(files) for line in files[i].read_bytes().splitlines()]
-    assert [int(line[:4]) for line in lines] == [*range(10), *range(80, 100)]
+    assert [int(line[:4]) for line in lines] == [*range(10), *range(70, 100)]
     got = read(tmp_path, 7)
     assert [line["raw"] for line in got if line["message"].isdigit()] == [[i, 1000] for i in range(10)]
-    assert max(line.get("dropped", 0) for line in got) == 70
-
-
-def test_without_a_file_of_its_own_nothing_is_captured(tmp_path):
-    from strop.obs.raw import RawFiles
-
-    assert RawFiles.of_this_process(tmp_path, 7, 1000) is None  # a direct run: no such file
-    (tmp_path / "rank00007.err").touch()
-    assert RawFiles.of_this_process(tmp_path, 7, 1000) is None  # stderr is something else
+    assert max(line.get("dropped", 0) for line in got) == 60
 
 
 def test_the_thread_notices_raw_output_by_itself(tmp_path):
     code = """
-rank_log.TICK_S = 0.1
 log.start()
 os.write(2, b"abort\\n")
-import time
 time.sleep(1.0)
 os._exit(0)
 """
-    child(RAW.format(folder=str(tmp_path), segment=1000) + code)
+    captured(tmp_path, code, segment=1000, tick=0.1)
     assert [(line["message"], line["raw"]) for line in read(tmp_path, 7)] == [("raw output", [0, 6])]
 
 

@@ -55,7 +55,7 @@ def test_what_was_asked_for_beats_a_sites_variables():
     assert "exclusive" not in executor._make_submission_file_text("true", "")
 
 
-@pytest.mark.parametrize("algo", ["dpo", "sft", "cpt"])
+@pytest.mark.parametrize("algo", ["dpo", "sft", "kto", "cpt"])
 def test_templates_ask_for_the_same(algo):
     text = (ROOT / f"sbatch/{algo}.sh").read_text()
     head = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", text, re.MULTILINE))
@@ -68,9 +68,9 @@ def test_templates_ask_for_the_same(algo):
 
 def test_templates_differ_in_the_algorithm_only():
     dpo, *others = [
-        (ROOT / f"sbatch/{algo}.sh").read_text().splitlines()[2:] for algo in ("dpo", "sft", "cpt")
+        (ROOT / f"sbatch/{algo}.sh").read_text().splitlines()[2:] for algo in ("dpo", "sft", "kto", "cpt")
     ]
-    for algo, text in zip(("sft", "cpt"), others):
+    for algo, text in zip(("sft", "kto", "cpt"), others):
         assert [line.replace("dpo", algo) for line in dpo] == text
 
 

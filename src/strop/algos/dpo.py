@@ -3,6 +3,7 @@
 A row holds a chosen and a rejected completion of one prompt, side by side in the batch. The policy's token
 log-probs are summed over each completion, the reference's were summed by the same function, and their
 difference, c (chosen) and d (rejected), is all that the loss sees: `strop.ops.preference` has the formulas.
+SimPO and ORPO have no reference: c and d are the policy's own log-probs, averaged over the tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from strop.ops import preference
 
 def needs_reference(cfg: Config) -> bool:
     """Whether batches carry the log-probs of a reference model."""
-    return True
+    return cfg.dpo.loss not in preference.REFERENCE_FREE
 
 
 def count(batch: Batch) -> int:
@@ -33,33 +34,63 @@ def reference_model(cfg: Config) -> str | None:
     return cfg.dpo.reference
 
 
+def running_reward(means: dict[str, float], cfg: Config) -> float | None:
+    """The mean reward of a step, where the loss compares rewards with their mean over all steps before."""
+    if cfg.dpo.loss != "bco_pair":
+        return None
+    return (means["rewards/chosen"] + means["rewards/rejected"]) / 2
+
+
 def loss(out: Output, batch: Batch, cfg: Config) -> tuple[Tensor, Metrics]:
     """w_pref · preference loss + w_sft · NLL(chosen) summed over the P pairs, and (sum, count) metrics.
 
-    Log-probs are summed over the completion, or averaged over it for ipo, sigmoid_norm and
-    `average_log_probs`. The NLL term is the mean over the tokens of each chosen completion.
+    Log-probs are summed over the completion, or averaged over it for ipo, sigmoid_norm, simpo, orpo and
+    `average_log_probs`. The NLL term is the mean over the tokens of each chosen completion. bco_pair's δ is
+    `batch.baseline`, the mean reward of all earlier steps (`running_reward`); TRL 1.16 has δ = 0 throughout.
     """
-    assert batch.ref_logp_T is not None
-    # Only a batch that stands in for a rank without rows has sequences without trained tokens.
-    num_trained = ops.segment_sum(batch.trained_T.float(), batch.cu_seqlens).clamp(min=1.0)
-    logp = ops.segment_sum(out.logp_T, batch.cu_seqlens)
-    ratio = logp - ops.segment_sum(batch.ref_logp_T, batch.cu_seqlens)
-    if cfg.dpo.average_log_probs or cfg.dpo.loss in preference.AVERAGED:
-        ratio = ratio / num_trained
-    c, d = ratio[0::2], ratio[1::2]
-    losses = ops.dpo_loss(ratio.view(-1, 2), cfg.dpo.loss, cfg.dpo.beta, cfg.dpo.label_smoothing)
+    kind, beta = cfg.dpo.loss, cfg.dpo.beta
+    ratio, logp, num_trained = _ratio(out, batch, cfg)
+    delta = cfg.dpo.simpo_gamma if kind == "simpo" else batch.baseline
+    losses = ops.dpo_loss(ratio.view(-1, 2), kind, beta, cfg.dpo.label_smoothing, delta)
     nll = -logp[0::2] / num_trained[0::2]
-    total = (cfg.dpo.preference_loss_weight * losses + cfg.dpo.sft_loss_weight * nll).sum()
+    sft_weight = _sft_weight(cfg)
+    total = (cfg.dpo.preference_loss_weight * losses + sft_weight * nll).sum()
     with torch.no_grad():
-        metrics = _metrics(c, d, logp, cfg.dpo.beta, out, batch)
+        # TRL shows SimPO's and ORPO's log-probs as their losses take them: averaged.
+        metrics = _metrics(ratio, ratio if batch.ref_logp_T is None else logp, beta, out, batch)
         metrics["preference_loss"] = (losses.sum(), metrics["rewards/chosen"][1])
-        if cfg.dpo.sft_loss_weight:
+        if sft_weight:
             metrics["sft_loss"] = (nll.sum(), metrics["rewards/chosen"][1])
     return total, metrics
 
 
-def _metrics(c: Tensor, d: Tensor, logp: Tensor, beta: float, out: Output, batch: Batch) -> Metrics:
+def _sft_weight(cfg: Config) -> float:
+    """ORPO is the odds ratio beside the NLL of the chosen."""
+    default = 1.0 if cfg.dpo.loss == "orpo" else 0.0
+    return default if cfg.dpo.sft_loss_weight is None else cfg.dpo.sft_loss_weight
+
+
+def rewards(out: Output, batch: Batch, cfg: Config) -> Tensor:
+    """[2P] of each completion: β times its log-ratio, the mean of which the metrics `rewards/...` are."""
+    return cfg.dpo.beta * _ratio(out, batch, cfg)[0]
+
+
+def _ratio(out: Output, batch: Batch, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-ratio (without a reference: log-prob), log-prob and number of trained tokens of each completion,
+    [2P] each."""
+    # Only a batch that stands in for a rank without rows has sequences without trained tokens.
+    num_trained = ops.segment_sum(batch.trained_T.float(), batch.cu_seqlens).clamp(min=1.0)
+    ratio = logp = ops.segment_sum(out.logp_T, batch.cu_seqlens)
+    if batch.ref_logp_T is not None:
+        ratio = logp - ops.segment_sum(batch.ref_logp_T, batch.cu_seqlens)
+    if cfg.dpo.average_log_probs or cfg.dpo.loss in preference.AVERAGED:
+        ratio = ratio / num_trained
+    return ratio, logp, num_trained
+
+
+def _metrics(ratio: Tensor, logp: Tensor, beta: float, out: Output, batch: Batch) -> Metrics:
     """TRL's names: rewards are β times the log-ratio; a tie is not accurate."""
+    c, d = ratio[0::2], ratio[1::2]
     pairs = torch.tensor(float(len(c)), device=c.device)
     tokens = batch.trained_T.float()
     in_chosen = _of_chosen(batch)

@@ -17,12 +17,13 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import numpy as np
 import torch
 
 from strop.data.batch import Prefetcher, make_batch
+from strop.data.mismatched import Mismatched
 from strop.data.store import TokenStore
 from strop.dist import Dist
 from strop.models.policy import Policy
@@ -34,25 +35,28 @@ FLUSH_S = 20.0
 """How much of a stopped pass is computed again, at most."""
 
 Bins = list[list[np.ndarray]]
+RowStore = Union[TokenStore, Mismatched]
 
 
-def cache_file(cache_dir: Path, store: TokenStore, facts: dict[str, Any]) -> Path:
+def cache_file(cache_dir: Path, store: RowStore, facts: dict[str, Any]) -> Path:
     """Where the log-probs of `store` are kept. `facts`: weights, precision, layout, plan, ranks."""
     text = json.dumps({"format": FORMAT, "store": store.digest, **facts}, sort_keys=True)
     return cache_dir / f"reference-{hashlib.sha256(text.encode()).hexdigest()[:24]}.npy"
 
 
-def missing(path: Path, store: TokenStore, rows: np.ndarray) -> bool:
+def missing(path: Path, store: RowStore, rows: np.ndarray) -> bool:
     """Whether any trained token of `rows` has no value in the file."""
     if not path.exists():
         return True
     values = np.load(path, mmap_mode="r")
-    return any(np.isnan(values[a:b][store.trained[a:b]]).any() for row in rows for a, b in store.spans(row))
+    spans = (span for row in rows for span in store.spans(row))
+    masks = (trained for row in rows for _, trained in store.sequences(row))
+    return any(np.isnan(values[a:b][trained]).any() for (a, b), trained in zip(spans, masks))
 
 
 def compute(
     policy: Policy,
-    store: TokenStore,
+    store: RowStore,
     bins: Bins,
     path: Path,
     dist: Dist,
@@ -92,7 +96,7 @@ def compute(
     return True
 
 
-def _open(path: Path, partial: Path, store: TokenStore) -> np.memmap:
+def _open(path: Path, partial: Path, store: RowStore) -> np.memmap:
     """The array to fill: an unfinished one, a copy of one with other rows, or a new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not partial.exists():
@@ -100,19 +104,20 @@ def _open(path: Path, partial: Path, store: TokenStore) -> np.memmap:
         if path.exists():
             shutil.copyfile(path, aside)
         else:
-            fresh = np.lib.format.open_memmap(aside, mode="w+", dtype=np.float32, shape=store.tokens.shape)
+            shape = (int(store.offsets[-1]),)
+            fresh = np.lib.format.open_memmap(aside, mode="w+", dtype=np.float32, shape=shape)
             fresh[:] = np.nan
             fresh.flush()
         os.replace(aside, partial)
     return np.lib.format.open_memmap(partial, mode="r+")
 
 
-def _any_missing(values: np.ndarray | None, store: TokenStore, rows_of_ranks: list[np.ndarray]) -> bool:
+def _any_missing(values: np.ndarray | None, store: RowStore, rows_of_ranks: list[np.ndarray]) -> bool:
     spans = (span for rows in rows_of_ranks for row in rows for span in store.spans(row))
     return values is not None and any(np.isnan(values[a:b]).any() for a, b in spans)
 
 
-def _put(values: np.ndarray, store: TokenStore, rows: np.ndarray, logp: np.ndarray) -> None:
+def _put(values: np.ndarray, store: RowStore, rows: np.ndarray, logp: np.ndarray) -> None:
     """Fill in what is missing. A value that is there stays: steps were taken with it, and another number of
     ranks packs its row with others, which may change its last bit."""
     at = 0

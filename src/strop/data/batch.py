@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from strop.data.blocks import Blocks
+from strop.data.draws import token_keys
+from strop.data.mismatched import Mismatched
 from strop.data.store import TokenStore
 
 DUMMY_LENGTH = 2
@@ -48,9 +50,16 @@ class Batch:
     value_R: Tensor | None = None
     """fp32 [R] (a dummy: [1]): the number that each row of a token store brings along for its loss, NaN where
     it has none."""
+    baseline: float = 0.0
+    """What rewards are compared with, the same in all batches of a step; see `strop.baseline`."""
+    draw_T: Tensor | None = None
+    """int32 [T]: the keys of random draws (strop.data.draws); None: nothing is drawn, as in validation."""
     cu_keys: Tensor | None = None
     """int32 [S + 1], where prompts are shared: the same sums as cu_seqlens with the shared prompts counted.
     A sequence with more keys than tokens goes on where the prompt of the one before it ends."""
+
+    keys_S: Tensor | None = None
+    """int64 [S, 2]: what the random draws of each sequence hang on; None: nothing is drawn (validation)."""
 
     @property
     def num_tokens(self) -> int:
@@ -92,37 +101,49 @@ class Batch:
         return dataclasses.replace(self, **tensors)
 
 
-def make_batch(store: TokenStore | Blocks, rows: np.ndarray, ref: np.ndarray | None = None) -> Batch:
+def make_batch(
+    store: TokenStore | Mismatched | Blocks,
+    rows: np.ndarray,
+    ref: np.ndarray | None = None,
+    draw: tuple[int, int] | None = None,
+) -> Batch:
     """Pack `rows` of the store in the given order; no rows give a dummy.
 
-    ref: fp32 [total], laid out like store.tokens.
+    ref: fp32 [total], laid out like store.tokens. draw: (seed, step) of what is drawn at random.
     """
     rows = np.asarray(rows, dtype=np.int64)
     sequences = [sequence for row in rows for sequence in store.sequences(row)]
     if not sequences:
-        return _dummy(store.seqs_per_row, rows, with_ref=ref is not None)
+        return _dummy(store.seqs_per_row, rows, with_ref=ref is not None, draws=draw is not None)
     seqlens = np.array([len(tokens) for tokens, _ in sequences])
     first_positions = [0] * len(sequences)
-    shares = isinstance(store, TokenStore) and store.shared_R is not None
-    if isinstance(store, TokenStore):
+    shares = not isinstance(store, Blocks) and store.shared_R is not None
+    if not isinstance(store, Blocks):
         first_positions = [first for row in rows for first in store.first_positions(row)]
     trained = np.concatenate([trained for _, trained in sequences])
     ref_logp_T = None
     if ref is not None:
-        assert isinstance(store, TokenStore)
+        assert not isinstance(store, Blocks)
         ref_logp = np.concatenate([ref[a:b] for row in rows for a, b in store.spans(row)])
         ref_logp_T = torch.from_numpy(np.where(trained, ref_logp, 0).astype(np.float32))
+    positions = np.concatenate(
+        [np.arange(p, p + n, dtype=np.int64) for p, n in zip(first_positions, seqlens)]
+    )
+    draw_T = None
+    if draw is not None:
+        lengths = store.row_lengths[rows]
+        places = np.concatenate([np.arange(n) for n in lengths]) if isinstance(store, Blocks) else positions
+        draw_T = torch.from_numpy(token_keys(*draw, np.repeat(rows, lengths), places))
     return Batch(
         tokens_T=torch.from_numpy(np.concatenate([tokens for tokens, _ in sequences]).astype(np.int64)),
-        positions_T=torch.from_numpy(
-            np.concatenate([np.arange(p, p + n, dtype=np.int64) for p, n in zip(first_positions, seqlens)])
-        ),
+        positions_T=torch.from_numpy(positions),
         cu_seqlens=_cumulated(seqlens),
         trained_T=torch.from_numpy(trained),
         rows=rows,
         max_seqlen=int(seqlens.max()),
-        value_R=torch.from_numpy(store.values_R[rows]) if isinstance(store, TokenStore) else None,
+        value_R=torch.from_numpy(store.values_R[rows]) if not isinstance(store, Blocks) else None,
         ref_logp_T=ref_logp_T,
+        draw_T=draw_T,
         cu_keys=_cumulated(seqlens + first_positions) if shares else None,
     )
 
@@ -131,7 +152,7 @@ def _cumulated(lengths: np.ndarray) -> Tensor:
     return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
 
 
-def _dummy(seqs_per_row: int, rows: np.ndarray, *, with_ref: bool) -> Batch:
+def _dummy(seqs_per_row: int, rows: np.ndarray, *, with_ref: bool, draws: bool) -> Batch:
     """Tokens of id 0, so that a rank without rows enters the same collectives as the others."""
     total = seqs_per_row * DUMMY_LENGTH
     return Batch(
@@ -143,6 +164,7 @@ def _dummy(seqs_per_row: int, rows: np.ndarray, *, with_ref: bool) -> Batch:
         max_seqlen=DUMMY_LENGTH,
         value_R=torch.full((1,), torch.nan),
         ref_logp_T=torch.zeros(total) if with_ref else None,
+        draw_T=torch.zeros(total, dtype=torch.int32) if draws else None,
     )
 
 

@@ -188,7 +188,7 @@ def _prompts(look: Look, config: Config, tokenizer: Any) -> list[Concern]:
     """No prompt at all, the same beginning everywhere, sequences that stand out."""
     out = []
     bare = np.flatnonzero(look.prompts_S[:: look.seqs_per_row] <= 1)
-    if len(bare) and not config.sft.train_on_prompt:
+    if len(bare) and config.sft.train_on != "everything":
         text = "have a prompt of one token or none"
         advice = "the model learns to say this to everything"
         out.append(_concern(look, "warn", "no_prompt", text, advice, count=len(bare), rows=bare[:3].tolist()))
@@ -276,7 +276,7 @@ def _twice(
 def of_template(config: Config, tokenizer: Any) -> list[Concern]:
     """Whether what opens an assistant's turn is prompt or trained, seen from a conversation made up."""
     template = chat_template(config.model.chat_template, tokenizer)
-    if template is None or config.sft.train_on_prompt:
+    if template is None or config.sft.train_on == "everything":
         return []
     turns = [("user", "Question?"), ("assistant", "Answer.")]
     row = Row("template", 1, {"messages": [{"role": role, "content": text} for role, text in turns]})

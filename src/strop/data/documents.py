@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from strop.config import DataConfig, PrepareConfig
-from strop.data import sources
+from strop.data import adapt, sources
 from strop.data.ledger import BadRow
 from strop.data.sources import TEXT_SUFFIXES, Row, Source
 from strop.errors import UserError
 
+KIND = "text"
+"""Of the rows, for adapters."""
 SUFFIXES = (*TEXT_SUFFIXES, *sources.SUFFIXES)
 PIECE_BYTES = 4 * 2**20
 """A piece ends at the first document boundary after so many bytes."""
@@ -64,10 +66,10 @@ def find(entry: str, key: str, split: str, config: DataConfig) -> list[Source]:
     if path.is_file():
         if not path.name.lower().endswith(SUFFIXES):
             raise UserError(f"{key}: {entry} has none of the endings {', '.join(SUFFIXES)}")
-        return [_as_source(path, entry, key)]
+        return [_as_source(path, entry, key, config)]
     if not path.is_dir():
-        return [sources.find_one(entry, key, split, config)]
-    return _named(path, entry, key, split, config) or _all_files(path, entry, key)
+        return [sources.find_one(entry, key, split, config, KIND)]
+    return _named(path, entry, key, split, config) or _all_files(path, entry, key, config)
 
 
 def beside(entry: str, config: DataConfig) -> list[Source]:
@@ -75,15 +77,15 @@ def beside(entry: str, config: DataConfig) -> list[Source]:
     path = Path(entry).expanduser()
     if path.is_dir():
         return _named(path, entry, "data.train", "validation", config)
-    found = sources.beside(entry, config)
+    found = sources.beside(entry, config, KIND)
     return [] if found is None else [found]
 
 
 def _named(path: Path, entry: str, key: str, split: str, config: DataConfig) -> list[Source]:
     """training.txt, training.jsonl and the like, or a set of `datasets`: one source or none."""
     files = [path / f"{stem}{suffix}" for stem in sources.FILE_NAMES[split] for suffix in TEXT_SUFFIXES]
-    found = [_as_source(p, str(Path(entry) / p.name), key) for p in files if p.is_file()]
-    source = sources.directory(path, entry, split, config)
+    found = [_as_source(p, str(Path(entry) / p.name), key, config) for p in files if p.is_file()]
+    source = sources.directory(path, entry, split, config, KIND)
     if source is not None and (source.format != "hub" or _is_hub_set(path)):
         found.append(source)
     if len(found) > 1:
@@ -91,9 +93,10 @@ def _named(path: Path, entry: str, key: str, split: str, config: DataConfig) -> 
     return found
 
 
-def _as_source(file: Path, name: str, key: str) -> Source:
-    text = file.name.lower().endswith(TEXT_SUFFIXES)
-    return Source(name, "text", str(file)) if text else sources.as_file(file, name, key)
+def _as_source(file: Path, name: str, key: str, config: DataConfig) -> Source:
+    if file.name.lower().endswith(TEXT_SUFFIXES):
+        return Source(name, "text", str(file))
+    return sources.as_file(file, name, key, adapt.of_path(config, KIND))
 
 
 def _is_hub_set(path: Path) -> bool:
@@ -102,7 +105,7 @@ def _is_hub_set(path: Path) -> bool:
     return saved or any(True for suffix in sources.SUFFIXES for _ in path.rglob(f"*{suffix}"))
 
 
-def _all_files(path: Path, entry: str, key: str) -> list[Source]:
+def _all_files(path: Path, entry: str, key: str, config: DataConfig) -> list[Source]:
     found = []
     for file in sorted(path.rglob("*")):
         inner = file.relative_to(path)
@@ -111,7 +114,7 @@ def _all_files(path: Path, entry: str, key: str) -> list[Source]:
             and file.name.lower().endswith(SUFFIXES)
             and not any(p.startswith(".") for p in inner.parts)
         ):
-            found.append(_as_source(file, str(Path(entry) / inner), key))
+            found.append(_as_source(file, str(Path(entry) / inner), key, config))
     if not found:
         raise UserError(f"{key}: {entry} holds no file that ends in {', '.join(SUFFIXES)}")
     return found
@@ -174,8 +177,9 @@ def read(source: Source, piece: Piece, config: PrepareConfig) -> Iterator[Docume
     if source.format == "text":
         yield from _read_text(source, piece, config.documents)
         return
-    for row in _rows(source, piece):
-        yield row if isinstance(row, BadRow) else _as_document(row, config.text_key)
+    key = config.text_key if source.adapter is None else "text"
+    for row in adapt.rows(_rows(source, piece), source.adapter):
+        yield row if isinstance(row, BadRow) else _as_document(row, key)
 
 
 def _rows(source: Source, piece: Piece) -> Iterator[Row | BadRow]:
@@ -205,7 +209,7 @@ def _rows(source: Source, piece: Piece) -> Iterator[Row | BadRow]:
         for number, fields in enumerate(rows, start=piece.first_line):
             yield Row(source.name, number, fields)
     else:
-        yield from sources.read(source)
+        yield from sources.read_raw(source)
 
 
 def _as_document(row: Row, key: str) -> Document | BadRow:

@@ -1,4 +1,4 @@
-"""What happened to every row: read, used, left out and why.
+"""What happened to every row: read, used, cut, left out and why.
 
 The ledger is filled while rows are tokenised, kept beside the token store (so that a cache hit knows it
 too) and copied to `data/ledger.json` of the run. Rows that cannot be used travel through the pipeline as
@@ -35,6 +35,10 @@ class BadRow:
     """For the user: what is wrong with this very row, without its place."""
     tokens: int = 0
     """Its length where that is known."""
+    wanted: bool = False
+    """An adapter left it out though it is sound: no error, and no part of `data.max_dropped_fraction`."""
+    dealt_by: Any = field(default=None, repr=False, compare=False)
+    """What `data.split` would deal it out by; None for what could not be read, which is told of every set."""
 
     @property
     def place(self) -> str:
@@ -50,22 +54,33 @@ def place(source: str, line: int) -> str:
 
 def refuse_or_keep(row: BadRow, config: DataConfig) -> None:
     """UserError where the policy for such a row is to stop; the caller counts it otherwise."""
-    key, keep_going = ("over_length", "drop") if row.reason == "over_length" else ("on_bad_row", "skip")
-    if getattr(config, key) != keep_going:
+    if row.wanted:
+        return
+    long = row.reason == "over_length"
+    if config.over_length == "error" if long else config.on_bad_row == "error":
+        lenient = "over_length=drop" if long else "on_bad_row=skip"
         raise UserError(
-            f"{row.place}: {row.message}\n  (data.{key}={keep_going} leaves such rows out and counts them)"
+            f"{row.place}: {row.message}\n  (data.{lenient} leaves such rows out and counts them)"
         )
 
 
 @dataclass
 class Dropped:
-    """Rows of one source left out for one reason."""
+    """Rows of one source left out for one reason, or cut by one policy."""
 
     rows: int = 0
     tokens: int = 0
-    """Their tokens, where they were tokenised."""
+    """Their tokens, where they were tokenised; of rows that were cut, those that are gone."""
     examples: list[dict[str, str | int]] = field(default_factory=list)
     """[{line, message}] of the first few."""
+    wanted: bool = False
+    """As `BadRow.wanted`."""
+
+    def add(self, line: int, message: str, tokens: int) -> None:
+        self.rows += 1
+        self.tokens += tokens
+        if len(self.examples) < EXAMPLES:
+            self.examples.append({"line": line, "message": message})
 
 
 @dataclass
@@ -83,6 +98,8 @@ class SourceLedger:
     merged_boundary: int = 0
     """Used rows in which a token spans the end of the prompt; it is trained."""
     dropped: dict[str, Dropped] = field(default_factory=dict)
+    truncated: dict[str, Dropped] = field(default_factory=dict)
+    """By policy (data.over_length); these rows are used."""
 
     @property
     def num_dropped(self) -> int:
@@ -99,12 +116,19 @@ class Ledger:
 
     split: str
     sources: dict[str, SourceLedger] = field(default_factory=dict)
+    overlap: dict[str, Any] | None = None
+    """What this set shares with the training set (strop.data.overlap); None: not looked for."""
 
     def of(self, source: str) -> SourceLedger:
         return self.sources.setdefault(source, SourceLedger(source))
 
-    def use(self, row: TokenisedRow) -> None:
+    def use(self, row: TokenisedRow, over_length: str = "drop") -> None:
+        """over_length: the policy that has cut it, if it was."""
         entry = self.of(row.source)
+        if row.num_cut:
+            total = sum(len(tokens) for tokens, _ in row.sequences) + row.num_cut
+            policy = entry.truncated.setdefault(over_length, Dropped())
+            policy.add(row.line, f"{row.num_cut:,} of {total:,} tokens cut", row.num_cut)
         entry.used += 1
         entry.merged_boundary += row.merged_boundary
         for tokens, trained in row.sequences:
@@ -113,17 +137,20 @@ class Ledger:
             entry.longest = max(entry.longest, len(tokens))
 
     def drop(self, row: BadRow) -> None:
-        entry = self.of(row.source).dropped.setdefault(row.reason, Dropped())
-        entry.rows += 1
-        entry.tokens += row.tokens
-        if len(entry.examples) < EXAMPLES:
-            entry.examples.append({"line": row.line, "message": row.message})
+        entry = self.of(row.source).dropped.setdefault(row.reason, Dropped(wanted=row.wanted))
+        entry.add(row.line, row.message, row.tokens)
 
     def drop_many(
-        self, source: str, reason: str, rows: int, tokens: int, examples: Iterable[tuple[int, str]]
+        self,
+        source: str,
+        reason: str,
+        rows: int,
+        tokens: int,
+        examples: Iterable[tuple[int, str]],
+        wanted: bool = False,
     ) -> None:
         """Rows counted elsewhere: [(line, message)] of the first ones."""
-        entry = self.of(source).dropped.setdefault(reason, Dropped())
+        entry = self.of(source).dropped.setdefault(reason, Dropped(wanted=wanted))
         entry.rows += rows
         entry.tokens += tokens
         room = EXAMPLES - len(entry.examples)
@@ -134,13 +161,19 @@ class Ledger:
         return sum(entry.used for entry in self.sources.values())
 
     @property
+    def truncated(self) -> int:
+        return sum(cut.rows for entry in self.sources.values() for cut in entry.truncated.values())
+
+    @property
     def read(self) -> int:
         return sum(entry.read for entry in self.sources.values())
 
     def check(self, max_dropped_fraction: float, wanted: Collection[str] = ()) -> None:
         """UserError if too many rows were left out (for other reasons than `wanted` ones), or all of them."""
         entries = self.sources.values()
-        meant = sum(d.rows for entry in entries for reason, d in entry.dropped.items() if reason in wanted)
+        meant = sum(
+            d.rows for entry in entries for reason, d in entry.dropped.items() if d.wanted or reason in wanted
+        )
         dropped = self.read - self.used - meant
         if self.used and dropped <= max_dropped_fraction * self.read:
             return
@@ -166,8 +199,10 @@ class Ledger:
 
     def as_json(self) -> dict[str, Any]:
         totals = {"read": self.read, "used": self.used, "dropped": self.read - self.used}
+        totals["truncated"] = self.truncated
         entries = [{"read": entry.read, **dataclasses.asdict(entry)} for entry in self.sources.values()]
-        return {"split": self.split, **totals, "sources": entries}
+        overlap = {} if self.overlap is None else {"overlap": self.overlap}
+        return {"split": self.split, **totals, **overlap, "sources": entries}
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
@@ -178,7 +213,8 @@ class Ledger:
         ledger = cls(split=record["split"])
         for entry in record["sources"]:
             del entry["read"]
-            entry["dropped"] = {reason: Dropped(**rows) for reason, rows in entry["dropped"].items()}
+            for name in ("dropped", "truncated"):
+                entry[name] = {reason: Dropped(**rows) for reason, rows in entry.get(name, {}).items()}
             ledger.sources[entry["name"]] = SourceLedger(**entry)
         return ledger
 
@@ -191,13 +227,25 @@ class Ledger:
             body.append((entry.name, *(f"{n:,}" for n in (*numbers, entry.longest))))
             for reason, rows in entry.dropped.items():
                 body.append((f"  {reason}", "", "", f"{rows.rows:,}", f"{rows.tokens:,}", "", ""))
+            for policy, rows in entry.truncated.items():
+                body.append((f"  {policy}", "", f"({rows.rows:,})", "", f"(-{rows.tokens:,})", "", ""))
             if entry.merged_boundary:
                 body.append(
                     ("  prompt ends inside a token", "", f"({entry.merged_boundary:,})", "", "", "", "")
                 )
             if entry.other_split:
                 body.append(("  other split", f"({entry.other_split:,})", "", "", "", "", ""))
-        return f"{self.split} set\n" + _columns([head, *body])
+        return f"{self.split} set\n" + _columns([head, *body]) + self._overlap_text()
+
+    def _overlap_text(self) -> str:
+        found = self.overlap
+        if not found or not found["prompts"]:
+            return ""
+        text = (
+            f"\nwarning: {found['prompts']:,} of {found['of']:,} rows have a prompt of the training set "
+            f"({found['rows']:,} are equal as a whole); nothing was taken out. The first:"
+        )
+        return text + "".join(f"\n  {example}" for example in found["examples"])
 
 
 def _columns(rows: Iterable[tuple[str, ...]]) -> str:

@@ -65,10 +65,11 @@ class Index:
     hashes: list[np.ndarray] = field(default_factory=list)
     """uint64 [documents, 2] of each batch."""
     dropped: dict[int, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    """source -> reason -> {"rows": n, "examples": [[line, message]]}."""
+    """source -> reason -> {"rows": n, "examples": [[line, message]], "wanted": as `BadRow.wanted`}."""
 
-    def drop(self, source: int, line: int, reason: str, message: str) -> None:
-        entry = self.dropped.setdefault(source, {}).setdefault(reason, {"rows": 0, "examples": []})
+    def drop(self, source: int, line: int, reason: str, message: str, wanted: bool = False) -> None:
+        new = {"rows": 0, "examples": [], "wanted": wanted}
+        entry = self.dropped.setdefault(source, {}).setdefault(reason, new)
         entry["rows"] += 1
         if len(entry["examples"]) < EXAMPLES:
             entry["examples"].append([line, message])
@@ -173,7 +174,7 @@ def _kept(
         for item in documents.read(task.sources[piece.source], piece, task.prepare):
             if isinstance(item, BadRow):
                 refuse_or_keep(item, task.data)
-                index.drop(piece.source, item.line, item.reason, item.message)
+                index.drop(piece.source, item.line, item.reason, item.message, item.wanted)
                 continue
             noisy = next((found for check in filters if (found := check(item.text))), None)
             if noisy is None:

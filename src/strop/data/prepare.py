@@ -8,6 +8,7 @@ end with one of two equal results. Ranks open it by its path.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -15,23 +16,23 @@ from pathlib import Path
 from typing import Any
 
 from strop.config import Config, DataConfig
-from strop.data import sources
+from strop.data import adapt, sources
 from strop.data.ledger import BadRow, Ledger, refuse_or_keep
-from strop.data.render import Rendered, Renderer, chat_template
+from strop.data.render import Options, Rendered, Renderer, chat_template
 from strop.data.sources import Source
 from strop.data.store import FORMAT, TokenisedRow, TokenStore
 from strop.data.tokenise import Tokeniser
 from strop.errors import STORAGE_ERRNOS, StorageError
 
-PIPELINE = 1
+PIPELINE = 2
 """Raise it when the same row would be tokenised or masked in another way than before."""
 
 
-def has_validation(config: DataConfig) -> bool:
+def has_validation(config: DataConfig, kind: str) -> bool:
     """Whether the configuration names a validation set, or one lies beside the training set."""
     if config.split is not None:
         return sources.shares(config.split)[1] > 0
-    return bool(sources.find(config, "validation"))
+    return bool(sources.find(config, "validation", kind))
 
 
 def prepare(
@@ -45,17 +46,18 @@ def prepare(
 ) -> tuple[TokenStore, Ledger]:
     """The token store and ledger of one set: found in the cache, else made.
 
-    kind: preference or sft. split: train or validation (see `has_validation`). tokenizer: a transformers
-    tokenizer. progress is called with the number of rows done, now and then.
+    kind: preference, unpaired or sft. split: train or validation (see `has_validation`). tokenizer: a
+    transformers tokenizer. progress is called with the number of rows done, now and then.
     Raises UserError (key, file or row named; nothing is left behind) and StorageError.
     """
-    found = sources.find(config.data, split)
+    found = sources.find(config.data, split, kind)
     template = chat_template(config.model.chat_template, tokenizer)
-    digest = _digest(config, found, tokenizer_digest, template, kind, split)
+    options = Options.of(config, kind)
+    digest = _digest(config, found, tokenizer_digest, template, options, kind, split)
     path = Path(cache_dir) / f"{kind}-{split}-{digest[:24]}"
     if not (path / "store.json").exists():
         ledger = Ledger(split)
-        tokeniser = Tokeniser(tokenizer, config.data.max_length)
+        tokeniser = Tokeniser(tokenizer, config.data.max_length, config.data.over_length)
         rows = tokeniser(rendered(config, tokenizer, kind, split, ledger))
         try:
             TokenStore.write(
@@ -75,7 +77,13 @@ def prepare(
 
 
 def _digest(
-    config: Config, found: list[Source], tokenizer_digest: str, template: str | None, kind: str, split: str
+    config: Config,
+    found: list[Source],
+    tokenizer_digest: str,
+    template: str | None,
+    options: Options,
+    kind: str,
+    split: str,
 ) -> str:
     """Address of the store's content, of the ledger, and so of the names of the sources too."""
     record = {
@@ -88,8 +96,10 @@ def _digest(
         "max_length": config.data.max_length,
         "over_length": config.data.over_length,
         "on_bad_row": config.data.on_bad_row,
-        "train_on_prompt": kind == "sft" and config.sft.train_on_prompt,
+        "options": dataclasses.asdict(options),
     }
+    if any(source.adapter is not None for source in found):
+        record["adapters"] = [adapt.identity(source.adapter) for source in found]
     return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=32).hexdigest()
 
 
@@ -98,15 +108,13 @@ def rendered(
 ) -> Iterator[Rendered | BadRow]:
     """The rows of all sources that belong to this split, as texts; the ledger gets those of other splits."""
     template = chat_template(config.model.chat_template, tokenizer)
-    renderer = Renderer(kind, tokenizer, template, kind == "sft" and config.sft.train_on_prompt)
-    for source in sources.find(config.data, split):
+    renderer = Renderer(kind, tokenizer, template, Options.of(config, kind))
+    for source in sources.find(config.data, split, kind):
         for row in sources.read(source):
-            if isinstance(row, BadRow):
-                yield row
-            elif config.data.split is not None and sources.in_split(row, config.data.split) != split:
+            if sources.elsewhere(row, config.data, split):
                 ledger.of(source.name).other_split += 1
             else:
-                yield renderer(row)
+                yield from [row] if isinstance(row, BadRow) else renderer.rows(row)
 
 
 def _counted(
@@ -121,7 +129,7 @@ def _counted(
             refuse_or_keep(row, config)
             ledger.drop(row)
         else:
-            ledger.use(row)
+            ledger.use(row, config.over_length)
             yield row
         if done % 1000 == 0:
             progress(done)

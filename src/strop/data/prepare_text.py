@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from strop.config import Config
-from strop.data import corpus, documents, near, noise, parts, sources
+from strop.data import adapt, corpus, documents, near, noise, parts, sources
 from strop.data.corpus import Corpus, Range, ShardWriter
 from strop.data.ledger import EXAMPLES, Ledger, place
 from strop.data.parts import SPLITS, Task
@@ -76,7 +76,7 @@ def _digest(
     config: Config, entries: dict[str, list[Source]], tokenizer_digest: str, split: str | None
 ) -> str:
     p = config.prepare
-    record = {
+    record: dict[str, Any] = {
         "format": [corpus.FORMAT, PIPELINE, documents.PIECE_BYTES, documents.PIECE_ROWS],
         "entries": [[name, [[s.name, sources.digest(s)] for s in found]] for name, found in entries.items()],
         "split": split,
@@ -85,6 +85,9 @@ def _digest(
         "prepare": vars(p),
         "near": near.version() if p.near_duplicates is not None else None,
     }
+    uses = [source.adapter for own in entries.values() for source in own]
+    if any(use is not None for use in uses):
+        record["adapters"] = [adapt.identity(use) for use in uses]
     return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=32).hexdigest()
 
 
@@ -148,6 +151,8 @@ class Dropped:
     """Where they were counted."""
     examples: list[Any]
     """[[line, message]] of the first ones."""
+    wanted: bool = False
+    """As `BadRow.wanted`."""
 
 
 @dataclass
@@ -179,9 +184,7 @@ def _read(task: Task, entries: dict[str, list[Source]]) -> Table:
             for name, held in columns.items():
                 held.append(part[name])
             for source, reasons in json.loads(part["dropped"].tobytes()).items():
-                dropped += [
-                    Dropped(int(source), reason, d["rows"], 0, d["examples"]) for reason, d in reasons.items()
-                ]
+                dropped += [Dropped(int(source), reason, tokens=0, **d) for reason, d in reasons.items()]
     lengths, rows, hashes = (np.concatenate(columns[name]) for name in ("lengths", "rows", "hashes"))
     of_source = np.repeat(np.arange(len(entries)), [len(own) for own in entries.values()])
     return Table(
@@ -239,7 +242,7 @@ def _ledgers(table: Table, entries: dict[str, list[Source]], task: Task, label: 
     for d in table.dropped:
         entry, name = entry_of[d.source], task.sources[d.source].name
         told = [(line, message if name == entry else f"{name}: {message}") for line, message in d.examples]
-        ledgers["train"].drop_many(entry, d.reason, d.rows, d.tokens, told)
+        ledgers["train"].drop_many(entry, d.reason, d.rows, d.tokens, told, d.wanted)
     for i, entry in enumerate(entries):
         here = ~table.gone & (table.entry == i)
         for name, ledger in ledgers.items():

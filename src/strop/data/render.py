@@ -4,22 +4,34 @@ A row of strings is plain text: prompt + completion, to which the tokeniser adds
 and EOS. A row of messages goes through a chat template, which writes all special tokens itself. Both
 halves of a preference pair share one prompt. What counts as completion is everything that the template
 writes from the end of its generation prompt on, the end-of-turn token included; in `messages`, each turn
-of the assistant likewise. (TRL has the same reading of rows: losses can be compared.)
+of the assistant likewise. (TRL has the same reading of rows: losses can be compared.) SFT takes the turns
+from a template that marks them (strop.data.marks); `sft.train_on` or a message's weight chooses among them.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from strop.config import Config
+from strop.data import marks, templates
+from strop.data.fields import (
+    Message,
+    Refused,
+    conversation,
+    known,
+    label_of,
+    number,
+    tools_of,
+    weight,
+    wrong_fields,
+)
 from strop.data.ledger import BadRow
 from strop.data.sources import Row
 from strop.errors import UserError
-
-Message = dict[str, Any]
 
 FIXED_DATE = (
     "{% macro strftime_now(format) %}{{ format.replace('%d', '26').replace('%m', '07').replace('%Y', '2024')"
@@ -27,11 +39,6 @@ FIXED_DATE = (
 )
 """Put before templates that print the date (Llama 3): the same rows must give the same tokens tomorrow. It
 shadows the clock that transformers gives them; the day is the one that Llama's template has of its own."""
-
-NEEDED = {
-    "preference": "chosen and rejected, with prompt unless they are message lists that share their beginning",
-    "sft": "messages, or prompt and completion, or input and output",
-}
 
 
 @dataclass(frozen=True)
@@ -52,15 +59,29 @@ class Rendered:
     templated: bool
     """The template wrote BOS and end-of-turn tokens; plain text still needs BOS and EOS."""
     value: float = math.nan
-    """See `TokenisedRow.value`."""
+    """See `TokenisedRow.value`; of unpaired rows the label: 1 desirable, 0 undesirable."""
 
 
-class Refused(Exception):
-    """Why a row cannot be used; becomes a BadRow with the row's place."""
+@dataclass(frozen=True)
+class Options:
+    """What the configuration says about rendering one kind of rows. Part of a store's address."""
 
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason, self.message = reason, message
+    train_on: str = "all"
+    """As sft.train_on."""
+    system_prompt: str | None = None
+    prompt: templates.Template | None = None
+    completion: templates.Template | None = None
+
+    @classmethod
+    def of(cls, config: Config, kind: str) -> Options:
+        """UserError for a template that is none."""
+        data, is_sft = config.data, kind == "sft"
+        return cls(
+            config.sft.train_on if is_sft else "all",
+            data.system_prompt,
+            templates.parse(data.prompt_template, "data.prompt_template"),
+            templates.parse(data.completion_template, "data.completion_template") if is_sft else None,
+        )
 
 
 def chat_template(setting: str | None, tokenizer: Any) -> str | None:
@@ -80,53 +101,123 @@ class Renderer:
     """Renders rows of one kind with one tokenizer and template."""
 
     def __init__(
-        self, kind: str, tokenizer: Any, template: str | None, train_on_prompt: bool = False
+        self, kind: str, tokenizer: Any, template: str | None, options: Options | None = None
     ) -> None:
         self.kind = kind
         self.tokenizer = tokenizer
         self.template = FIXED_DATE + template if template and "strftime_now" in template else template
-        self.train_on_prompt = train_on_prompt
+        self.signed = marks.with_signs(self.template)
+        """The template with signs at its marks; None where it has none."""
+        self.options = options or Options()
 
     def __call__(self, row: Row) -> Rendered | BadRow:
+        value = math.nan
         try:
-            tools = _tools(row.fields)
+            tools = tools_of(row.fields)
             if self.kind == "preference":
                 texts, templated = self._preference(row.fields, tools)
+                value = number(row.fields, "margin")
+            elif self.kind == "unpaired":
+                texts, templated, value = self._unpaired(row.fields, tools)
             else:
                 texts, templated = self._sft(row.fields, tools)
             for item in texts:
                 _check_unicode(item.text)
         except Refused as refused:
             return BadRow(row.source, row.line, refused.reason, refused.message)
-        if self.train_on_prompt:
+        if self.options.train_on == "everything":
             texts = [Text(item.text, [(0, len(item.text))]) for item in texts]
-        return Rendered(row.source, row.line, texts, templated)
+        return Rendered(row.source, row.line, texts, templated, value)
+
+    def rows(self, row: Row) -> list[Rendered | BadRow]:
+        """What a row of the data gives: itself, or the two halves of a pair where rows are unpaired."""
+        rendered = self(row)
+        if self.kind != "unpaired" or isinstance(rendered, BadRow) or len(rendered.texts) == 1:
+            return [rendered]
+        return [
+            dataclasses.replace(rendered, texts=[text], value=label)
+            for text, label in zip(rendered.texts, (1.0, 0.0))
+        ]
 
     def _preference(self, fields: dict[str, Any], tools: Any) -> tuple[list[Text], bool]:
-        prompt, chosen, rejected = (_known(fields.get(key)) for key in ("prompt", "chosen", "rejected"))
+        prompt = self._field(self.options.prompt, fields, "prompt")
+        chosen, rejected = known(fields.get("chosen")), known(fields.get("rejected"))
         if chosen is None or rejected is None or (prompt is None and isinstance(chosen, str)):
-            raise _wrong_fields("preference", fields)
+            raise wrong_fields("preference", fields)
         if chosen == "":
             raise Refused("empty", "chosen is empty")
         if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
-            return [_plain(prompt, chosen), _plain(prompt, rejected)], False
-        head, tails = _conversation(prompt, [chosen, rejected])
-        return self._templated(head, tails, tools), True
+            return [self._plain(prompt, chosen), self._plain(prompt, rejected)], False
+        head, tails = conversation(prompt, [chosen, rejected])
+        return self._templated(self._with_system(head), tails, tools), True
+
+    def _unpaired(self, fields: dict[str, Any], tools: Any) -> tuple[list[Text], bool, float]:
+        """One text with its label, or the two of a pair without."""
+        if fields.get("completion") is None and fields.get("chosen") is not None:
+            texts, templated = self._preference(fields, tools)
+            if texts[0] == texts[1]:
+                raise Refused("same_pair", "chosen and rejected are the same")
+            return texts, templated, math.nan
+        prompt = self._field(self.options.prompt, fields, "prompt")
+        completion = known(fields.get("completion"))
+        if prompt is None or completion is None:
+            raise wrong_fields("unpaired", fields)
+        label = label_of(fields)
+        if isinstance(prompt, str) and isinstance(completion, str):
+            return [self._plain(prompt, completion)], False, label
+        head, tails = conversation(prompt, [completion])
+        return self._templated(self._with_system(head), tails, tools), True, label
 
     def _sft(self, fields: dict[str, Any], tools: Any) -> tuple[list[Text], bool]:
-        if (messages := _known(fields.get("messages"))) is not None:
+        if (messages := known(fields.get("messages"))) is not None:
             if isinstance(messages, str):
                 raise Refused("wrong_fields", "messages is a string, not a list of messages")
-            return [self._dialogue(messages, tools)], True
+            return [self._dialogue(self._with_system(messages), tools)], True
         for names in (("prompt", "completion"), ("input", "output")):
-            prompt, completion = (_known(fields.get(name)) for name in names)
+            prompt = self._field(self.options.prompt, fields, names[0])
+            completion = self._field(self.options.completion, fields, names[1])
             if prompt is None or completion is None:
                 continue
             if isinstance(prompt, str) and isinstance(completion, str):
-                return [_plain(prompt, completion)], False
-            head, tails = _conversation(prompt, [completion])
-            return self._templated(head, tails, tools), True
-        raise _wrong_fields("sft", fields)
+                return [self._plain(prompt, completion)], False
+            head, [tail] = conversation(prompt, [completion])
+            return [self._answer(self._with_system(head), tail, tools)], True
+        raise wrong_fields("sft", fields)
+
+    def _field(
+        self, template: templates.Template | None, fields: dict[str, Any], name: str
+    ) -> str | list[Message] | None:
+        """What the template makes of the row, else the field of that name."""
+        if template is None:
+            return known(fields.get(name))
+        try:
+            return template.fill(fields)
+        except templates.Unfilled as unfilled:
+            raise Refused("wrong_fields", str(unfilled)) from None
+
+    def _plain(self, prompt: str, completion: str) -> Text:
+        if self.options.system_prompt is not None:
+            raise Refused(
+                "wrong_fields",
+                "data.system_prompt is for messages, this is plain text: data.prompt_template can hold it",
+            )
+        text = prompt + completion
+        return Text(text, [(len(prompt), len(text))])
+
+    def _with_system(self, messages: list[Message]) -> list[Message]:
+        """The conversation, with data.system_prompt before it where it has no system message."""
+        prompt = self.options.system_prompt
+        if prompt is None or any(message["role"] in ("system", "developer") for message in messages):
+            return messages
+        return [{"role": "system", "content": prompt}, *messages]
+
+    def _answer(self, prompt: list[Message], tail: list[Message], tools: Any) -> Text:
+        """Prompt and completion of SFT: the completion as a whole, unless its turns are told apart."""
+        chosen = any("weight" in message for message in tail)
+        chosen = chosen or (self.options.train_on == "last" and len(tail) > 1)
+        if chosen or self.signed is not None:
+            return self._dialogue(prompt + tail, tools, len(prompt))
+        return self._templated(prompt, [tail], tools)[0]
 
     def _templated(self, prompt: list[Message], tails: list[list[Message]], tools: Any) -> list[Text]:
         """The prompt with each completion, which begins at the same character in all of them."""
@@ -134,14 +225,22 @@ class Renderer:
         begin = self._end_of_prompt(prompt, fulls, tools)
         return [Text(full, [(begin, len(full))]) for full in fulls]
 
-    def _dialogue(self, messages: list[Message], tools: Any) -> Text:
-        """A whole conversation; the assistant's turns are trained, each found by rendering up to it.
+    def _dialogue(self, messages: list[Message], tools: Any, num_context: int = 1) -> Text:
+        """A whole conversation; the assistant's turns are trained, but for those among the first messages
+        and those with a weight of 0. Without marks each is found by rendering up to it.
 
         A conversation that the assistant opens has no prompt for that first turn: it is context.
         """
-        turns = [i for i, message in enumerate(messages) if i > 0 and message["role"] == "assistant"]
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = [i for i in turns if i >= num_context]
         if not turns:
             raise Refused("no_trained_token", "no message of the assistant follows another one")
+        turns = turns[-1:] if self.options.train_on == "last" else turns
+        turns = [i for i in turns if weight(messages[i])]
+        if not turns:
+            raise Refused("no_trained_token", 'all that would be trained has "weight": 0')
+        if self.signed is not None:
+            return self._marked(messages, turns, tools)
         full = self._render(messages, tools)
         spans = []
         for turn in turns:
@@ -151,6 +250,33 @@ class Renderer:
                 raise _unstable(turn + 1)
             spans.append((begin, len(upto)))
         return Text(full, spans)
+
+    def _marked(self, messages: list[Message], turns: list[int], tools: Any) -> Text:
+        """What the template marks in these turns. Where it does not mark each message of the assistant once,
+        a turn's marks are those that it adds to the messages before it."""
+        text, spans = self._read_marks(messages, tools)
+        all_turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if len(spans) == len(all_turns):
+            own = [spans[all_turns.index(i)] for i in turns]
+        else:
+            own = []
+            for i in turns:
+                first, end = (len(self._read_marks(messages[:n], tools)[1]) for n in (i, i + 1))
+                own += spans[first:end]
+        own = [(begin, end) for begin, end in own if begin < end]
+        if not own:
+            raise Refused("no_trained_token", "the chat template marks nothing with {% generation %}")
+        return Text(text, own)
+
+    def _read_marks(self, messages: list[Message], tools: Any) -> tuple[str, list[tuple[int, int]]]:
+        if not messages:
+            return "", []
+        text, spans = marks.read(self._render(messages, tools, template=self.signed))
+        if text != self._render(messages, tools):
+            raise Refused(
+                "template", "what the chat template marks with {% generation %} cannot be told from the rest"
+            )
+        return text, spans
 
     def _end_of_prompt(self, prompt: list[Message], fulls: list[str], tools: Any) -> int:
         """The character at which the completion begins: where the generation prompt ends.
@@ -164,7 +290,9 @@ class Renderer:
             raise _unstable(len(prompt))
         return begin
 
-    def _render(self, messages: list[Message], tools: Any, *, generate: bool = False) -> str:
+    def _render(
+        self, messages: list[Message], tools: Any, *, generate: bool = False, template: str | None = None
+    ) -> str:
         import jinja2
 
         if self.template is None:
@@ -176,7 +304,7 @@ class Renderer:
             return self.tokenizer.apply_chat_template(
                 messages,
                 tools=tools,
-                chat_template=self.template,
+                chat_template=template or self.template,
                 add_generation_prompt=generate,
                 tokenize=False,
             )
@@ -211,71 +339,3 @@ def _unstable(count: int) -> Refused:
         f"the chat template renders the first {count} message{'s' * (count > 1)} differently once others "
         "follow, so the completion cannot be told from the prompt",
     )
-
-
-def _plain(prompt: str, completion: str) -> Text:
-    text = prompt + completion
-    return Text(text, [(len(prompt), len(text))])
-
-
-def _known(value: Any) -> str | list[Message] | None:
-    """A string, a checked message list, or None where the field is missing."""
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, (list, tuple)) or not value:
-        raise Refused("wrong_fields", f"neither text nor a list of messages: {_short(value)}")
-    messages = []
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise Refused(
-                "wrong_fields", f'a message is not {{"role": ..., "content": ...}}: {_short(message)}'
-            )
-        messages.append({key: item for key, item in message.items() if item is not None})
-    return messages
-
-
-def _conversation(
-    prompt: str | list[Message] | None, completions: list[str | list[Message]]
-) -> tuple[list[Message], list[list[Message]]]:
-    """Prompt messages and the messages of each completion, in whichever form the row has them.
-
-    Completions may repeat the prompt (as hub sets do) or, without a prompt, share their beginning.
-    """
-    tails = [[{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in completions]
-    head = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if head is None:
-        shared = 0
-        while shared < min(map(len, tails)) and all(tail[shared] == tails[0][shared] for tail in tails):
-            shared += 1
-        # Equal halves share everything; they are told apart later, as what they are.
-        shared = min(shared, min(map(len, tails)) - 1)
-        head = tails[0][:shared]
-    if all(tail[: len(head)] == head for tail in tails):
-        tails = [tail[len(head) :] for tail in tails]
-    if not head:
-        raise Refused("wrong_fields", "there is no prompt, and the completions share no first message")
-    for tail in tails:
-        if not tail or tail[0]["role"] != "assistant":
-            raise Refused("wrong_fields", "the completion does not begin with a message of the assistant")
-    return head, tails
-
-
-def _tools(fields: dict[str, Any]) -> Any:
-    """The tools field, which data sets often keep as JSON in a string."""
-    tools = fields.get("tools")
-    if not isinstance(tools, str):
-        return tools or None
-    try:
-        return json.loads(tools) or None if tools.strip() else None
-    except json.JSONDecodeError as error:
-        raise Refused("wrong_fields", f"tools is not JSON: {error.msg}") from None
-
-
-def _wrong_fields(kind: str, fields: dict[str, Any]) -> Refused:
-    found = ", ".join(key if value is not None else f"{key} (null)" for key, value in fields.items())
-    return Refused("wrong_fields", f"it has the fields {found or '(none)'}; needed: {NEEDED[kind]}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -90,7 +90,8 @@ def why_not(config: Config, kind: str, tokenizer: Any, split: str, name: str) ->
         for row in prepare.rendered(config, tokenizer, kind, split, Ledger(split))
         if row.line == line and row.source.endswith(source)
     )
-    for row in Tokeniser(tokenizer, config.data.max_length)(itertools.islice(found, 1)):
+    tokeniser = Tokeniser(tokenizer, config.data.max_length, config.data.over_length)
+    for row in tokeniser(itertools.islice(found, 1)):
         if isinstance(row, BadRow):
             return f"{place(row.source, row.line)} is not used: {row.reason}: {row.message}"
     return f"the {split} set has no line {line} of {source}"

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Union
 
-from strop.config import Config, DataConfig
-from strop.data import corpus, documents, noise, plan, prepare_text, sources
+from strop.config import SCORING, Config, DataConfig
+from strop.data import corpus, documents, noise, overlap, plan, prepare_text, sources
 from strop.data.blocks import Blocks
 from strop.data.corpus import Corpus, Range
 from strop.data.ledger import Ledger
@@ -31,7 +31,7 @@ Progress = Callable[[int, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class Maker:
-    """What prepares the sets of one configuration. kind: text, preference or sft."""
+    """What prepares the sets of one configuration. kind: text, preference, unpaired or sft."""
 
     config: Config
     kind: str
@@ -44,15 +44,18 @@ class Maker:
     def names(self) -> list[str]:
         """train, validation where there is one, and the names of `validation.watch`."""
         c = self.config
-        if c.validation.watch and self.kind == "preference":
-            raise UserError("validation.watch: not for DPO, which would need reference log-probs of each set")
+        if c.validation.watch and self.kind in ("preference", "unpaired") and c.algo not in SCORING:
+            algo = c.algo.upper()
+            raise UserError(
+                f"validation.watch: not for {algo}, which would need reference log-probs of each set"
+            )
         if self.kind == "text":
             beside = any(documents.beside(entry, c.data) for entry in _entries(c.data.train, "data.train"))
             validates = c.data.validation is not None or beside or self._share_of_validation() > 0
             validates = validates or bool(_ranges(self.stores(), "validation"))
         else:
-            sources.find(c.data, "train")  # a missing file is named before what it leads to
-            validates = rows_have_validation(c.data)
+            sources.find(c.data, "train", self.kind)  # a missing file is named before what it leads to
+            validates = rows_have_validation(c.data, self.kind)
         return ["train", *(["validation"] if validates else []), *c.validation.watch]
 
     def prepare(self, name: str) -> tuple[Place, Ledger]:
@@ -74,6 +77,8 @@ class Maker:
             split,
             lambda rows: self.progress(rows, 0),
         )
+        if split == "train" and config.data.weights is not None:
+            _check_parts(store, config)
         return str(store.path), ledger
 
     def text_sources(self, name: str) -> tuple[dict[str, list[Source]], bool]:
@@ -106,11 +111,11 @@ class Maker:
             stores |= dict.fromkeys(found, self._make(found, self.config.data.split, "train"))
         ordered = {entry: stores[entry] for entry in data_train(self.config.data)}
         ranges = _ranges(ordered, name)
-        if name == "train" and self.config.cpt.weights is not None:
+        if name == "train" and self.config.data.weights is not None:
             lacking = [entry for entry in ordered if not any(e == entry for e, _, _ in ranges)]
             if lacking:
                 raise UserError(
-                    f"data.train: no document of {lacking[0]} is left, which cpt.weights counts on"
+                    f"data.train: no document of {lacking[0]} is left, which data.weights counts on"
                 )
         makers = [(made, name) for made in dict.fromkeys(ordered.values())]
         return _place([(made, r) for _, made, r in ranges]), _ledger(name, makers)
@@ -148,8 +153,9 @@ class Maker:
 
 
 def data_train(data: DataConfig) -> list[str]:
-    """The entries of data.train; UserError as `sources.check_split`."""
+    """The entries of data.train; UserError as `sources.check_split` and `check_adapter`."""
     sources.check_split(data)
+    sources.check_adapter(data)
     return _entries(data.train, "data.train")
 
 
@@ -186,15 +192,42 @@ def _ledger(name: str, made: list[tuple[Corpus, str]]) -> Ledger:
     return ledger
 
 
+def _check_parts(store: TokenStore, config: Config) -> None:
+    """UserError unless every entry of data.train has rows of its own in the store, as data.weights needs."""
+    found = [source.name for source in sources.find(config.data, "train", store.kind)]
+    for name in found:
+        if found.count(name) > 1:
+            raise UserError(f"data.train names {name} twice; data.weights can give one entry more")
+        if name not in store.sources:
+            raise UserError(f"data.train: no row of {name} is left, which data.weights counts on")
+
+
+def find_overlap(
+    ledger: Ledger, place: Place, train_place: Place, known: dict[str, Any] | None = None
+) -> None:
+    """Tell the ledger of a set of rows what the set shares with the training set. known: what was told
+    before, which is told again if it is of the same stores."""
+    if not isinstance(place, str) or not isinstance(train_place, str):
+        return
+    stores = [Path(train_place).name, Path(place).name]
+    if known is None or known["stores"] != stores:
+        known = {"stores": stores, **overlap.record(TokenStore.open(train_place), TokenStore.open(place))}
+    ledger.overlap = known
+
+
 def open_set(place: Place, config: Config, name: str) -> RowSet:
     """What `Maker.prepare` gave, opened. UserError for a blend that leaves a source out."""
+    rows: RowSet
     if isinstance(place, str):
-        return TokenStore.open(place)
-    weights = config.cpt.weights if name == "train" else None
-    blocks = Blocks.open([(p, a, b) for p, a, b in place], config.data.max_length, config.cpt.cross_documents)
-    if weights is not None and 0 in (counts := plan.blend_counts(blocks.part_rows, weights)):
+        rows = TokenStore.open(place)
+    else:
+        ranges = [(path, begin, end) for path, begin, end in place]
+        rows = Blocks.open(ranges, config.data.max_length, config.cpt.cross_documents)
+    weights = config.data.weights if name == "train" else None
+    if weights is not None and 0 in (counts := plan.blend_counts(rows.part_rows, weights)):
+        what = "row" if isinstance(place, str) else "block"
         raise UserError(
-            f"cpt.weights: {weights[counts.index(0)]} of an epoch of {blocks.num_rows:,} blocks is less than "
-            "one block: raise it, or take more data"
+            f"data.weights: {weights[counts.index(0)]} of an epoch of {rows.num_rows:,} {what}s is less than "
+            f"one {what}: raise it, or take more data"
         )
-    return blocks
+    return rows

@@ -1,8 +1,9 @@
 """From what the configuration names to a stream of raw rows.
 
 `data.train` names a file (JSONL, JSON, Parquet; .gz for the first two), a directory with training.jsonl
-and the like, a directory that `datasets` saved, a hub set, or a list of these. `find` turns the names into
-`Source`s, `read` streams (source, line number, fields) out of one, `digest` is the address of its content.
+and the like, a directory that `datasets` saved, a hub set, the short name of one (adapters.py), or a list of
+these. `find` turns the names into `Source`s, `read` streams (source, line number, fields) out of one, with
+the fields that its adapter makes, where it has one; `digest` is the address of its content.
 A line that cannot be read is passed on as a `BadRow`; what makes a whole source unusable is an error.
 `in_split` deals rows out to train, validation and test by a hash of their content, so that equal rows land
 on the same side, whatever file they are in.
@@ -11,9 +12,11 @@ on the same side, whatever file they are in.
 from __future__ import annotations
 
 import difflib
+import functools
 import gzip
 import hashlib
 import json
+import logging
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,15 +24,16 @@ from pathlib import Path
 from typing import Any
 
 from strop.config import DataConfig
+from strop.data import adapt, hub
 from strop.data.ledger import BadRow
-from strop.errors import UserError, first_line
+from strop.errors import UserError
+
+log = logging.getLogger(__name__)
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 TEXT_SUFFIXES = (".txt", ".md")
 """Plain text, for continued pretraining only."""
 FILE_NAMES = {"train": ("training", "train"), "validation": ("validation",), "test": ("test",)}
-HUB_IS_AWAY = "the hub cannot be reached"
-"""In the message of an error; the doctor, which never asks the hub, tells it from the others by that."""
 READ_ROWS = 1000
 """Rows of a Parquet file or a hub set in memory at a time."""
 
@@ -46,6 +50,8 @@ class Source:
     """Hub sets: configuration name."""
     split: str | None = None
     """Hub sets: the split there."""
+    adapter: adapt.Use | None = None
+    """What makes our fields of its rows."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +60,39 @@ class Row:
     line: int
     """From 1; the number of the row where the format has no lines."""
     fields: dict[str, Any]
+    dealt_by: Any = None
+    """Where one line was made into several rows: all of them, which `data.split` keeps together."""
 
 
-def find(config: DataConfig, split: str) -> list[Source]:
-    """The sources of `train` or `validation`; none where the configuration has no validation set."""
+def find(config: DataConfig, split: str, kind: str) -> list[Source]:
+    """The sources of `train` or `validation`; none where the configuration has no validation set.
+
+    kind: preference, sft or text, what an adapter is to make of the rows.
+    """
     check_split(config)
+    check_adapter(config)
     if split == "train" or config.split is not None:
         if config.train is None:
             raise UserError("data.train is not set: a file, a directory, a hub name or a list of these")
-        return [find_one(name, "data.train", "train", config) for name in names(config.train, "data.train")]
+        key = "data.train"
+        return [find_one(name, key, "train", config, kind) for name in names(config.train, key)]
     if config.validation is not None:
         key = "data.validation"
-        return [find_one(name, key, "validation", config) for name in names(config.validation, key)]
-    found = [beside(name, config) for name in names(config.train, "data.train")]
+        return [find_one(name, key, "validation", config, kind) for name in names(config.validation, key)]
+    found = [beside(name, config, kind) for name in names(config.train, "data.train")]
     return [source for source in found if source is not None]
+
+
+def check_adapter(config: DataConfig) -> None:
+    """UserError for a `data.adapter` that no entry of data.train would go through."""
+    entries = config.train if isinstance(config.train, (list, tuple)) else [config.train]
+    short = [entry for entry in entries if entry in adapt.TABLE and not Path(entry).exists()]
+    if config.adapter is not None and config.train is not None and len(short) == len(entries):
+        repository = adapt.TABLE[short[0]].repository
+        raise UserError(
+            f"data.adapter: {short[0]} brings its own adapter, so {config.adapter} would have nothing to do; "
+            f"name the set {repository} to have it read by another one"
+        )
 
 
 def check_split(config: DataConfig) -> None:
@@ -88,12 +113,14 @@ def names(value: Any, key: str) -> list[str]:
     return list(names)
 
 
-def find_one(name: str, key: str, split: str, config: DataConfig) -> Source:
+def find_one(name: str, key: str, split: str, config: DataConfig, kind: str) -> Source:
     path = Path(name).expanduser()
+    if path.exists() and name in adapt.TABLE:
+        _say_path(name, key)
     if path.is_file():
-        return as_file(path, name, key)
+        return as_file(path, name, key, adapt.of_path(config, kind))
     if path.is_dir():
-        source = directory(path, name, split, config)
+        source = directory(path, name, split, config, kind)
         if source is None:
             raise UserError(
                 f"{key}: {name} has none of {', '.join(_wanted(split))}\n  it holds: {_listing(path)}"
@@ -101,59 +128,80 @@ def find_one(name: str, key: str, split: str, config: DataConfig) -> Source:
         return source
     if _looks_like_path(name):
         raise UserError(f"{key}: no such file or directory: {name}{_nearest(path)}")
-    return Source(_hub_name(name, config, split), "hub", name, config.hub_subset, _hub_split(config, split))
+    use = adapt.of_name(name, key, config, kind)
+    repository = adapt.TABLE[name].repository if name in adapt.TABLE else name
+    return _hub(repository, repository, split, config, use)
 
 
-def beside(name: str, config: DataConfig) -> Source | None:
+@functools.cache
+def _say_path(name: str, key: str) -> None:
+    log.info("%s: %s is taken from here, where something has this name, and not from the hub", key, name)
+
+
+def beside(name: str, config: DataConfig, kind: str) -> Source | None:
     """The validation set that lies beside a training set, where there is one."""
     path = Path(name).expanduser()
     if path.is_dir():
-        return directory(path, name, "validation", config)
-    if path.exists() or _looks_like_path(name) or config.hub_validation_split is None:
+        return directory(path, name, "validation", config, kind)
+    if path.exists() or _looks_like_path(name):
         return None
-    return find_one(name, "data.train", "validation", config)
+    if _split_of(config, "validation", adapt.of_name(name, "data.train", config, kind)) is None:
+        return None
+    return find_one(name, "data.train", "validation", config, kind)
 
 
-def as_file(path: Path, name: str, key: str) -> Source:
+def as_file(path: Path, name: str, key: str, use: adapt.Use | None = None) -> Source:
     for suffix in SUFFIXES:
         if path.name.lower().endswith(suffix):
-            return Source(name, suffix.split(".")[1], str(path))
+            return Source(name, suffix.split(".")[1], str(path), adapter=use)
     raise UserError(f"{key}: {name} has none of the endings {', '.join(SUFFIXES)}")
 
 
-def directory(path: Path, name: str, split: str, config: DataConfig) -> Source | None:
+def directory(path: Path, name: str, split: str, config: DataConfig, kind: str) -> Source | None:
     """training.jsonl and the like by name, else what `datasets` saved or a copy of a hub set."""
     wanted = _wanted(split)
     found = [entry for entry in path.iterdir() if entry.name.lower() in wanted and entry.is_file()]
     found.sort(key=lambda entry: (wanted.index(entry.name.lower()), entry.name))
     if len(found) > 1:
         raise UserError(f"{name} holds both {found[0].name} and {found[1].name}: name one of them")
+    use = adapt.of_path(config, kind)
     if found:
-        return as_file(found[0], str(Path(name) / found[0].name), name)
+        return as_file(found[0], str(Path(name) / found[0].name), name, use)
     if not any((path / mark).exists() for mark in ("dataset_dict.json", "state.json", "data", "README.md")):
         return None
     if split == "validation" and config.hub_validation_split is None:
-        return None
-    return Source(
-        _hub_name(name, config, split), "hub", str(path), config.hub_subset, _hub_split(config, split)
-    )
+        wanted_split = _split_of(config, split, use)
+        if wanted_split is None or wanted_split not in hub.splits(path, _subset(config, use)):
+            return None
+    return _hub(name, str(path), split, config, use)
 
 
 def _wanted(split: str) -> list[str]:
     return [stem + suffix for stem in FILE_NAMES[split] for suffix in SUFFIXES]
 
 
-def _hub_split(config: DataConfig, split: str) -> str:
+def _hub(name: str, path: str, split: str, config: DataConfig, use: adapt.Use | None) -> Source:
+    """What `datasets` loads from the hub or a directory; subset and split as set, else by the adapter."""
+    subset, own_split = _subset(config, use), _split_of(config, split, use)
+    if own_split is None:
+        raise UserError(
+            f"data.hub_validation_split is not set: which split of {name} is for validation? "
+            "(data.split makes one)"
+        )
+    full = f"{name}{'/' + subset if subset else ''}:{own_split}"
+    return Source(full, "hub", path, subset, own_split, use)
+
+
+def _subset(config: DataConfig, use: adapt.Use | None) -> str | None:
+    own = use.known.subset if use is not None and use.known is not None else None
+    return config.hub_subset or own
+
+
+def _split_of(config: DataConfig, split: str, use: adapt.Use | None) -> str | None:
+    form = adapt.form(use)
     if split == "train":
-        return config.hub_split
-    if config.hub_validation_split is None:
-        raise UserError("data.hub_validation_split is not set: which split of the hub set is for validation?")
-    return config.hub_validation_split
-
-
-def _hub_name(name: str, config: DataConfig, split: str) -> str:
-    subset = f"/{config.hub_subset}" if config.hub_subset else ""
-    return f"{name}{subset}:{_hub_split(config, split)}"
+        return config.hub_split or (form.train if form is not None else "train")
+    return config.hub_validation_split or (form.validation if form is not None else None)
 
 
 def _looks_like_path(name: str) -> bool:
@@ -196,7 +244,13 @@ def digest(source: Source) -> str:
 
 
 def read(source: Source) -> Iterator[Row | BadRow]:
-    """Stream the rows of a source. UserError if it has none or is damaged as a whole."""
+    """Stream the rows of a source, as its adapter makes them. UserError if it has none or is damaged as a
+    whole."""
+    return adapt.rows(read_raw(source), source.adapter)
+
+
+def read_raw(source: Source) -> Iterator[Row | BadRow]:
+    """The rows as they are there."""
     readers = {"jsonl": _read_jsonl, "json": _read_json, "parquet": _read_parquet, "hub": _read_hub}
     empty = True
     for row in readers[source.format](source):
@@ -294,25 +348,7 @@ def _read_hub(source: Source) -> Iterator[Row | BadRow]:
 
 def load_hub(source: Source) -> Any:
     """A `datasets.Dataset`: saved with save_to_disk, a local copy of a hub set, or from the hub."""
-    import datasets
-
-    path = Path(source.path)
-    try:
-        if (path / "dataset_dict.json").exists():
-            splits = datasets.load_from_disk(source.path)
-            if source.split not in splits:
-                raise ValueError(f"unknown split {source.split!r}; it has {', '.join(splits)}")
-            return splits[source.split]
-        if (path / "state.json").exists():
-            return datasets.load_from_disk(source.path)
-        return datasets.load_dataset(source.path, source.subset, split=source.split)
-    except (datasets.exceptions.DatasetNotFoundError, ValueError) as error:
-        raise UserError(f"{source.name}: {first_line(error)} (neither a local path nor a hub set)") from None
-    except ConnectionError as error:
-        text = f"{source.name} is no local path, and {HUB_IS_AWAY}: {first_line(error)}"
-        if datasets.config.HF_HUB_OFFLINE:
-            raise UserError(text) from None
-        raise ConnectionError(text) from None
+    return hub.load(source.name, source.path, source.subset, source.split)
 
 
 def shares(split: str) -> tuple[float, float, float]:
@@ -326,9 +362,17 @@ def shares(split: str) -> tuple[float, float, float]:
     return parts[0] / sum(parts), parts[1] / sum(parts), parts[2] / sum(parts)
 
 
-def in_split(row: Row, split: str) -> str:
+def elsewhere(row: Row | BadRow, config: DataConfig, split: str) -> bool:
+    """Whether `data.split` gives the row to another set; what could not be read is told of every set."""
+    if config.split is None or (isinstance(row, BadRow) and row.dealt_by is None):
+        return False
+    return in_split(row, config.split) != split
+
+
+def in_split(row: Row | BadRow, split: str) -> str:
     """train, validation or test: decided by the row's content alone."""
-    content = json.dumps(row.fields, sort_keys=True, ensure_ascii=False, default=str)
+    fields = row.fields if isinstance(row, Row) and row.dealt_by is None else row.dealt_by
+    content = json.dumps(fields, sort_keys=True, ensure_ascii=False, default=str)
     word = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     point = int.from_bytes(word, "big") / 2**64
     train, validation, _ = shares(split)

@@ -20,6 +20,7 @@ import uuid
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,7 +35,7 @@ FORMAT = 2
 CHUNK_ROWS = 4096
 """Rows whose prompts are compared at a time."""
 
-SEQS_PER_ROW = {"preference": 2, "sft": 1}
+SEQS_PER_ROW = {"preference": 2, "sft": 1, "unpaired": 1}
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class TokenisedRow:
     """A token spans the end of the prompt."""
     value: float = math.nan
     """A number that the row brings along for its loss, such as a margin; NaN where it has none."""
+    num_cut: int = 0
+    """Tokens of it that `data.over_length` took away."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class TokenStore:
 
     path: Path
     kind: str
-    """preference or sft."""
+    """preference, sft or unpaired."""
     seqs_per_row: int
     """2 (chosen, rejected) or 1."""
     tokens: np.ndarray
@@ -94,8 +97,7 @@ class TokenStore:
         """int64 [rows]: with how many untrained tokens both sequences begin; each keeps one of its own."""
         edges = self.offsets[2 * rows.start : 2 * rows.stop + 1]
         begins = edges[:-1]
-        first_trained = _next(np.flatnonzero(self.trained[edges[0] : edges[-1]]) + edges[0], begins)
-        most = np.minimum(first_trained - begins, np.diff(edges) - 1).reshape(-1, 2).min(axis=1)
+        most = np.minimum(self.prompt_lengths(rows), np.diff(edges) - 1).reshape(-1, 2).min(axis=1)
         # Both prompts token by token, those of all rows one after another.
         ends = np.cumsum(most)
         at = np.arange(ends[-1]) - np.repeat(ends - most, most)
@@ -117,6 +119,18 @@ class TokenStore:
     def first_positions(self, row: int) -> list[int]:
         """Where each sequence's span begins within the sequence: behind a shared prompt, else at 0."""
         return [0] * self.seqs_per_row if self.shared_R is None else [0, int(self.shared_R[row])]
+
+    @cached_property
+    def part_rows(self) -> tuple[int, ...]:
+        """Rows of each source; they lie one source after another."""
+        return tuple(np.bincount(self.row_sources[:, 0], minlength=len(self.sources)).tolist())
+
+    def prompt_lengths(self, rows: slice) -> np.ndarray:
+        """int64 [sequences of the rows]: tokens before the first trained one."""
+        n = self.seqs_per_row
+        edges = self.offsets[n * rows.start : n * rows.stop + 1]
+        trained = np.flatnonzero(self.trained[edges[0] : edges[-1]]) + edges[0]
+        return _next(trained, edges[:-1]) - edges[:-1]
 
     def row_id(self, row: int) -> tuple[str, int]:
         """(source, line) of a row, for messages and dumps."""

@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 
 from strop.config import ModelConfig
+from strop.data import cut
+from strop.data.fields import Refused
 from strop.data.ledger import BadRow
-from strop.data.render import Refused, Rendered, Text, chat_template
+from strop.data.render import Rendered, Text, chat_template
 from strop.data.store import TokenisedRow
 from strop.errors import UserError, first_line
 
@@ -62,9 +64,10 @@ def tokenizer_digest(tokenizer: Any) -> str:
 class Tokeniser:
     """Masks and limits for one tokenizer and one kind of rows."""
 
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
+    def __init__(self, tokenizer: Any, max_length: int, over_length: str = "drop") -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.over_length = over_length
         self.bos, self.eos = special_ids(tokenizer)
 
     def __call__(self, rows: Iterable[Rendered | BadRow]) -> Iterator[TokenisedRow | BadRow]:
@@ -126,12 +129,23 @@ class Tokeniser:
             raise Refused("same_pair", "chosen and rejected are the same")
         if not all(trained.any() for _, trained in sequences):
             raise Refused("no_trained_token", "the completion has no token to train on")
-        longest = max(len(ids) for ids, _ in sequences)
-        if longest > self.max_length:
-            message = f"{longest:,} tokens, more than data.max_length={self.max_length}"
-            return BadRow(row.source, row.line, "over_length", message, sum(len(ids) for ids, _ in sequences))
         merged = any(merged for _, _, merged in encoded)
-        return TokenisedRow(row.source, row.line, sequences, merged, row.value)
+        longest = max(len(ids) for ids, _ in sequences)
+        if longest <= self.max_length:
+            return TokenisedRow(row.source, row.line, sequences, merged, row.value)
+        tokens = sum(len(ids) for ids, _ in sequences)
+        message = f"{longest:,} tokens, more than data.max_length={self.max_length}"
+        short = None
+        if self.over_length == "truncate_prompt_left":
+            short = cut.prompt_left(sequences, self.max_length, self.tokenizer.bos_token_id)
+            message += ", and the prompt is too short to cut that from it"
+        elif self.over_length == "truncate_completion":
+            short = cut.completion(sequences, self.max_length)
+            message += ", and no completion is left by then"
+        if short is None:
+            return BadRow(row.source, row.line, "over_length", message, tokens)
+        num_cut = tokens - sum(len(ids) for ids, _ in short)
+        return TokenisedRow(row.source, row.line, short, merged, row.value, num_cut)
 
     def _finish(self, row: Rendered, ids: list[int], trained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Plain text gets the BOS and EOS it lacks; the first token is never trained."""

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 from strop import config as config_module
+from strop import user_code
 from strop.config import Config
-from strop.data import sources
+from strop.data import hub
 from strop.data.sets import Maker
 from strop.data.tokenise import tokenizer_digest
 from strop.doctor import memory, model, place, rows, schedule, text, tokens
@@ -59,7 +60,8 @@ def examine(question: Question) -> Answer:
     nodes = q.nodes or config.cluster.nodes or 1
     gpus = config.cluster.gpus_per_node if q.gpus_per_node is None else q.gpus_per_node
     world = nodes * (gpus or 1)
-    shape = model.look(config.model, checks, _offline(q.variables))
+    scores = q.algo in config_module.SCORING
+    shape = model.look(config.model, checks, _offline(q.variables), scores, config.lora)
     train = _data(q, config, shape, world, answer, checks)
     run_dir = place.run_directory(q.algo, q.args, config, checks)
     if shape is not None:
@@ -68,6 +70,7 @@ def examine(question: Question) -> Answer:
         needed = schedule.needed_memory(config, shape, longest, world, gpu, q.gpu_mem_gib, checks)
         schedule.disk(config, shape, run_dir, checks)
         answer.numbers |= _numbers(shape, needed, world)
+    _own_metrics(config, checks)
     place.git_state(checks)
     place.host(q.variables, checks)
     options = [f"--nodes={nodes}"] + ([f"--gpus-per-node={gpus}"] if gpus else [])
@@ -125,12 +128,23 @@ def _data(
     return train
 
 
+def _own_metrics(config: Config, checks: Checks) -> None:
+    """Whether the user's functions can be imported here."""
+    metrics = config.validation.metrics or []
+    for name in [metrics] if isinstance(metrics, str) else metrics:
+        try:
+            user_code.load(name, "validation.metrics")
+            checks.ok("validation metrics", f"{name} can be imported")
+        except UserError as error:
+            checks.fail("validation metrics", str(error))
+
+
 def _scanned(split: str, scan: Callable[[], rows.Scan], offline: bool, checks: Checks) -> Optional[rows.Scan]:
     """The scan, or None with the reason told. What is only not in the hub's cache yet may still come."""
     try:
         return scan()
     except UserError as error:
-        if sources.HUB_IS_AWAY in str(error) and not offline:
+        if hub.IS_AWAY in str(error) and not offline:
             advice = "fetch it on a node with internet: hf download --repo-type dataset NAME"
             checks.warn(f"{split} data", "it is not in the hub cache, and is not looked at", advice)
         else:

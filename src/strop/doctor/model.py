@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from strop import parallel
-from strop.config import ModelConfig
+from strop.config import LoraConfig, ModelConfig
 from strop.doctor.checks import Checks, gib
 from strop.errors import UserError, first_line
-from strop.models import hf
+from strop.models import hf, reward
+from strop.models.lora import Adapters, num_trainable
 
 HEADER_LIMIT = 1 << 28
 
@@ -44,10 +45,21 @@ class Shape:
     max_positions: Optional[int]
     file_bytes: int
     """Of the weights on disk; 0 where they are not here."""
+    scores: bool = False
+    """A scalar head: no logits."""
+    num_trained: Optional[int] = None
+    """With adapters: what is trained, beside num_params frozen ones; null: all of them."""
 
 
-def look(config: ModelConfig, checks: Checks, offline: bool) -> Optional[Shape]:
-    """The model's shape; None if there is no usable one. `offline`: the user's jobs do not ask the hub."""
+def look(
+    config: ModelConfig,
+    checks: Checks,
+    offline: bool,
+    scores: bool = False,
+    lora: Optional[LoraConfig] = None,
+) -> Optional[Shape]:
+    """The model's shape; None if there is no usable one. `offline`: the user's jobs do not ask the hub.
+    `scores`: a model with a scalar head is trained."""
     assert config.path is not None
     try:
         hf.check_model(config.path)
@@ -67,12 +79,20 @@ def look(config: ModelConfig, checks: Checks, offline: bool) -> Optional[Shape]:
         return None
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=config.trust_remote_code)
+            auto: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+            from_lm = scores and not reward.is_classifier(hf_config)
+            hf_config = reward.scoring_config(hf_config, config.path) if scores else hf_config
+            model = auto.from_config(hf_config, trust_remote_code=config.trust_remote_code)
+            if scores:
+                reward.checked_head(model)
+    except UserError as error:
+        checks.fail("model", str(error))
+        return None
     except (ValueError, KeyError, TypeError, ImportError) as error:
         checks.fail("model", f"model.path: {config.path!r} is no causal language model ({first_line(error)})")
         return None
     model.tie_weights()
-    shape = _shape(model, hf_config, _weight_bytes(folder) if folder else 0)
+    shape = _shape(model, hf_config, _weight_bytes(folder) if folder else 0, scores)
     tied = "tied" if hf_config.get_text_config().tie_word_embeddings else "not tied"
     checks.ok(
         "model",
@@ -86,8 +106,18 @@ def look(config: ModelConfig, checks: Checks, offline: bool) -> Optional[Shape]:
         advice = f"fetch them on a node with internet: hf download {config.path}"
         checks.fail("weights", text, advice) if offline else checks.warn("weights", text, advice)
     else:
-        _compare_weights(folder, model, shape, checks)
-    return shape
+        _compare_weights(folder, model, shape, checks, new={reward.HEAD} if from_lm else set())
+    return shape if lora is None or lora.rank is None else _with_adapters(shape, model, lora, checks)
+
+
+def _with_adapters(shape: Shape, model: Any, config: LoraConfig, checks: Checks) -> Optional[Shape]:
+    try:
+        adapters = Adapters(model, config)
+    except UserError as error:
+        checks.fail("adapters", str(error))
+        return None
+    checks.ok("adapters", adapters.describe(model))
+    return replace(shape, num_trained=num_trainable(model))
 
 
 def _folder(config: ModelConfig) -> Optional[Path]:
@@ -113,7 +143,7 @@ def _not_here(path: str, error: Exception, checks: Checks, offline: bool) -> Non
     checks.fail("model", text, advice) if offline else checks.warn("model", text, advice)
 
 
-def _shape(model: Any, hf_config: Any, file_bytes: int) -> Shape:
+def _shape(model: Any, hf_config: Any, file_bytes: int, scores: bool) -> Shape:
     text = hf_config.get_text_config()
     blocks = [
         sum(p.numel() for p in block.parameters()) for _, _, block in parallel.transformer_blocks(model)
@@ -132,6 +162,7 @@ def _shape(model: Any, hf_config: Any, file_bytes: int) -> Shape:
         vocab_size=model.get_input_embeddings().weight.shape[0],
         max_positions=getattr(text, "max_position_embeddings", None),
         file_bytes=file_bytes,
+        scores=scores,
     )
 
 
@@ -140,8 +171,9 @@ def _weight_bytes(folder: Path) -> int:
     return sum(f.stat().st_size for pattern in patterns for f in folder.glob(pattern))
 
 
-def _compare_weights(folder: Path, model: Any, shape: Shape, checks: Checks) -> None:
-    """Every parameter must be in the files, in its shape; the index must name files that are there."""
+def _compare_weights(folder: Path, model: Any, shape: Shape, checks: Checks, new: set[str]) -> None:
+    """Every parameter but `new` ones must be in the files, in its shape; the index must name files that are
+    there."""
     index = folder / "model.safetensors.index.json"
     names = {f.name for f in folder.glob("*.safetensors")}
     if index.is_file():
@@ -160,7 +192,7 @@ def _compare_weights(folder: Path, model: Any, shape: Shape, checks: Checks) -> 
     if not names:
         checks.ok("weights", f"{size}, not safetensors: their content is not looked at")
         return
-    wanted = {name: list(tensor.shape) for name, tensor in hf.distinct_state(model).items()}
+    wanted = {name: list(t.shape) for name, t in hf.distinct_state(model).items() if name not in new}
     prefix = f"{model.base_model_prefix}."
     absent = [n for n in wanted if n not in found and n.removeprefix(prefix) not in found]
     other = [n for n in wanted if n in found and found[n][1] != wanted[n]]

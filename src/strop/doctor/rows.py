@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from strop.config import Config
-from strop.data import noise, sources
+from strop.config import KINDS, Config
+from strop.data import labels, noise, sources
 from strop.data.ledger import BadRow, Ledger, place
 from strop.data.lengths import histogram
-from strop.data.render import Rendered, Renderer, chat_template
+from strop.data.render import Options, Rendered, Renderer, chat_template
 from strop.data.repeats import row_hash
 from strop.data.sources import Source
 from strop.data.store import TokenisedRow
@@ -47,17 +47,20 @@ class Scan:
     plain: int = 0
     contents: dict[int, tuple[str, int]] = field(default_factory=dict)
     """Hash of a row's tokens -> its place."""
+    good: int = 0
+    """Usable rows whose value is 1: the desirable ones of an unpaired set."""
     doubles: int = 0
     """Rows equal to an earlier one of the same set."""
 
     blocks: Optional[int] = None
     """Rows of a set of text, as far as the looked-at documents tell."""
 
-    def add(self, row: TokenisedRow) -> None:
+    def add(self, row: TokenisedRow, over_length: str = "drop") -> None:
         """A usable row (a document of text): its lengths, an example, whether it was there before."""
-        self.ledger.use(row)
+        self.ledger.use(row, over_length)
         lengths = [len(tokens) for tokens, _ in row.sequences]
         self.row_tokens.append(sum(lengths))
+        self.good += row.value == 1
         self.sequence_tokens += lengths
         if len(self.examples) < 64:
             self.examples.append(row)
@@ -78,16 +81,16 @@ def scan(config: Config, tokenizer: Any, kind: str, split: str, limit: Optional[
     """Look at `limit` rows of each source (None: all). Raises UserError for what makes a source unusable."""
     result = Scan(split, Ledger(split))
     template = chat_template(config.model.chat_template, tokenizer)
-    renderer = Renderer(kind, tokenizer, template, kind == "sft" and config.sft.train_on_prompt)
-    tokeniser = Tokeniser(tokenizer, config.data.max_length)
-    found = sources.find(config.data, split)
+    renderer = Renderer(kind, tokenizer, template, Options.of(config, kind))
+    tokeniser = Tokeniser(tokenizer, config.data.max_length, config.data.over_length)
+    found = sources.find(config.data, split, kind)
     for row in tokeniser(_rendered(found, config, split, renderer, limit, result)):
         if isinstance(row, BadRow):
             result.ledger.drop(row)
             if row.reason == "over_length":
                 result.too_long.append(row.tokens)
             continue
-        result.add(row)
+        result.add(row, config.data.over_length)
     return result
 
 
@@ -98,17 +101,17 @@ def _rendered(
         taken = last = 0
         for row in itertools.islice(sources.read(source), limit):
             taken, last = taken + 1, row.line
+            if sources.elsewhere(row, config.data, split):
+                result.ledger.of(source.name).other_split += 1
+                continue
             if isinstance(row, BadRow):
                 yield row
                 continue
-            if config.data.split is not None and sources.in_split(row, config.data.split) != split:
-                result.ledger.of(source.name).other_split += 1
-                continue
-            rendered = renderer(row)
-            if isinstance(rendered, Rendered):
-                result.templated += rendered.templated
-                result.plain += not rendered.templated
-            yield rendered
+            for rendered in renderer.rows(row):
+                if isinstance(rendered, Rendered):
+                    result.templated += rendered.templated
+                    result.plain += not rendered.templated
+                yield rendered
         total, exact = num_rows(source, taken, last) if taken == limit else (taken, True)
         result.total_rows += total
         result.exact = result.exact and exact
@@ -117,6 +120,8 @@ def _rendered(
 
 def num_rows(source: Source, taken: int, last_line: int) -> tuple[int, bool]:
     """(rows of a source, whether counted), without parsing the ones that were not looked at."""
+    if source.adapter is not None:  # rows and lines need not be the same
+        return sum(1 for _ in sources.read(source)), True
     if source.format == "jsonl" and source.path.endswith(".jsonl"):
         with open(source.path, "rb") as file:
             head = sum(len(line) for line in itertools.islice(file, last_line))
@@ -144,17 +149,22 @@ def judge(scan: Scan, config: Config, checks: Checks) -> None:
     for entry in ledger.sources.values():
         for reason, dropped in entry.dropped.items():
             first = dropped.examples[0]
-            if reason in noise.REASONS:
-                checks.ok(name, f"{dropped.rows:,} documents left out as {reason}")
+            if reason in noise.REASONS or dropped.wanted:
+                what = "rows" if dropped.wanted else "documents"
+                checks.ok(name, f"{dropped.rows:,} {what} left out as {reason}")
                 continue
             where = place(entry.name, int(first["line"]))
             text = f"{dropped.rows:,} rows {reason}; the first: {where}: {first['message']}"
             long = reason == "over_length"
-            key, lenient = ("over_length", "drop") if long else ("on_bad_row", "skip")
-            if getattr(data, key) != lenient:
-                checks.fail(name, text, f"correct it, or data.{key}={lenient} leaves such rows out")
+            if (data.over_length if long else data.on_bad_row) == "error":
+                lenient = "over_length=drop" if long else "on_bad_row=skip"
+                checks.fail(name, text, f"correct it, or data.{lenient} leaves such rows out")
             else:
                 checks.warn(name, text, "data.max_length is the key to raise" if long else "")
+        for policy, cut in entry.truncated.items():
+            first = cut.examples[0]
+            text = f"{cut.rows:,} rows cut by {policy}; the first: {place(entry.name, int(first['line']))}: "
+            checks.warn(name, text + str(first["message"]), "data.max_length is the key to raise")
     try:
         ledger.check(data.max_dropped_fraction, wanted=noise.REASONS)
     except UserError as error:
@@ -172,6 +182,12 @@ def judge(scan: Scan, config: Config, checks: Checks) -> None:
             f"in {merged:,} rows the prompt's tokens are not the beginning of prompt+completion's",
             "a token spans the boundary and is trained; end the prompts where a token ends (no blank)",
         )
+    if KINDS[config.algo] == "unpaired" and ledger.used and scan.split == "train":
+        line = labels.imbalance(scan.good, ledger.used - scan.good, config.kto)
+        level = checks.warn if line else checks.ok
+        level("labels", line or f"{scan.good:,} of {ledger.used:,} rows are desirable")
+        if ledger.used == 1 and scan.complete and config.kto.loss == "kto":
+            checks.fail("labels", "a single row cannot be compared with others", "kto.loss=apo_zero_unpaired")
     if scan.doubles:
         checks.warn(name, f"{scan.doubles:,} rows are equal to an earlier one")
 

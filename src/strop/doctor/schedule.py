@@ -50,6 +50,12 @@ def cadences(config: Config, total: int, validation_rows: int, checks: Checks) -
     if o.warmup_steps >= total:
         text = f"optim.warmup_steps={o.warmup_steps}, but the run has {total} steps"
         checks.warn("warm-up", text, "the learning rate never reaches optim.lr: shorten it")
+    decay = o.decay_steps if o.decay_steps >= 1 else o.decay_steps * total
+    if o.schedule == "wsd" and o.warmup_steps + decay > total:
+        text = (
+            f"optim.warmup_steps={o.warmup_steps}, optim.decay_steps={o.decay_steps:g}, {total} steps in all"
+        )
+        checks.fail("schedule", text, "together they are longer than the run: shorten one")
     if o.lr == 0:
         checks.warn("optimiser", "optim.lr=0 trains nothing")
     validates = validation_rows > 0 and bool(v.at_start or v.at_end or (v.every and v.every <= total))

@@ -57,7 +57,8 @@ def judge(scan: Scan, tokenizer: Any, shape: Optional[Shape], checks: Checks) ->
     offsets = np.cumsum([0, *lengths])
     seen = ends.look(flat, masks, offsets, special_mask(tokenizer), tokenizer.bos_token_id)
     _beginnings(seen, tokenizer, checks)
-    _endings(seen, tokenizer, checks, plain=scan.plain > 0)
+    if shape is None or not shape.scores:  # a reward model writes nothing, and need not learn to stop
+        _endings(seen, tokenizer, checks, plain=scan.plain > 0)
     if shape is not None:
         largest = max(int(tokens.max()) for tokens, _ in sequences)
         if max(largest, len(tokenizer) - 1) < shape.vocab_size:
@@ -112,6 +113,8 @@ def _endings(seen: Ends, tokenizer: Any, checks: Checks, plain: bool) -> None:
 def preview(row: TokenisedRow, tokenizer: Any, kind: str) -> Iterable[tuple[str, list[tuple[str, bool]]]]:
     """(title, [(text, trained)]) of each sequence of a row, as the model will see it."""
     titles = ("chosen", "rejected") if kind == "preference" else ("",)
+    if kind == "unpaired":
+        titles = ("desirable" if row.value == 1 else "undesirable",)
     for title, (tokens, trained) in zip(titles, row.sequences):
         by_mask = itertools.groupby(spans(tokens, trained, tokenizer), key=lambda span: span.trained)
         yield title, [("".join(span.text for span in own), mask) for mask, own in by_mask]

@@ -1,7 +1,8 @@
 """A DCP checkpoint becomes a Hugging Face directory, one shard at a time.
 
 The base model (the directory or cached hub name that the run started from) gives the configuration, the
-parameter names and shapes, the tokenizer and the chat template; the checkpoint gives the numbers. The
+parameter names and shapes, the tokenizer and the chat template; the checkpoint gives the numbers, and its
+names tell whether it is a language model's or a reward model's (a sequence classifier of one label). The
 checkpoint's manifest is verified before DCP opens `.metadata`, which is a pickle. Then the parameters are
 grouped into safetensors files of at most `max_shard_bytes`; for each file DCP reads just its tensors into
 buffers of the target type, casting chunk by chunk on the way, and the buffers go to disk and are freed.
@@ -19,7 +20,6 @@ import errno
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,29 +29,35 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from strop import checkpoint
-from strop.config import ModelConfig
+from strop.config import LoraConfig, ModelConfig
 from strop.data.tokenise import load_tokenizer
 from strop.errors import StorageError, UserError
 from strop.files import new_directory
+from strop.models import hf, reward
+from strop.models.adapter_export import PREFIX, Merged, Trained, read_tensors, write_adapter
 from strop.models.hf import distinct_state
 from strop.parallel import DTYPES
-
-PREFIX = "model."
-"""Where the weights are in a checkpoint: PREFIX + the model's own parameter name."""
 
 
 @dataclass(frozen=True)
 class Shard:
     file: str
-    shapes: dict[str, torch.Size]
-    """Tensor name in the file -> shape."""
-    keys: dict[str, str]
-    """Tensor name in the file -> key in the checkpoint."""
     dtypes: dict[str, torch.dtype]
+    """Tensor name in the file -> its type there."""
     num_bytes: int
+
+
+Reader = Callable[[dict[str, torch.dtype]], dict[str, torch.Tensor]]
+"""Tensors of these names in these types."""
 
 
 def export_checkpoint(
@@ -59,49 +65,84 @@ def export_checkpoint(
     base: ModelConfig,
     out: Path,
     *,
+    lora: LoraConfig | None = None,
+    adapter: bool = False,
     dtype: str | None = None,
     max_shard_bytes: int = 4 * 10**9,
     replace: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Write the checkpoint in `directory` as the HF directory `out`.
+    """Write the checkpoint in `directory` as the HF directory `out`; of a run with adapters (`lora`) the
+    model with them added in, or with `adapter` PEFT's files of them.
 
-    `dtype` is a name of DTYPES, or None for the base model's own. Raises UserError if the checkpoint does
-    not fit the base model, if `out` exists without `replace`, or if a weight is not finite in `dtype`;
-    StorageError if the checkpoint is damaged.
+    `dtype` is a name of DTYPES, or None for the base model's own (of adapters: fp32). Raises UserError if the
+    checkpoint does not fit the base model, if `out` exists without `replace`, or if a weight is not finite in
+    `dtype`; StorageError if the checkpoint is damaged.
     """
     if out.exists() and not replace:
         raise UserError(f"--out {out} exists; add --force to replace it, or name another directory")
     say(f"verifying {directory}")
+    stored = _stored(directory)
+    scores = PREFIX + reward.HEAD in stored
+    auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    config, model = _base_model(base, auto, scores)
+    target = DTYPES[dtype] if dtype else (config.dtype or torch.float32)
+    tokenizer = load_tokenizer(base)
+    if scores:
+        reward.set_pad_token(config, tokenizer)
+    read: Reader
+    if lora is not None and lora.rank is not None:
+        trained = Trained(directory, model, base, lora, stored)
+        if adapter:
+            with new_directory(out, replace=replace) as aside:
+                write_adapter(trained, model, base, aside, DTYPES[dtype or "fp32"])
+                tokenizer.save_pretrained(aside)
+            return
+        merged = Merged(trained, model, reward.reader(0)(base, None) if scores else hf.read_weights(base))
+        sizes, read = merged.sizes, merged.read
+    else:
+        if adapter:
+            raise UserError(f"--adapter: {directory} holds all weights and no adapters (lora.rank is null)")
+        keys = _match(model, stored, directory, base)
+        sizes = {name: (stored[key].size, stored[key].properties.dtype) for name, key in keys.items()}
+        read = _reader(directory, keys, sizes)
+    shards = _plan(sizes, target, max_shard_bytes)
+    with new_directory(out, replace=replace) as aside:
+        _write_shards(shards, read, aside, say)
+        config.dtype = target
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(aside)
+        if not scores:
+            _write_generation_config(base, aside)
+        _write_companions(base, tokenizer, aside)
+        say("loading the result and comparing every tensor with the checkpoint")
+        _verify(aside, read, shards, base, auto)
+
+
+def _stored(directory: Path) -> dict[str, TensorStorageMetadata]:
+    """The tensors of a checkpoint, which is verified before its metadata, a pickle, is read."""
     try:
         checkpoint.verify(directory)
     except checkpoint.Damaged as error:
         raise StorageError(errno.EIO, f"{error}; nothing exported (another --step may be intact)") from error
-    config, model = _base_model(base)
-    target = DTYPES[dtype] if dtype else (config.dtype or torch.float32)
     entries = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
-    stored = {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
-    keys = _match(model, stored, directory, base)
-    shards = _plan(model, keys, stored, target, max_shard_bytes)
-    with new_directory(out, replace=replace) as aside:
-        for number, shard in enumerate(shards, 1):
-            say(f"shard {number}/{len(shards)}: {shard.file} ({shard.num_bytes / 1e9:.2f} GB)")
-            tensors = _read(directory, shard)
-            _check_finite(tensors)
-            save_file(tensors, aside / shard.file, metadata={"format": "pt"})
-            del tensors
-        if len(shards) > 1:
-            (aside / "model.safetensors.index.json").write_text(_index(shards))
-        config.dtype = target
-        config.architectures = [type(model).__name__]
-        config.save_pretrained(aside)
-        _write_companions(base, aside)
-        say("loading the result and comparing every tensor with the checkpoint")
-        _verify(aside, directory, shards, base)
+    return {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
-def _base_model(base: ModelConfig) -> tuple[Any, torch.nn.Module]:
-    """The base model's configuration, and its parameters on the meta device (names and shapes only)."""
+def _write_shards(shards: list[Shard], read: Reader, aside: Path, say: Callable[[str], None]) -> None:
+    for number, shard in enumerate(shards, 1):
+        say(f"shard {number}/{len(shards)}: {shard.file} ({shard.num_bytes / 1e9:.2f} GB)")
+        tensors = read(shard.dtypes)
+        _check_finite(tensors)
+        save_file(tensors, aside / shard.file, metadata={"format": "pt"})
+        del tensors
+    if len(shards) > 1:
+        (aside / "model.safetensors.index.json").write_text(_index(shards))
+
+
+def _base_model(base: ModelConfig, auto: Any, scores: bool) -> tuple[Any, PreTrainedModel]:
+    """The base model's configuration, and its parameters on the meta device (names and shapes only);
+    `scores`: those of a reward model."""
     assert base.path is not None
     options: dict[str, Any] = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
     try:
@@ -110,8 +151,10 @@ def _base_model(base: ModelConfig) -> tuple[Any, torch.nn.Module]:
         raise UserError(
             f"model.path={base.path}: no configuration found there or in the hub cache ({error})"
         ) from error
+    if scores:
+        config = reward.scoring_config(config, base.path)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=base.trust_remote_code)
+        model = auto.from_config(config, trust_remote_code=base.trust_remote_code)
     return config, model
 
 
@@ -135,47 +178,38 @@ def _match(
     return keys
 
 
+def _reader(
+    directory: Path, keys: dict[str, str], sizes: dict[str, tuple[torch.Size, torch.dtype]]
+) -> Reader:
+    """Reads tensors of a checkpoint that holds all weights."""
+    shapes = {name: shape for name, (shape, _) in sizes.items()}
+    return lambda dtypes: read_tensors(directory, {name: keys[name] for name in dtypes}, shapes, dtypes)
+
+
 def _plan(
-    model: torch.nn.Module,
-    keys: dict[str, str],
-    stored: dict[str, TensorStorageMetadata],
-    target: torch.dtype,
-    max_shard_bytes: int,
+    sizes: dict[str, tuple[torch.Size, torch.dtype]], target: torch.dtype, max_shard_bytes: int
 ) -> list[Shard]:
     """Group the tensors, in the model's order, into files of at most `max_shard_bytes` (or one tensor)."""
     groups: list[list[str]] = [[]]
-    sizes = [0]
+    totals = [0]
     dtypes = {}
-    for name, key in keys.items():
-        own = stored[key].properties.dtype
+    for name, (shape, own) in sizes.items():
         dtypes[name] = target if own.is_floating_point else own
-        num_bytes = stored[key].size.numel() * dtypes[name].itemsize
-        if groups[-1] and sizes[-1] + num_bytes > max_shard_bytes:
+        num_bytes = shape.numel() * dtypes[name].itemsize
+        if groups[-1] and totals[-1] + num_bytes > max_shard_bytes:
             groups.append([])
-            sizes.append(0)
+            totals.append(0)
         groups[-1].append(name)
-        sizes[-1] += num_bytes
+        totals[-1] += num_bytes
     total = len(groups)
     return [
         Shard(
             file="model.safetensors" if total == 1 else f"model-{i:05d}-of-{total:05d}.safetensors",
-            shapes={name: stored[keys[name]].size for name in names},
-            keys={name: keys[name] for name in names},
             dtypes={name: dtypes[name] for name in names},
             num_bytes=size,
         )
-        for i, (names, size) in enumerate(zip(groups, sizes), 1)
+        for i, (names, size) in enumerate(zip(groups, totals), 1)
     ]
-
-
-def _read(directory: Path, shard: Shard) -> dict[str, torch.Tensor]:
-    """The shard's tensors from the checkpoint. DCP casts while it copies each stored piece into place."""
-    tensors = {name: torch.empty(shape, dtype=shard.dtypes[name]) for name, shape in shard.shapes.items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process.*")
-        state = {shard.keys[name]: tensor for name, tensor in tensors.items()}
-        dcp.load(state, storage_reader=dcp.FileSystemReader(directory), no_dist=True)
-    return tensors
 
 
 def _check_finite(tensors: dict[str, torch.Tensor]) -> None:
@@ -190,27 +224,29 @@ def _check_finite(tensors: dict[str, torch.Tensor]) -> None:
 
 def _index(shards: list[Shard]) -> str:
     total = sum(shard.num_bytes for shard in shards)
-    weight_map = {name: shard.file for shard in shards for name in shard.shapes}
+    weight_map = {name: shard.file for shard in shards for name in shard.dtypes}
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
 
 
-def _write_companions(base: ModelConfig, out: Path) -> None:
-    """Generation configuration, tokenizer with the run's chat template, and a model's own Python code."""
-    assert base.path is not None
+def _write_generation_config(base: ModelConfig, out: Path) -> None:
     try:
         reader: Any = GenerationConfig
         reader.from_pretrained(base.path, revision=base.revision, local_files_only=True).save_pretrained(out)
     except OSError:
         pass  # not every model has one
-    load_tokenizer(base).save_pretrained(out)
+
+
+def _write_companions(base: ModelConfig, tokenizer: Any, out: Path) -> None:
+    """The tokenizer with the run's chat template, and a model's own Python code."""
+    assert base.path is not None
+    tokenizer.save_pretrained(out)
     if base.trust_remote_code and Path(base.path).is_dir():
         for code in Path(base.path).glob("*.py"):
             shutil.copy(code, out)
 
 
-def _verify(out: Path, directory: Path, shards: list[Shard], base: ModelConfig) -> None:
+def _verify(out: Path, read: Reader, shards: list[Shard], base: ModelConfig, auto: Any) -> None:
     """Load `out` with transformers and compare every tensor with the checkpoint, bit for bit."""
-    auto: Any = AutoModelForCausalLM
     model, info = auto.from_pretrained(
         out,
         dtype="auto",
@@ -222,7 +258,7 @@ def _verify(out: Path, directory: Path, shards: list[Shard], base: ModelConfig) 
         assert not info[problem], f"transformers reports {problem}: {info[problem]}"
     loaded = model.state_dict()
     for shard in shards:
-        for name, tensor in _read(directory, shard).items():
+        for name, tensor in read(shard.dtypes).items():
             assert loaded[name].dtype == tensor.dtype, name
             assert torch.equal(_bytes(loaded[name]), _bytes(tensor)), f"{name} differs after loading"
             _page_out(loaded[name])

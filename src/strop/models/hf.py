@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, Optional, cast
+from typing import Any, Optional
 
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
@@ -24,7 +25,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as hf_init
 
 from strop import files
@@ -37,6 +38,9 @@ HUB_TRIES_S = 6.0
 """How long a hub that does not answer is asked again, before anything is downloaded."""
 HUB_TIMEOUT_S = 3.0
 
+Reader = Callable[[ModelConfig, Optional[str]], dict[str, torch.Tensor]]
+"""(model section, other path or None) -> the state of a checkpoint."""
+
 
 def check_model(path: str, key: str = "model.path") -> None:
     """Raise UserError if `path`, given by `key`, looks local and is no model directory; a hub name passes."""
@@ -46,6 +50,11 @@ def check_model(path: str, key: str = "model.path") -> None:
             hint = "; the demo's models are made by: python -m tools.demo_assets" if "assets" in path else ""
             raise UserError(f"{key}: {path} does not exist{hint}")
         return
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{key}: {path} holds an adapter and no model: merge it with its base (of a run of strop: "
+            "tools.convert_dcp_to_hf without --adapter; else PEFT's merge_and_unload) and give that directory"
+        )
     if not (folder / "config.json").is_file():
         raise UserError(f"{key}: {path} has no config.json: not a model directory")
     if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
@@ -108,15 +117,29 @@ def weights_digest(path: str, revision: Optional[str]) -> str:
     return digest.hexdigest()[:24]
 
 
-def build_empty(config: ModelConfig) -> PreTrainedModel:
-    """The module in fp32 with allocated but untouched weights (no memory until written) and real buffers."""
+def read_config(config: ModelConfig) -> PreTrainedConfig:
+    """The model's config.json. Raises UserError."""
     assert config.path is not None
     try:
-        hf_config = AutoConfig.from_pretrained(
+        return AutoConfig.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"model.path: {config.path!r} is no causal language model ({first_line(error)})"
+        ) from error
+
+
+def build_empty(config: ModelConfig) -> PreTrainedModel:
+    """The causal language model of a configuration, without its weights (see `untouched`)."""
+    return untouched(AutoModelForCausalLM, read_config(config), config)
+
+
+def untouched(auto: Any, hf_config: PreTrainedConfig, config: ModelConfig) -> PreTrainedModel:
+    """The module in fp32 with allocated but untouched weights (no memory until written) and real buffers."""
+    try:
         with hf_init.no_init_weights():
-            model = AutoModelForCausalLM.from_config(
+            model = auto.from_config(
                 hf_config, dtype=torch.float32, trust_remote_code=config.trust_remote_code
             )
     except (OSError, ValueError, KeyError) as error:
@@ -128,17 +151,24 @@ def build_empty(config: ModelConfig) -> PreTrainedModel:
     return model
 
 
-def scatter_weights(model: nn.Module, config: ModelConfig, dist: Dist, path: Optional[str] = None) -> None:
-    """Fill the sharded `model` from a checkpoint in HF format (`config.path` if `path` is null).
+def scatter_weights(
+    model: nn.Module,
+    config: ModelConfig,
+    dist: Dist,
+    path: Optional[str] = None,
+    read: Optional[Reader] = None,
+) -> None:
+    """Fill the sharded `model` from a checkpoint in HF format (`config.path` if `path` is null), which rank 0
+    reads with `read` (null: as a causal language model).
 
     Raises UserError on every rank if weights are missing, damaged or of another shape.
     """
     source: dict[str, torch.Tensor] = {}
     failure = None
-    targets = distinct_state(model)
+    targets = {name: t for name, t in distinct_state(model).items() if not is_adapter(name)}
     if dist.is_main:
         try:
-            source = _read_weights(config, path)
+            source = (read or read_weights)(config, path)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             failure = f"cannot load its weights ({first_line(error)})"
         else:
@@ -154,27 +184,33 @@ def scatter_weights(model: nn.Module, config: ModelConfig, dist: Dist, path: Opt
             _scatter(tensor, source.get(name))
 
 
-def _read_weights(config: ModelConfig, path: Optional[str]) -> dict[str, torch.Tensor]:
-    """The state of a checkpoint in HF format.
+def read_weights(
+    config: ModelConfig,
+    path: Optional[str] = None,
+    auto: Any = AutoModelForCausalLM,
+    may_lack: Collection[str] = (),
+    **settings: Any,
+) -> dict[str, torch.Tensor]:
+    """The state of a checkpoint in HF format, without what it `may_lack` and does.
 
     transformers fills what a file lacks with random numbers, after a warning; here that is a ValueError.
+    `settings` replace what its config.json says.
     """
-    loaded, report = cast(Any, AutoModelForCausalLM).from_pretrained(
+    loaded, report = auto.from_pretrained(
         path or config.path,
         revision=config.revision if path is None else None,
         trust_remote_code=config.trust_remote_code,
         dtype="auto",
         ignore_mismatched_sizes=True,
         output_loading_info=True,
+        **settings,
     )
     if report["mismatched_keys"]:
         name, found, wanted = sorted(report["mismatched_keys"])[0]
         raise ValueError(f"{name} has shape {tuple(found)}, but its config.json says {tuple(wanted)}")
-    if report["missing_keys"]:
-        raise ValueError(
-            f"{len(report['missing_keys'])} are missing, such as {sorted(report['missing_keys'])[0]}"
-        )
-    return loaded.state_dict()
+    if missing := sorted(set(report["missing_keys"]) - set(may_lack)):
+        raise ValueError(f"{len(missing)} are missing, such as {missing[0]}")
+    return {name: t for name, t in loaded.state_dict().items() if name not in report["missing_keys"]}
 
 
 def _scatter(target: torch.Tensor, full: Optional[torch.Tensor]) -> None:
@@ -198,6 +234,13 @@ def distinct_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return out
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of that name is an adapter's (models.lora): it comes from no model's files."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
 def clean_name(name: str) -> str:
     """A parameter's Hugging Face name without what wrappers put into it."""
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+    for part in ("_checkpoint_wrapped_module.", "_orig_mod.", "base_layer."):
+        name = name.replace(part, "")
+    return name

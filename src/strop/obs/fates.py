@@ -67,7 +67,7 @@ def read(run_dir: Path, record: Mapping[str, Any], following: Optional[Mapping[s
     until = _until(record, following)
     clocks, notes = _clocks(run_dir, number)
     said, torn = _verdicts(logs)
-    notes += [f"cut off and unreadable: verdict of rank {ranges(torn)}"] if torn else []
+    notes += [f"cut off and unreadable: verdict of rank {hostlist.ranges(torn, 12)}"] if torn else []
     names = os.listdir(logs) if logs.is_dir() else []
     if not names:
         notes.append(f"{logs} holds no logs")
@@ -142,8 +142,8 @@ def _tasks(output: str) -> dict[int, str]:
     """What srun said of each task's end."""
     found: dict[int, str] = {}
     for _, tasks, words in deaths.TASK.findall(output):
-        for rank in hostlist.expand(f"[{tasks}]"):
-            found.setdefault(int(rank), words)
+        for rank in deaths.ranks_of(tasks):
+            found.setdefault(rank, words)
     return found
 
 
@@ -322,19 +322,3 @@ def _mark_hung(fate: Fate, cause: Optional[str], first: Optional[Fate]) -> Fate:
     if cause not in ("hang", "killed") and not hang.waits(fate.traceback):
         return fate
     return dataclasses.replace(fate, follows="waited for it, until the watchdog ended them")
-
-
-# --------------------------------------------------------------------------------------------- ranges
-
-
-def ranges(numbers: Sequence[int], limit: int = 12) -> str:
-    """ "0-36,38-511": sorted numbers in short; beyond `limit` parts the rest is counted."""
-    parts: list[list[int]] = []
-    for n in sorted(set(numbers)):
-        if parts and n == parts[-1][1] + 1:
-            parts[-1][1] = n
-        else:
-            parts.append([n, n])
-    shown = [str(low) if low == high else f"{low}-{high}" for low, high in parts[:limit]]
-    left = sum(high - low + 1 for low, high in parts[limit:])
-    return ",".join(shown) + (f" and {left} more" if left else "")

@@ -7,6 +7,7 @@ escaped; the page's own policy forbids the browser to load anything.
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import time
@@ -16,45 +17,51 @@ from typing import Any, Optional
 
 from strop.obs import curves, fates, run_files, status, timeline
 from strop.obs import why as why_module
-from strop.obs.fates import ranges
 from strop.obs.log_text import printable
 from strop.obs.progress import seconds
 from strop.obs.secrets import mask, mask_args, redact
 from strop.obs.why import Group, Why
 from strop.obs.why_text import clock, date, first_line, trace_end, where
 from strop.slurm import decide
+from strop.slurm.hostlist import ranges
 
 HERE = Path(__file__).parent
 PHASES = ("start", "preflight", "data", "rendezvous", "model", "resume", "probe", "reference", "train",
-          "validation", "save")  # fmt: skip
+          "validation", "metrics", "save")  # fmt: skip
 """In the order of a run's life; the style sheet has a colour for each."""
 SHORTENED_WAIT = 0.06
 """Waiting between two attempts takes at most this share of all running time on the timeline's axis."""
 TRACE_FRAMES = 8
 
 
-def report(run_dir: Path) -> str:
-    """The page's text. Raises UserError if that is no run."""
+def report(run_dir: Path, attempt: Optional[int] = None) -> str:
+    """The page's text; of one attempt's ranks and end, if it is given. Raises UserError if that is no run, or
+    has no such attempt."""
     run = why_module.read(run_dir)
     now = status.assess(run)
-    why = why_module.explain_read(run, now)
+    why = why_module.explain_read(run, now, attempt)
+    chosen = now if attempt is None else _only(now, attempt)
     found = _fates(run)
     charts = curves.curves(run_files.json_lines(run_dir / "metrics.jsonl"), run.timing)
     drawn = [curves.svg(curve, str(i)) for i, curve in enumerate(charts)]
-    line = _timeline_data(run, now, found)
+    line = _timeline_data(run, chosen, found)
     data = {"timeline": line, "curves": {str(i): told for i, (_, told) in enumerate(drawn)}}
     sections = [
         _header(run, now, why),
         _tiles(now),
-        _why(why),
+        _why(why, f"Attempt {attempt}" if attempt is not None else f"Last failure: attempt {why.attempt}"),
         _timeline(line),
-        _attempts(now, found),
+        _attempts(chosen, found),
         _section("Metrics", f'<div class="charts">{"".join(figure for figure, _ in drawn)}</div>')
         if drawn
         else _section("Metrics", '<p class="none">nothing has been measured yet</p>'),
         _config(run),
     ]
     return _page(now.name, "\n".join(sections), data)
+
+
+def _only(now: status.Status, attempt: int) -> status.Status:
+    return dataclasses.replace(now, attempts=tuple(a for a in now.attempts if a.attempt == attempt))
 
 
 def _page(name: str, body: str, data: Mapping[str, Any]) -> str:
@@ -150,10 +157,9 @@ def _tile(name: str, value: str, more: str) -> str:
 # ----------------------------------------------------------------------------------------------- why
 
 
-def _why(why: Why) -> str:
+def _why(why: Why, title: str) -> str:
     if why.attempt is None:
         return _section("Last failure", f'<p class="none">No attempt has failed. Next: {_e(why.next)}</p>')
-    title = f"Last failure: attempt {why.attempt} of {why.num_attempts}"
     words = decide.WORDS.get(why.cause or "", why.cause or "it runs")
     f = why.first
     body = f'<div class="head">{_e(words)}'
@@ -172,6 +178,7 @@ def _why(why: Why) -> str:
     rows += [("note", [_e(note) for note in why.notes])] if why.notes else []
     listed = "".join(f"<dt>{label}</dt><dd>{'<br>'.join(lines)}</dd>" for label, lines in rows)
     plain = f"<details><summary>as text</summary><pre>{_e(why_module.text(why))}</pre></details>"
+    title += f" of {why.num_attempts}"
     return _section(title, f'<div class="card why">{body}<dl>{listed}</dl>{plain}</div>')
 
 

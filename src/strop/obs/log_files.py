@@ -24,6 +24,8 @@ from strop import files
 from strop.errors import UserError
 from strop.obs import log_line
 from strop.slurm import attempts as records
+from strop.slurm import collect
+from strop.slurm.hostlist import ranges
 
 OPEN_EARLY_US = 600_000_000
 """No line is taken as older than this before its attempt began: batch host and rank 0 have two clocks."""
@@ -102,14 +104,14 @@ def find(
         state = "has no logs" if run_dir.is_dir() else "no such run"
         raise UserError(f"{run_dir}: {state} (expected {run_dir}/logs/0001/rank00000.jsonl)")
     if isinstance(attempts, int) and attempts not in numbers:
-        raise UserError(f"{run_dir}: no logs of attempt {attempts}; there are {rank_list(numbers)}")
+        raise UserError(f"{run_dir}: no logs of attempt {attempts}; there are {ranges(numbers)}")
     chosen = [attempts] if isinstance(attempts, int) else numbers[-1:] if attempts == "last" else numbers
     logs = Logs(run_dir, tuple(numbers), [], 0)
     known: set[int] = set()
     for attempt in chosen:
         known |= _add(logs, attempt, ranks, nodes, raw)
     if ranks is not None and not logs.streams and not live:
-        raise UserError(f"{run_dir}: no logs of rank {format_ranges(ranks)}; there are {rank_list(known)}")
+        raise UserError(f"{run_dir}: no logs of rank {_written(ranks)}; there are {ranges(known)}")
     if not logs.streams and not logs.notes:
         logs.notes.append("there are no log files")
     return logs
@@ -204,9 +206,30 @@ def _add(
         )
     silent = {r for r in asked if not any(f.size for kind in found.get(r, ()) for f in kind)}
     _note(logs, attempt, "wrote nothing", silent, known)
+    _note_uncollected(logs, attempt, clock)
     gaps = {r for r in asked & set(found) if any(_has_gap(kind) for kind in found[r])}
     _note(logs, attempt, "lack(s) a segment that was deleted, by rotation or by hand", gaps, known)
     return known
+
+
+def _note_uncollected(logs: Logs, attempt: int, clock: Clock) -> None:
+    """Where logs are that were written to nodes' own disks, and not all copied: of ranks that still run, or
+    of an attempt that was killed together with its batch shell."""
+    try:
+        record = records.read(logs.run_dir, attempt)
+    except (OSError, UnicodeDecodeError):
+        return
+    left = collect.uncollected(logs.run_dir, record)
+    if not left:
+        return
+    ranks_there = [rank for rank, node in clock.nodes.items() if node in left]
+    whose = f" (rank {ranges(ranks_there)})" if ranks_there else ""
+    where = records.rank_log_dir(logs.run_dir, attempt, Path(record["log_dir"]))
+    nodes = ", ".join(left[:8]) + (f" and {len(left) - 8} more" if len(left) > 8 else "")
+    logs.notes.append(
+        f"attempt {attempt}: newer lines may lie on {nodes}{whose}, in {where}: "
+        "they are copied when it ends, or by --collect"
+    )
 
 
 def _lived(directory: Path) -> set[int]:
@@ -219,19 +242,8 @@ def _has_gap(segments: Sequence[SegmentFile]) -> bool:
 
 def _note(logs: Logs, attempt: int, what: str, ranks: set[int], known: set[int]) -> None:
     if ranks:
-        logs.notes.append(f"attempt {attempt}: rank {rank_list(ranks)} of {len(known)} {what}")
+        logs.notes.append(f"attempt {attempt}: rank {ranges(ranks)} of {len(known)} {what}")
 
 
-def rank_list(ranks: Sequence[int] | set[int]) -> str:
-    """0-3,7,12,13: runs of three or more with a dash."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    return ",".join(f"{r[0]}-{r[-1]}" if len(r) > 2 else ",".join(map(str, r)) for r in runs)
-
-
-def format_ranges(ranges: Ranges) -> str:
-    return ",".join(f"{low}-{high}" if high > low else str(low) for low, high in ranges)
+def _written(chosen: Ranges) -> str:
+    return ",".join(f"{low}-{high}" if high > low else str(low) for low, high in chosen)

@@ -75,6 +75,7 @@ class _File:
         self.attempt = attempt
         self.position = position
         self.size = position
+        self.inode: Optional[int] = None
         self._rest = b""
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
@@ -92,6 +93,10 @@ class _File:
     def restart(self) -> None:
         """It became shorter: what is there now has been shown or is lost."""
         self.position, self._rest = self.size, b""
+
+    def replaced(self) -> None:
+        """Another file has its name: nothing of it has been shown."""
+        self.position, self._rest = 0, b""
 
     @property
     def unread(self) -> int:
@@ -121,6 +126,8 @@ class Follower:
                 segment = log_line.segment(file.path)
                 assert segment is not None, file
                 known = _File(file.path, segment, stream.attempt, file.size)
+                with contextlib.suppress(OSError):  # what vanishes now, the next listing notes
+                    known.inode = file.path.stat().st_ino
                 self._files[stream.attempt, file.path.name] = known
 
     def poll(self, now: float) -> bytes:
@@ -178,7 +185,7 @@ class Follower:
                     self._files[key] = self._new(directory / entry.name, attempt)
                 file = self._files[key]
                 with contextlib.suppress(FileNotFoundError):
-                    if file is not None and self._has_grown(file, log_files.status_of(entry).st_size):
+                    if file is not None and self._has_grown(file, log_files.status_of(entry)):
                         grown.append(file)
                     elif entry.name == "clock.json":
                         self._read_clock(attempt, entry.stat().st_mtime_ns)
@@ -188,9 +195,13 @@ class Follower:
                 self.notes.append(f"{gone.path} vanished, {gone.unread} bytes of it had not been read")
         return grown
 
-    def _has_grown(self, file: _File, size: int) -> bool:
-        file.size = size
-        if size < file.position:
+    def _has_grown(self, file: _File, status: os.stat_result) -> bool:
+        file.size = status.st_size
+        before, file.inode = file.inode, status.st_ino
+        if before not in (None, status.st_ino):
+            self.notes.append(f"{file.path} was replaced: the end of the old one may be missing")
+            file.replaced()
+        elif file.size < file.position:
             self.notes.append(f"{file.path} became shorter: lines of it may be missing")
             file.restart()
         return file.unread > 0

@@ -79,6 +79,11 @@ def last_records(path: Path, num_bytes: int) -> Iterator[dict[str, Any]]:
                 continue
 
 
+def quoted(text: str) -> str:
+    """As a JSON string."""
+    return _ENCODE(text)
+
+
 def encode(fields: dict[str, Any]) -> bytes:
     """The line with its newline. `fields` in the order of the file: time, rank, node, attempt, step, phase,
     level, logger, message; then, where there is one: traceback, raw ([segment, offset]), dropped (how many

@@ -13,10 +13,12 @@ import functools
 import re
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
-from strop.obs import log_files, log_line
+from strop.obs import log_line, secrets
+from strop.slurm import hostlist
 
 WINDOW_US = 2_000_000
 """Lines are collapsed with a first one at most this much earlier."""
@@ -36,6 +38,7 @@ _PAIRS = re.compile(_PAIR)
 _TIME = re.compile(rb"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)")
 _ESCAPE = re.compile(rb"\\(?:u([dD][89abAB]..)\\u([dD][c-fC-F]..)|u(....)|(.))")
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_JSON_CONTROL = re.compile(rb"\x7f|\xc2[\x80-\x9f]")
 _NUMBERS = re.compile(rb"(?:(?:^|(?<=[ =(\[,:]))-)?[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _BAD_BYTE = re.compile("[\udc80-\udcff]")
 _PLAIN_ESCAPES = {b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t"}
@@ -162,6 +165,26 @@ def parse_line(text: bytes) -> Optional[Line]:
     return line
 
 
+def redact_line(text: bytes, redact: Callable[[str], str]) -> bytes:
+    """A structured line of another writer, without secrets in any of its strings; any other as it is."""
+    match = _LINE.fullmatch(text)
+    if match is None:
+        return text
+
+    def string(pair: re.Match[bytes]) -> bytes:
+        key, value = pair[1], pair[2]
+        if value[:1] != b'"':
+            return pair[0]
+        old = unescape(value[1:-1]).decode("utf-8", "surrogateescape")
+        new = secrets.MARKER if old and secrets.names_secret(key.decode()) else redact(old)
+        if new == old:
+            return pair[0]
+        quoted = log_line.quoted(new).encode("utf-8", "surrogateescape")
+        return b',"%b":%b' % (key, quoted)
+
+    return text[: match.start(2)] + _PAIRS.sub(string, match[2]) + b"}"
+
+
 def _whole_number(text: bytes) -> int:
     return int(text) if len(text) <= 18 and text.isdigit() else -1
 
@@ -239,7 +262,7 @@ def as_json(line: Line) -> bytes:
         if line.bad_utf8:
             text = rest.decode("utf-8", "surrogateescape")
             rest = _BAD_BYTE.sub(lambda m: f"\\\\x{ord(m[0]) - 0xDC00:02x}", text).encode()
-        return log_line.PREFIX + iso_time(line.time) + rest + b"\n"
+        return _printable_json(log_line.PREFIX + iso_time(line.time) + rest + b"\n")
     fields = {
         "time": iso_time(line.time).decode(),
         "rank": line.rank,
@@ -251,7 +274,12 @@ def as_json(line: Line) -> bytes:
         "logger": "",
         "message": _shown(line.message),
     }
-    return log_line.encode(fields)
+    return _printable_json(log_line.encode(fields))
+
+
+def _printable_json(text: bytes) -> bytes:
+    """Without the control characters that JSON allows: DEL, and 80 to 9F."""
+    return _JSON_CONTROL.sub(lambda match: b"\\u00%02x" % match[0][-1], text)
 
 
 def _shown(text: bytes) -> str:
@@ -338,7 +366,7 @@ class Printer:
         self.size += len(text)
 
     def _text(self, line: Line, message: bytes, ranks: Union[set[int], list[int]]) -> bytes:
-        shown = log_files.rank_list(ranks).encode()
+        shown = hostlist.ranges(ranks).encode()
         when = iso_time(line.time)[:23].replace(b"T", b" ")
         attempt = b"#%d " % line.attempt if self._view.show_attempt else b""
         level = clean(unescape(line.level)).ljust(8)

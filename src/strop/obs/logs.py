@@ -20,6 +20,7 @@ from strop.config import LogConfig
 from strop.obs import log_line, secrets
 from strop.obs.rank_log import SEGMENTS, Place, RankLog
 from strop.obs.raw import RawFiles
+from strop.obs.raw_writer import tell
 from strop.slurm.env import Env
 
 MIB = 1 << 20
@@ -177,7 +178,7 @@ def setup(
         attempt,
         position=position,
         max_bytes=max_bytes,
-        raw=RawFiles.of_this_process(directory, env.rank, max_bytes // SEGMENTS),
+        raw=_raw_files(directory, env, max_bytes // SEGMENTS),
         shared=shared if shared != directory else None,
     )
     _send_logging(config.level, env.rank, rank_log)
@@ -187,6 +188,19 @@ def setup(
     threading.excepthook = _uncaught_in_thread
     rank_log.start()
     return rank_log
+
+
+def _raw_files(directory: Path, env: Env, segment_bytes: int) -> Optional[RawFiles]:
+    """None where stderr goes elsewhere: to a terminal in a direct run, to the job's output without a file."""
+    control = env.raw_fd
+    if control is None:
+        return None
+    os.set_inheritable(control, False)
+    secrets.teach(lambda values: tell(control, values, segment_bytes))
+    try:
+        return RawFiles(directory, env.rank, segment_bytes)
+    except OSError:
+        return None
 
 
 def _send_logging(level: str, rank: int, rank_log: RankLog) -> None:

@@ -11,7 +11,7 @@ at a tenth of the speed or less, with the same output.
 
 Raw stderr has no times: a raw line stands before the first structured line that was written after it began,
 with that line's time, and what is behind the last one has the file's. It is shown at level RAW, which counts
-as a warning. Secrets are taken out of it here, since its writers could not.
+as a warning. Our writers have left out secrets already; another one's are taken out here.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from collections.abc import Iterator
 from typing import Any, Optional
 
 from strop.obs import log_text, merge_native, merge_python, secrets
-from strop.obs.log_files import Logs, rank_list
+from strop.obs.log_files import Logs
 from strop.obs.log_text import Selection, View, passes
 from strop.obs.merge_python import TRUNCATED, WHOLE, Counted, new_counted
+from strop.slurm.hostlist import ranges
 
 BLOCK_BYTES = 1 << 20
 
@@ -127,4 +128,4 @@ def _ranks(logs: Logs, which: list[bool]) -> str:
     for stream, concerned in zip(logs.streams, which):
         if concerned:
             by_attempt.setdefault(stream.attempt, set()).add(stream.rank)
-    return "; ".join(f"attempt {a}: rank {rank_list(ranks)}" for a, ranks in sorted(by_attempt.items()))
+    return "; ".join(f"attempt {a}: rank {ranges(ranks)}" for a, ranks in sorted(by_attempt.items()))

@@ -11,7 +11,7 @@ import ctypes
 import os
 import re
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Optional
 
@@ -22,7 +22,7 @@ from strop.obs.log_text import Selection, View
 from strop.obs.merge_python import COUNTS, Counted
 
 PLACES = libraries.places(Path(__file__).parent, "log")
-ABI = 1
+ABI = 2
 BUFFERS_BYTES = 64 << 20
 """For all streams together."""
 LARGEST_BUFFER, SMALLEST_BUFFER = 128 << 10, 1 << 10
@@ -59,7 +59,7 @@ class _Options(ctypes.Structure):
             "level", "window_us", "max_groups", "max_open", "buffer_bytes",
             "json", "collapse", "ranges", "colour", "show_attempt",
         )),
-        ("grep", _GREP), ("redact", _REDACT),
+        ("grep", _GREP), ("redact", _REDACT), ("redact_line", _REDACT), ("hints", ctypes.c_char_p),
     )  # fmt: skip
 
 
@@ -127,7 +127,8 @@ def _c_options(selection: Selection, view: View, num: int, failures: list[BaseEx
         None if nodes is None else nodes.encode("utf-8", "backslashreplace"),
         selection.level, log_text.WINDOW_US, log_text.MAX_GROUPS, max_open, buffer_bytes,
         view.json, view.collapse, view.ranges, view.colour, view.show_attempt,
-        _grep_callback(selection.grep, failures), _redact_callback(failures),
+        _grep_callback(selection.grep, failures), _redact_callback(_redact_text, failures),
+        _redact_callback(log_text.redact_line, failures), b"".join(h + b"\n" for h in secrets.hints()),
     )  # fmt: skip
 
 
@@ -147,18 +148,23 @@ def _grep_callback(pattern: Optional[re.Pattern[str]], failures: list[BaseExcept
     return _GREP(grep)
 
 
-def _redact_callback(failures: list[BaseException]) -> Any:
+def _redact_text(text: bytes, redact: Callable[[str], str]) -> bytes:
+    return redact(text.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+
+
+def _redact_callback(
+    redacted: Callable[[bytes, Callable[[str], str]], bytes], failures: list[BaseException]
+) -> Any:
     kept: list[Any] = []
 
     def redact(text: int, size: int, new_size: Any) -> Optional[int]:
         try:
-            old = ctypes.string_at(text, size).decode("utf-8", "surrogateescape")
-            new = secrets.redact(old)
+            old = ctypes.string_at(text, size)
+            new = redacted(old, secrets.redact)
             if new == old:
                 return None
-            encoded = new.encode("utf-8", "surrogateescape")
-            kept[:] = [ctypes.create_string_buffer(encoded, len(encoded) + 1)]
-            new_size[0] = len(encoded)
+            kept[:] = [ctypes.create_string_buffer(new, len(new) + 1)]
+            new_size[0] = len(new)
             return ctypes.addressof(kept[0])
         except BaseException as error:  # as above
             failures.append(error)

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Optional
 
+from strop.obs import secrets
 from strop.obs.log_files import SegmentFile, Stream
-from strop.obs.log_text import LAST_TIME_US, RAW, Line, parse_line, valid_utf8
+from strop.obs.log_text import LAST_TIME_US, RAW, Line, parse_line, redact_line, valid_utf8
 
 MAX_LINE = 256 << 10
 """Of a longer line only so much is shown."""
-LARGEST_CHUNK, SMALLEST_CHUNK = 32 << 10, 2 << 10
+LARGEST_CHUNK, SMALLEST_CHUNK = 32 << 10, 1 << 10
 CHUNKS_BYTES = 32 << 20
 """For all streams together."""
 CLOCK_BACK_US = 100_000
@@ -54,13 +55,14 @@ def pieces(
         position, start, rest = 0, 0, b""
         while chunk := _read(segment, position, counted, number, chunk_bytes):
             before, *lines = chunk.split(b"\n")
+            position += len(chunk)
+            del chunk  # of 20,000 ranks' files all lie here at once
             rest = (rest + before)[: MAX_LINE + 1]
-            end = position + len(before) + 1
+            end = position - sum(map(len, lines)) - len(lines) + 1
             for line in lines:
                 yield segment.index, start, _cut(rest, counted), True
                 rest, start = line, end
                 end += len(line) + 1
-            position += len(chunk)
         if rest:
             yield segment.index, start, _cut(rest, counted), False
 
@@ -92,12 +94,13 @@ def _cut(line: bytes, counted: Counted) -> bytes:
 class Rank:
     """What a rank's line depends on of those before: the last key, and the step that raw lines belong to."""
 
-    __slots__ = ("_counts", "_last", "_redact", "_timed", "key", "stream")
+    __slots__ = ("_counts", "_hints", "_last", "_redact", "_timed", "key", "stream")
 
     def __init__(self, stream: Stream, counts: dict[str, int], redact: Callable[[str], str]):
         self.key = stream.floor_us
         self.stream = stream
         self._counts = counts
+        self._hints = secrets.hint_words()
         self._redact = redact
         self._timed = False
         self._last = Line(node=stream.node.encode("utf-8", "backslashreplace"))
@@ -106,6 +109,9 @@ class Rank:
         """A line of a structured file, in its place; one that is no JSON is shown as it is."""
         counts = self._counts
         counts["read"] += 1
+        lower = text.lower()
+        if any(hint in lower for hint in self._hints):
+            text = redact_line(text, self._redact)
         line = parse_line(text)
         if line is None:
             counts["foreign"] += 1

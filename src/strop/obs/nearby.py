@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Optional
 
 from strop.obs import log_line
-from strop.obs.fates import Fates, clock_offsets, ranges, unix_time
+from strop.obs.fates import Fates, clock_offsets, unix_time
 from strop.obs.secrets import redact
 from strop.slurm import attempts, crash
+from strop.slurm.hostlist import ranges
 
 TAIL_BYTES = 1 << 15
 OWN_LINES, OTHER_LINES, RAW_LINES = 6, 4, 4

@@ -22,8 +22,9 @@ from rich.progress import Progress as RichProgress
 
 log = logging.getLogger("strop.progress")
 
-ACCURACY = ("rewards/accuracies", "mean_token_accuracy")
+ACCURACY = ("rewards/accuracies", "accuracy", "mean_token_accuracy")
 """Metrics shown as `acc`, the first that a record has."""
+MARGIN = ("rewards/margins", "margin")
 
 
 @contextmanager
@@ -104,8 +105,9 @@ def summary(record: Mapping[str, Any]) -> list[str]:
     accuracy = next((record[key] for key in ACCURACY if record.get(key) is not None), None)
     if accuracy is not None:
         parts.append(f"acc {accuracy:.2f}")
-    if record.get("rewards/margins") is not None:
-        parts.append(f"margin {record['rewards/margins']:.3f}")
+    margin = next((record[key] for key in MARGIN if record.get(key) is not None), None)
+    if margin is not None:
+        parts.append(f"margin {margin:.3f}")
     if record.get("learning_rate") is not None:
         parts.append(f"lr {record['learning_rate']:.1e}")
     if record.get("grad_norm") is not None:

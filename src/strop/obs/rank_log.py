@@ -6,7 +6,7 @@ first segment and the newest ones stay; what goes is counted, and so is a line t
 (a full disk must not end the training): the running total stands in the next line as `dropped`.
 
 A thread of its own looks once a second whether the raw files (`strop.obs.raw`) have grown without a line that
-says when, writes such a line, and lets the raw files go to their next segment. Where the files lie on a
+says when, writes such a line, and deletes old segments of theirs. Where the files lie on a
 node's own disk it also copies them to the run directory from time to time.
 """
 
@@ -207,9 +207,9 @@ class RankLog:
             return
         with self._lock:
             try:
-                self._gone += self._raw.rotate_if_full(SEGMENTS)
+                self._gone += self._raw.delete_old(SEGMENTS)
             except OSError as error:
-                self._complain(f"cannot go to its next raw file: {error}")
+                self._complain(f"cannot lose its old raw files: {error}")
             idle = time.monotonic() - self._last >= TICK_S
             if idle and (self._raw.mark() != self._marked or self._gone != self._told):
                 self.write("DEBUG", "raw", "raw output")

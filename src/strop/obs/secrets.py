@@ -3,7 +3,8 @@
 Three things count as secret: the values of environment variables with names such as HF_TOKEN or
 WANDB_API_KEY (and of configuration keys so named: `redactor`); tokens known by their shape, whoever wrote
 them; and what stands behind `password=` and its like, or in a URL before the @. Writers do this before a
-line is written. Raw stderr cannot be filtered while it is written, so readers do it before they show it.
+line is written: a rank's own log, and the process through which its raw output goes
+(`strop.obs.raw_writer`). Readers do it once more, for files of another writer.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ _ASSIGNED = re.compile(
     r"((?:(?<![a-z0-9])(?:api|access|secret|private|auth|signing|encryption|account)[_-]?key"
     r"|(?<!pad_)(?<!eos_)(?<!bos_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!mask_)(?<!special_)(?<!image_)token"
     r"|secret|password|passwd|passphrase|credentials?)[\"']?\s*[=:]\s*)(?!\[secret\])"
-    r"(\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|[^\s\"',;&)\]}]+)",
+    r"(\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|[\"']?[^\s\"',;&)\]}]+)",
     re.IGNORECASE,
 )
 _TOKENS = tuple((hint, re.compile(shape)) for shape, *hints in _SHAPES for hint in hints)
@@ -100,13 +101,24 @@ def mask_args(args: Iterable[str]) -> list[str]:
     return shown
 
 
+def values_in_args(args: Iterable[str]) -> list[str]:
+    """The secrets on a command line, such as that of `+metadata.api_key=...`."""
+    pairs = [word.partition("=") for word in args]
+    return [value for key, _, value in pairs if value and names_secret(key)]
+
+
+def known_values(extra_values: Iterable[str] = (), environ: Optional[Mapping[str, str]] = None) -> list[str]:
+    """These secrets and those of the environment, in all forms in which they may occur in a text."""
+    variables = env.all_variables() if environ is None else environ
+    values = [value for name, value in variables.items() if names_secret(name)]
+    return _forms([*values, *extra_values])
+
+
 def redactor(
     extra_values: Iterable[str] = (), environ: Optional[Mapping[str, str]] = None
 ) -> Callable[[str], str]:
     """A `redact` that knows these values too. `environ`: in place of this process's environment."""
-    variables = env.all_variables() if environ is None else environ
-    values = [value for name, value in variables.items() if names_secret(name)]
-    known = _forms([*values, *extra_values])
+    known = known_values(extra_values, environ)
     # the longest first: one secret may be the beginning of another
     literal = re.compile("|".join(map(re.escape, sorted(known, key=len, reverse=True)))) if known else None
 
@@ -129,13 +141,45 @@ def redactor(
     return redact_text
 
 
+_PLAIN_RUN = re.compile(r"[^\"\\\x00-\x1f]{2,}")
+
+
+def hint_words() -> list[bytes]:
+    """What occurs, in lower case, in every line of JSON in which `redact` would find something."""
+    return [hint[1:] for hint in hints()]
+
+
+@functools.cache
+def hints() -> list[bytes]:
+    """The same with a `=` in front of each that needs a = or : behind it, and a blank in front of the others.
+
+    JSON may write a character as \\uNNNN, and a slash as \\/.
+    """
+    shapes = [hint for _, *found in _SHAPES for hint in found if hint != "gh"]
+    runs = [max(_PLAIN_RUN.findall(value), key=len, default='\\"') for value in known_values(_learnt)]
+    plain = [*shapes, *(f"gh{letter}_" for letter in "abcdefghijklmnopqrstuvwxyz"), *runs]
+    plain += ["bearer", "basic", "://", "\\u", "\\/"]
+    words = [" " + word for word in plain] + ["=" + word for word, _ in _NAMES] + ["=pass"]
+    return sorted({word.encode("utf-8", "surrogateescape").lower() for word in words})
+
+
 _learnt: set[str] = set()
+_pupils: list[Callable[[list[str]], None]] = []
 
 
 def learn(values: Iterable[str]) -> None:
     """Let `redact` know these too: the secrets in this process's configuration."""
     _learnt.update(values)
     _default.cache_clear()
+    hints.cache_clear()
+    for pupil in _pupils:
+        pupil(sorted(_learnt))
+
+
+def teach(pupil: Callable[[list[str]], None]) -> None:
+    """Tell somebody all that was learnt, now and whenever it becomes more."""
+    _pupils.append(pupil)
+    pupil(sorted(_learnt))
 
 
 def redact(text: str) -> str:
@@ -153,7 +197,8 @@ def _forms(values: Iterable[str]) -> list[str]:
     """The values as they may occur: as they are, line by line, and in a URL."""
     pieces = {piece.strip() for value in values for piece in (value, *value.splitlines())}
     known = {p for p in pieces if len(p) >= SHORTEST and not _NO_SECRET.fullmatch(p)}
-    return sorted({form for p in known for form in (p, quote(p, safe=""), quote_plus(p))})
+    raw = {p: p.encode("utf-8", "surrogateescape") for p in known}
+    return sorted({form for p in known for form in (p, quote(raw[p], safe=""), quote_plus(raw[p]))})
 
 
 def _hide(match: re.Match[str]) -> str:

@@ -25,7 +25,7 @@ def listing(statuses: Sequence[Status]) -> RenderableType:
     for s in statuses:
         table.add_row(
             Text(s.name),
-            Text(s.state, style=_style(s.state)),
+            Text(s.state, style=style(s.state)),
             Text(_progress(s, 10)),
             seconds(s.eta_s) if s.eta_s is not None and s.state in RUNNING else "",
             f"{s.tokens_per_s:,.0f}" if s.tokens_per_s is not None else "",
@@ -38,7 +38,7 @@ def listing(statuses: Sequence[Status]) -> RenderableType:
 
 def page(s: Status) -> RenderableType:
     """Everything about one run."""
-    head = Text.assemble((s.name, "bold"), "  ", (s.state, _style(s.state)))
+    head = Text.assemble((s.name, "bold"), "  ", (s.state, style(s.state)))
     if s.detail:
         head.append(f": {s.detail}")
     parts: list[RenderableType] = [head, Text(_progress_line(s))]
@@ -56,7 +56,7 @@ def page(s: Status) -> RenderableType:
     return Group(*parts)
 
 
-def _style(state: str) -> str:
+def style(state: str) -> str:
     if state in BAD:
         return "bold red"
     return {"finished": "green", "queued": "yellow", "cancelled": "yellow", "stopped": "yellow"}.get(

@@ -17,12 +17,13 @@ from typing import Any, Optional
 
 from strop.errors import UserError
 from strop.obs import fates, nearby, run_files, status
-from strop.obs.fates import WELL, Fate, ranges
+from strop.obs.fates import WELL, Fate
 from strop.obs.nearby import Line
 from strop.obs.secrets import redact
 from strop.obs.why_text import WIDTH, first_line
 from strop.obs.why_text import text as text
 from strop.slurm import attempts, decide
+from strop.slurm.hostlist import ranges
 
 SLURM_SHOWN = 4
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Optional
 
 from strop.obs import status
-from strop.obs.fates import WELL, Fate, ranges
+from strop.obs.fates import WELL, Fate
 from strop.obs.log_text import printable
 from strop.obs.nearby import Line
 from strop.slurm import decide
+from strop.slurm.hostlist import ranges
 
 if TYPE_CHECKING:
     from strop.obs.why import Group, Why

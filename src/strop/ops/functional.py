@@ -112,8 +112,9 @@ def dpo_loss(
 ) -> Tensor:
     """Preference loss of each pair, by `preference.KINDS`; value and derivative in one pass.
 
-    ratio [P, 2]: log p_policy - log p_reference of chosen and rejected, summed over the completion, or
-    averaged (`preference.AVERAGED`) -> [P]. delta: bco_pair's running mean of rewards.
+    ratio [P, 2]: log p_policy - log p_reference of chosen and rejected (`preference.REFERENCE_FREE`: log
+    p_policy), summed over the completion, or averaged (`preference.AVERAGED`) -> [P]. delta: bco_pair's
+    running mean of rewards, simpo's γ.
 
     Raises ValueError for another kind or shape, and for beta or label smoothing outside their ranges.
     """

@@ -21,7 +21,7 @@ from strop import libraries
 
 log = logging.getLogger(__name__)
 
-ABI = 1
+ABI = 2
 DTYPES = {
     "cpu": {torch.float32: 0, torch.bfloat16: 1},
     "cuda": {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2},

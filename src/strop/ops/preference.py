@@ -1,7 +1,8 @@
 """Preference losses of one pair, as functions of its log-ratios.
 
 c and d [P] are log p_policy - log p_reference of the chosen and the rejected completion, summed over their
-tokens, or averaged where the table says so. h = c - d, σ the logistic function, ε label smoothing.
+tokens, or averaged where the table says so; of simpo and orpo they are log p_policy alone. h = c - d, σ the
+logistic function, ε label smoothing.
 The native kernels compute the same formulas; these are their reference and where their sources stand.
 """
 
@@ -73,6 +74,24 @@ def apo_down(c: Tensor, d: Tensor, beta: float, eps: float, delta: float) -> Ten
     return torch.sigmoid(beta * c) + torch.sigmoid(-beta * (c - d))
 
 
+def simpo(c: Tensor, d: Tensor, beta: float, eps: float, delta: float) -> Tensor:
+    """-(1-ε) log σ(βh - γ) - ε log σ(γ - βh), γ = δ, on mean log-probs without a reference; Meng et al. 2024,
+    equation 6."""
+    z = beta * (c - d) - delta
+    return -(1 - eps) * F.logsigmoid(z) - eps * F.logsigmoid(-z)
+
+
+def orpo(c: Tensor, d: Tensor, beta: float, eps: float, delta: float) -> Tensor:
+    """-β log σ(odds(c) - odds(d)), odds(x) = x - log(1 - exp x), on mean log-probs without a reference;
+    Hong et al. 2024 (ORPO), equation 7, β their λ. The whole loss has the NLL of the chosen beside it."""
+    odds_c, odds_d = (x - torch.log(-torch.expm1(x)) for x in (c.clamp(max=CERTAIN), d.clamp(max=CERTAIN)))
+    return -beta * F.logsigmoid(odds_c - odds_d)
+
+
+CERTAIN = -1e-6
+"""orpo: a mean log-prob nearer to 0 than this, where fp32 has only noise to tell, counts as this: the odds
+of 0 would be infinite."""
+
 KINDS: dict[str, Loss] = {
     "sigmoid": sigmoid,
     "robust": robust,
@@ -85,9 +104,13 @@ KINDS: dict[str, Loss] = {
     "apo_zero": apo_zero,
     "apo_down": apo_down,
     "sigmoid_norm": sigmoid,
+    "simpo": simpo,
+    "orpo": orpo,
 }
 """By name; the position is the number that the kernels know it by (strop_dpo_kind)."""
-AVERAGED = ("ipo", "sigmoid_norm")
-"""Losses that are defined on log-ratios averaged over a completion's tokens."""
+REFERENCE_FREE = ("simpo", "orpo")
+"""Losses on the policy's log-probs alone."""
+AVERAGED = ("ipo", "sigmoid_norm", *REFERENCE_FREE)
+"""Losses that are defined on values averaged over a completion's tokens."""
 NEEDS_SMOOTHING = ("robust", "exo_pair")
 """Losses that are another one, or not defined, without label smoothing."""

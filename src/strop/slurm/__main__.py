@@ -2,20 +2,21 @@
 
 `begin ALGO ARGS` prints shell assignments for the ranks. `end --exit CODE --signals "USR1 TERM"` prints
 "ACTION EXIT_CODE"; the summary for the reader goes to stderr, which is the job's output file. `term` is
-called when TERM has reached the batch shell of a job with a successor. `collect` runs on every node.
+called when TERM has reached the batch shell of a job with a successor. `collect` runs on every node;
+`collect earlier`, before the ranks start, leaves out this attempt. `show ARGS` prints a command line without
+its secrets.
 """
 
 from __future__ import annotations
 
 import argparse
 import shlex
-import socket
 import sys
 from collections.abc import Sequence
 
 from strop.errors import EXIT_DONE, EXIT_STORAGE, EXIT_USER, STORAGE_ERRNOS, UserError
 from strop.obs import secrets
-from strop.slurm import attempts, body, collect, command, env, lease, stop
+from strop.slurm import body, collect, command, env, lease, stop
 
 
 def main(argv: Sequence[str]) -> int:
@@ -24,19 +25,24 @@ def main(argv: Sequence[str]) -> int:
     if argv[:1] == ["end"]:
         return end(list(argv[1:]))
     if argv[:1] == ["collect"]:
-        return collect_logs()
+        return collect_logs(earlier=argv[1:] == ["earlier"])
+    if argv[:1] == ["show"]:
+        print(" ".join(secrets.mask_args(argv[1:])))
+        return EXIT_DONE
     if argv[:1] == ["term"]:
         if body.cancel_successor(env.read_job()):
             say("cancelled, and its successor with it")
         return EXIT_DONE
     print(
-        "usage: python3 -m strop.slurm begin ALGO ARGS | collect | end --exit CODE --signals NAMES | term",
+        "usage: python3 -m strop.slurm begin ALGO ARGS | collect [earlier] | "
+        "end --exit CODE --signals NAMES | term | show ARGS",
         file=sys.stderr,
     )
     return EXIT_USER
 
 
 def begin(algo: str, args: list[str]) -> int:
+    secrets.learn(secrets.values_in_args(args))
     job = env.read_job()
     try:
         tasks = env.tasks_per_node() if job.launcher == "slurm" else env.local_ranks()
@@ -70,23 +76,22 @@ def begin(algo: str, args: list[str]) -> int:
         "STROP_GPUS_PER_NODE": env.num_gpus() if job.launcher == "slurm" else 0,
         "STROP_NUM_NODES": len(job.nodes),
         "STROP_SUCCESSOR_JOB": begun.successor or "",
+        "STROP_LEFT_LOGS": 1 if begun.left_logs else "",
     }
     for name, value in values.items():
         print(f"export {name}={shlex.quote(str(value))}")
     return 0
 
 
-def collect_logs() -> int:
+def collect_logs(*, earlier: bool) -> int:
     job = env.read_job()
     assert job.run_dir is not None
     assert job.attempt is not None
-    local = attempts.rank_log_dir(job.run_dir, job.attempt, job.log_dir)
-    try:
-        collect.collect(local, attempts.log_dir(job.run_dir, job.attempt))
-    except OSError as error:
-        print(f"{socket.gethostname()}: {error}", file=sys.stderr)
-        return 1
-    return EXIT_DONE
+    assert job.log_dir is not None
+    failed = collect.from_this_node(job.run_dir, job.log_dir, job.node, job.attempt, earlier=earlier)
+    for error in failed:
+        print(f"{job.node}: {error}", file=sys.stderr)
+    return 1 if failed else EXIT_DONE
 
 
 def end(argv: list[str]) -> int:

@@ -22,9 +22,11 @@ from strop.obs import secrets
 from strop.slurm import (
     attempts,
     code,
+    collect,
     command,
     deaths,
     decide,
+    dependants,
     env,
     evidence,
     hostlist,
@@ -46,6 +48,8 @@ class Begun:
     end_time: Optional[float]
     notes: tuple[str, ...]
     successor: Optional[str] = None
+    left_logs: bool = False
+    """Earlier attempts' logs lie on the disks of this job's nodes."""
 
 
 class NothingToDo(Exception):
@@ -82,6 +86,7 @@ def begin(algo: str, args: Sequence[str], job: env.Job) -> Begun:
         args=secrets.mask_args(args),
         named=run.given,
         code=code_now,
+        log_dir=str(job.log_dir) if job.log_dir else None,
         **deaths.mark(),
     )
     (run.directory / "requeue_pending").unlink(missing_ok=True)
@@ -94,8 +99,23 @@ def begin(algo: str, args: Sequence[str], job: env.Job) -> Begun:
             behind = successor.prepare(run.directory, attempt, known, job, algo, named)
         except command.SlurmError as error:
             notes.append(f"NO SUCCESSOR, and this job cannot be requeued: {error}")
-    notes += [f"job {behind} is its successor: this one cannot be requeued"] if behind else []
-    return Begun(run.directory, attempt, _end_time(known or {}), tuple(notes), behind)
+    if behind:
+        notes += [f"job {behind} is its successor: this one cannot be requeued", *_tell(job, behind)]
+    left = any(not set(job.nodes).isdisjoint(collect.uncollected(run.directory, r)) for r in records)
+    return Begun(
+        run.directory, attempt, _end_time(known or {}), tuple(notes), behind, bool(job.log_dir) and left
+    )
+
+
+def _tell(job: env.Job, behind: str) -> list[str]:
+    """Those that wait for this job may also wait for its successor; what to note of it."""
+    assert job.target is not None
+    waiting = dependants.read(job.dependants) if job.dependants else []
+    try:
+        told = dependants.follow(waiting, job.target, behind)
+    except command.SlurmError as error:
+        return [f"what waits for this job does not wait for its successor: {error}"]
+    return [f"job {number} waits for either of both" for number in told]
 
 
 def _records_of(run: naming.RunName, job: env.Job) -> list[dict[str, Any]]:

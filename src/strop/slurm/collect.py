@@ -3,7 +3,10 @@
 Both sides only ever grow, so what is missing is what lies beyond the copy's length. It is written at its
 place in the file, not appended: whoever does it twice at once does no harm. A rank does this for its own
 files from time to time and at its end. Ranks that were killed could not, so the batch shell runs
-`python3 -m strop.slurm collect` on every node once all have ended.
+`python3 -m strop.slurm collect` on every node once all have ended. Where Slurm ended the batch shell too, the
+next attempt does so on the nodes that it gets, before its own ranks start, and `python -m tools.logs RUN
+--collect` on all. `logs/NNNN/collected-NODE` says that a node has nothing left; `uncollected` names the
+others.
 """
 
 from __future__ import annotations
@@ -11,10 +14,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from strop.obs import log_line
+from strop.slurm import attempts
 
 BLOCK_BYTES = 4 << 20
 
@@ -65,6 +70,34 @@ def collect(local: Path, shared: Path) -> int:
     finally:
         os.close(folder)
     return len(paths)
+
+
+def uncollected(run_dir: Path, record: Mapping[str, Any]) -> list[str]:
+    """The nodes that may still have logs of this attempt on their own disk."""
+    if not record.get("log_dir"):
+        return []
+    shared = attempts.log_dir(run_dir, record["attempt"])
+    return [node for node in record.get("nodes", []) if not _mark(shared, node).exists()]
+
+
+def from_this_node(run_dir: Path, log_dir: Path, node: str, current: int, *, earlier: bool) -> list[str]:
+    """Collect what this node has of the run: of the current attempt (or, with `earlier`, not yet of it), and
+    of those before it that left something here. What could not be copied, in words."""
+    before = [r for r in attempts.read_all(run_dir) if r["attempt"] < current]
+    left = [r for r in before if r.get("log_dir") == str(log_dir) and node in uncollected(run_dir, r)]
+    failed = []
+    for number in [*(r["attempt"] for r in left), *([] if earlier else [current])]:
+        shared = attempts.log_dir(run_dir, number)
+        try:
+            collect(attempts.rank_log_dir(run_dir, number, log_dir), shared)
+            _mark(shared, node).touch()
+        except OSError as error:
+            failed.append(str(error))
+    return failed
+
+
+def _mark(shared: Path, node: str) -> Path:
+    return shared / f"collected-{node}"
 
 
 def _is_of(path: Path, rank: Optional[int]) -> bool:

@@ -117,7 +117,7 @@ def ended_first(
     """The ranks of the first line in which srun names any that did not merely follow: it learns of the
     culprit's end before it ends the others. One clock, whatever those of the nodes say."""
     named = _after_followers(TASK.findall(written(record, until)), verdicts)
-    return tuple(_ranks(named[0][1])) if named else ()
+    return tuple(ranks_of(named[0][1])) if named else ()
 
 
 def _after_followers(
@@ -126,11 +126,15 @@ def _after_followers(
     """srun's lines from the first one that names a rank of which no verdict says that it only followed:
     sixteen ranks end within milliseconds, and the nodes report that in any order."""
     followers = {v.rank for v in verdicts if v.kind == "peer"}
-    return list(itertools.dropwhile(lambda line: followers.issuperset(_ranks(line[1])), named))
+    return list(itertools.dropwhile(lambda line: followers.issuperset(ranks_of(line[1])), named))
 
 
-def _ranks(text: str) -> list[int]:
-    return [int(rank) for rank in hostlist.expand(f"[{text}]")]
+def ranks_of(text: str) -> list[int]:
+    """Of srun's "3,5-7"; none of what only looks like it."""
+    try:
+        return [int(rank) for rank in hostlist.expand(f"[{text}]")]
+    except ValueError:
+        return []
 
 
 def describe_space(run_dir: Path) -> str:

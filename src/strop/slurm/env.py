@@ -22,7 +22,7 @@ from strop.slurm import hostlist
 OF_THIS_ATTEMPT = {
     *("STROP_RUN_DIR", "STROP_ATTEMPT", "STROP_JOB_ID", "STROP_RESTART_COUNT", "STROP_END_TIME"),
     *("STROP_TASKS_PER_NODE", "STROP_GPUS_PER_NODE", "STROP_NUM_NODES", "STROP_SHELL_PID"),
-    *("STROP_LOCAL_RESTARTS", "STROP_SUCCESSOR_JOB"),
+    *("STROP_LOCAL_RESTARTS", "STROP_SUCCESSOR_JOB", "STROP_LEFT_LOGS"),
 }
 OF_THIS_SUBMISSION = {
     *("SBATCH_ARRAY_INX", "SBATCH_GRES", "SBATCH_GPUS", "SBATCH_GPUS_PER_NODE", "SBATCH_GPUS_PER_TASK"),
@@ -51,6 +51,8 @@ class Env:
     """Rank 0's way to the job's output, where its descriptors 1 and 2 go to a file of their own."""
     log_dir: Optional[Path] = None
     """STROP_LOG_DIR: where ranks write their logs first, on the node's own disk."""
+    raw_fd: Optional[int] = None
+    """The way to the process that writes what comes out of descriptors 1 and 2 (strop.obs.raw_writer)."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,10 @@ class Job:
     """Of an attempt that has begun, in unix seconds; None when Slurm names no end."""
     log_dir: Optional[Path] = None
     """As in Env."""
+    dependants: Optional[Path] = None
+    """STROP_DEPENDANTS: file of the jobs that wait for this one (strop.slurm.dependants)."""
+    node: str = ""
+    """Where this process is."""
 
     @property
     def target(self) -> Optional[str]:
@@ -122,6 +128,7 @@ def read_env(environ: Optional[Mapping[str, str]] = None) -> Env:
         ifname=e.get("STROP_IFNAME") or None,
         stdout_fd=int(e["STROP_STDOUT_FD"]) if e.get("STROP_STDOUT_FD") and "STROP_RANK" in e else None,
         log_dir=_log_dir(e) if "STROP_RANK" in e else None,
+        raw_fd=int(e["STROP_RAW_FD"]) if e.get("STROP_RAW_FD") and "STROP_RANK" in e else None,
     )
 
 
@@ -150,6 +157,8 @@ def read_job(environ: Optional[Mapping[str, str]] = None) -> Job:
         successor_wish={"1": True, "0": False}.get(e.get("STROP_SUCCESSOR", "")),
         end_time=float(e["STROP_END_TIME"]) if e.get("STROP_END_TIME") else None,
         log_dir=_log_dir(e),
+        dependants=Path(e["STROP_DEPENDANTS"]) if e.get("STROP_DEPENDANTS") and not local else None,
+        node=(None if local else e.get("SLURMD_NODENAME")) or socket.gethostname(),
     )
 
 
@@ -281,6 +290,12 @@ def tasks_per_node(environ: Optional[Mapping[str, str]] = None) -> int:
             f"--ntasks-per-node={asked}: the allocation has {gpus} GPU(s) on a node; at most one task a GPU"
         )
     return int(asked)
+
+
+def host_python(environ: Optional[Mapping[str, str]] = None) -> str:
+    """HOST_PYTHON: what takes the decisions on batch hosts."""
+    e = os.environ if environ is None else environ
+    return e.get("HOST_PYTHON") or "python3"
 
 
 def all_variables() -> dict[str, str]:

@@ -1,17 +1,19 @@
 """The wrapper of one rank: `srun ... python -m strop.slurm.launch -- ALGO ARGS`.
 
 It makes the STROP_* variables out of srun's, blocks USR1 and TERM (the mask outlives the exec, and every
-thread that torch will start inherits it), gives the rank a file of its own for what is written to the raw
-descriptors 1 and 2, and becomes the trainer. Rank 0 keeps a way to the job's output: STROP_STDOUT_FD.
+thread that torch will start inherits it), and starts the trainer. It stays itself as the process that writes
+what comes out of the trainer's descriptors 1 and 2 to the rank's file, without secrets, and ends as the
+trainer ends (`strop.obs.raw_writer`). Rank 0 keeps a way to the job's output: STROP_STDOUT_FD.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
-from strop.obs import log_line
+from strop.obs import raw_writer, secrets
 from strop.slurm import attempts, env, rendezvous, stop
 
 
@@ -26,29 +28,28 @@ def main(argv: Sequence[str]) -> None:
         if name:
             variables["GLOO_SOCKET_IFNAME"] = name
     variables["PYTHONFAULTHANDLER"] = "1"  # a native crash leaves its Python stack from the first import on
+    sink: raw_writer.Sink
     try:
-        descriptor = open_raw(task)
+        sink = open_raw(task)
     except OSError as error:  # the training is worth more than its log
         print(f"strop: rank {task.rank} on {task.node} has no log of its own: {error}", file=sys.stderr)
-    else:
-        if task.rank == 0:
-            variables["STROP_STDOUT_FD"] = str(os.dup(1))
-            os.set_inheritable(int(variables["STROP_STDOUT_FD"]), True)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
+        sink = raw_writer.Descriptor(2)
     python = task.python or sys.executable
-    os.execvpe(python, [python, "-m", "strop.train", *argv[1:]], variables)
+
+    def become(given: Mapping[str, str]) -> NoReturn:
+        os.execvpe(python, [python, "-m", "strop.train", *argv[1:]], {**variables, **given})
+
+    raw_writer.run(become, sink, secrets.values_in_args(argv[1:]), to_job=task.rank == 0)
 
 
-def open_raw(task: env.Task) -> int:
+def open_raw(task: env.Task) -> raw_writer.Segments:
     """The first segment. What a namesake of this run has left on the node's own disk goes first."""
     directory = attempts.rank_log_dir(task.run_dir, task.attempt, task.log_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / log_line.Segment(task.rank, 0, True).name
     if task.log_dir is not None:
         for old in directory.glob(f"rank{task.rank:05d}.*"):
             old.unlink()
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    return raw_writer.Segments(directory, task.rank)
 
 
 if __name__ == "__main__":

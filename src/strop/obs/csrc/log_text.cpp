@@ -129,6 +129,26 @@ void take(Line* line, string_view key, string_view value) {
     }
 }
 
+struct Lower {
+    constexpr Lower() : of() {
+        for (int c = 0; c < 256; c++) of[c] = c >= 'A' && c <= 'Z' ? c + 32 : c;
+    }
+    constexpr unsigned char operator[](unsigned char c) const { return of[c]; }
+    unsigned char of[256];
+};
+constexpr Lower LOWER;
+
+// Whether a = or : follows, behind quotes, blanks and what JSON makes of them.
+bool assigned(string_view text, size_t at) {
+    for (; at < text.size(); at++) {
+        char c = text[at];
+        if (c == '=' || c == ':') return true;
+        if (c == '\\') at++;
+        else if (c != '"' && c != '\'' && c != ' ' && LOWER[(unsigned char)c] != 's') return false;
+    }
+    return false;
+}
+
 // Bytes of the valid UTF-8 sequence at p, 0 if there is none.
 int sequence(const unsigned char* p, const unsigned char* end) {
     auto more = [p, end](int n) {
@@ -190,7 +210,7 @@ string rank_list(std::vector<int64_t> ranks) {
     for (size_t i = 0, j; i < ranks.size(); i = j) {
         for (j = i + 1; j < ranks.size() && ranks[j] == ranks[j - 1] + 1; j++) {}
         out += (i ? "," : "") + std::to_string(ranks[i]);
-        if (j > i + 1) out += (j == i + 2 ? "," : "-") + std::to_string(ranks[j - 1]);
+        if (j > i + 1) out += "-" + std::to_string(ranks[j - 1]);
     }
     return out;
 }
@@ -204,6 +224,32 @@ const char* colour_of(string_view level) {
 }
 
 }  // namespace
+
+Hints::Hints(const char* lines) : groups_(1 << 16), words_(1) {
+    for (const char* end; (end = strchr(lines, '\n')); lines = end + 1) {
+        uint16_t& group = groups_[(unsigned char)lines[1] << 8 | (unsigned char)lines[2]];
+        if (!group) group = words_.size(), words_.emplace_back();
+        words_[group].emplace_back(lines, end);
+    }
+}
+
+bool Hints::in(string_view text) const {
+    unsigned before = 0;
+    for (size_t i = 0; i < text.size(); i++) {
+        unsigned c = LOWER[(unsigned char)text[i]];
+        uint16_t group = groups_[before << 8 | c];
+        before = c;
+        if (!group) continue;
+        for (const string& word : words_[group]) {
+            size_t size = word.size() - 1;
+            if (size > text.size() - (i - 1)) continue;
+            size_t n = 2;
+            while (n < size && LOWER[(unsigned char)text[i - 1 + n]] == (unsigned char)word[n + 1]) ++n;
+            if (n == size && (word[0] != '=' || assigned(text, i - 1 + n))) return true;
+        }
+    }
+    return false;
+}
 
 int level_number(string_view level) {
     if (level == "DEBUG") return 10;
@@ -299,17 +345,31 @@ void append_valid(string* out, string_view text, const char* backslash) {
     }
 }
 
+// JSON without the control characters that JSON allows: DEL, and 80 to 9F.
+void append_printable(string* out, string_view json) {
+    for (size_t i = 0, next; i < json.size(); i = next) {
+        for (next = i; next < json.size(); next++) {
+            unsigned char c = json[next];
+            if (c == 0x7F || (c == 0xC2 && (unsigned char)json[next + 1] < 0xA0)) break;
+        }
+        out->append(json.substr(i, next - i));
+        if (next == json.size()) return;
+        next += (unsigned char)json[next] == 0xC2;
+        append_hex(out, "\\u00", json[next++]);
+    }
+}
+
 // A JSON string with its quotes.
 void append_json(string* out, string_view text) {
-    out->push_back('"');
+    string quoted = "\"";
     for (char c : text) {
         static const char from[] = "\"\\\b\f\n\r\t", to[] = "\"\\bfnrt";
         auto* at = (const char*)memchr(from, c, 7);
-        if (at) out->push_back('\\'), out->push_back(to[at - from]);
-        else if ((unsigned char)c < 0x20) append_hex(out, "\\u00", c);
-        else out->push_back(c);
+        if (at) quoted.push_back('\\'), quoted.push_back(to[at - from]);
+        else if ((unsigned char)c < 0x20) append_hex(&quoted, "\\u00", c);
+        else quoted.push_back(c);
     }
-    out->push_back('"');
+    append_printable(out, quoted += '"');
 }
 
 void append_time(string* out, int64_t time_us, bool iso) {
@@ -347,8 +407,9 @@ void Printer::json(const Line& line, const strop_log_stream& stream) {
         out += PREFIX;
         append_time(&out, line.time, true);
         string_view rest = line.whole.substr(PREFIX.size() + TIME_SIZE);
-        if (line.bad_utf8) append_valid(&out, rest, "\\\\x");
-        else out += rest;
+        string valid;
+        if (line.bad_utf8) append_valid(&valid, rest, "\\\\x"), rest = valid;
+        append_printable(&out, rest);
         out += '\n';
         return;
     }

@@ -113,8 +113,8 @@ class Lines {
 
 class Stream {
   public:
-    Stream(strop_log_stream* about, const strop_log_options& options)
-        : about(about), node(about->node), options_(options), key_(about->floor_us),
+    Stream(strop_log_stream* about, const strop_log_options& options, const Hints& hints)
+        : about(about), node(about->node), options_(options), hints_(hints), key_(about->floor_us),
           lines_(about->segments, about->num_structured, options.buffer_bytes, about->counts),
           raw_(about->segments + about->num_structured, about->num_raw, options.buffer_bytes, about->counts) {}
 
@@ -132,6 +132,11 @@ class Stream {
             }
             about->counts[READ]++;
             waiting_ = Line();
+            if (hints_.in(text)) {
+                int64_t size = 0;
+                const char* other = options_.redact_line(text.data(), text.size(), &size);
+                if (other) own_.assign(other, size), text = own_;
+            }
             if (!parse_line(text, &waiting_)) {
                 about->counts[FOREIGN]++;
                 about->counts[TORN] += !whole;
@@ -219,12 +224,13 @@ class Stream {
     }
 
     const strop_log_options& options_;
+    const Hints& hints_;
     int64_t key_;
     bool timed_ = false, held_ = false, has_raw_ = false;
     Line waiting_;  // a structured line, while raw lines before its mark come first
     string_view raw_text_;
     int64_t raw_at_ = 0, raw_offset_ = 0;
-    string redacted_;
+    string redacted_, own_;
     Lines lines_, raw_;
 };
 
@@ -232,10 +238,10 @@ class Stream {
 
 struct strop_log_merge {
     strop_log_merge(strop_log_stream* streams, int64_t num, const strop_log_options& given)
-        : options(given), printer(options) {
+        : options(given), hints(options.hints), printer(options) {
         free_descriptors = options.max_open;
         for (int64_t i = 0; i < num; i++) {
-            heap.push_back(std::make_unique<Stream>(&streams[i], options));
+            heap.push_back(std::make_unique<Stream>(&streams[i], options, hints));
             heap.back()->line.key = streams[i].floor_us;
         }
         std::make_heap(heap.begin(), heap.end(), later);
@@ -294,6 +300,7 @@ struct strop_log_merge {
     }
 
     strop_log_options options;
+    Hints hints;
     Printer printer;
     std::vector<std::unique_ptr<Stream>> heap;
     bool stopped = false;

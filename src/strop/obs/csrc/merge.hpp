@@ -9,7 +9,7 @@
 #include <unordered_map>
 #include <vector>
 
-#define STROP_LOG_ABI 1
+#define STROP_LOG_ABI 2
 
 // What is counted for a stream: all lines, raw ones among them, shown; no JSON, torn, cut at MAX_LINE, not
 // UTF-8, clock went back, text overwritten by \r, deleted by the writer.
@@ -45,6 +45,10 @@ struct strop_log_options {
     int (*grep)(const char* text, int64_t size);  // 0: no match, 1: match, -1: stop; NULL: no pattern
     // What a plain line is shown as, valid until the next call; NULL: as it is.
     const char* (*redact)(const char* text, int64_t size, int64_t* new_size);
+    // The same for a structured line, asked only if it has one of `hints`: each with a newline behind it, lower
+    // case; behind a '=' stands one that counts if a = or : follows in the line, behind a blank any other.
+    const char* (*redact_line)(const char* text, int64_t size, int64_t* new_size);
+    const char* hints;
 };
 
 using std::string;
@@ -58,10 +62,22 @@ struct Line {
     int64_t step = -1, mark_segment = -1, mark_offset = 0, dropped = 0;
 };
 
+// What may be the beginning of a secret. A line that has none of these words needs no look by `redact_line`.
+class Hints {
+  public:
+    explicit Hints(const char* lines);
+    bool in(string_view text) const;
+
+  private:
+    std::vector<uint16_t> groups_;            // by the first two bytes of a word: which of `words_`, or 0
+    std::vector<std::vector<string>> words_;  // of one group each
+};
+
 int level_number(string_view level);
 bool parse_line(string_view text, Line* line);
 bool valid_utf8(string_view text);
 string unescape(string_view text);
+void append_printable(string* out, string_view json);
 void append_json(string* out, string_view text);
 void append_time(string* out, int64_t time_us, bool iso);
 void append_valid(string* out, string_view text, const char* backslash);

@@ -1,6 +1,6 @@
 // The preference losses of one pair and their derivatives: fp32 on a GPU, fp64 on the CPU, where they cost
 // nothing. The formulas with their sources: strop/ops/preference.py. c and d are the policy's log-ratios to the
-// reference, h = c - d.
+// reference (of simpo and orpo its log-probs), h = c - d.
 #pragma once
 #include <math.h>
 
@@ -20,7 +20,7 @@ struct PairLoss {
 // What strop_dpo_loss takes: STROP_OK or STROP_EKIND.
 inline int check_kind(int kind, float beta, float label_smoothing) {
     const bool in_range = beta > 0.0f && beta < HUGE_VALF && label_smoothing >= 0.0f && label_smoothing < 0.5f;
-    if (kind < STROP_SIGMOID || kind > STROP_SIGMOID_NORM || !in_range) return STROP_EKIND;
+    if (kind < STROP_SIGMOID || kind > STROP_ORPO || !in_range) return STROP_EKIND;
     return kind == STROP_EXO_PAIR && label_smoothing == 0.0f ? STROP_EKIND : STROP_OK;
 }
 
@@ -33,6 +33,21 @@ STROP_ANYWHERE Real sigmoid(Real x) {
 template <class Real>
 STROP_ANYWHERE Real log_sigmoid(Real x) {
     return fmin(x, Real(0)) - log1p(exp(-fabs(x)));
+}
+
+// A mean log-prob nearer to 0 than this, where fp32 has only noise to tell, counts as this: the odds of 0 would be
+// infinite.
+#define STROP_CERTAIN (-1e-6f)
+
+template <class Real>
+STROP_ANYWHERE Real log_odds(Real x) {
+    x = fmin(x, Real(STROP_CERTAIN));
+    return x - log(-expm1(x));
+}
+
+template <class Real>
+STROP_ANYWHERE Real log_odds_slope(Real x) {
+    return x > Real(STROP_CERTAIN) ? Real(0) : Real(-1) / expm1(x);
 }
 
 // A loss of h alone, from its derivative by beta * h.
@@ -50,6 +65,15 @@ STROP_ANYWHERE PairLoss<Real> pair_loss(int kind, Real c, Real d, Real beta, Rea
         case STROP_SIGMOID_NORM:
             return of_margin(-(one - eps) * log_sigmoid(a) - eps * log_sigmoid(-a),
                              -(one - eps) * down + eps * up, beta);
+        case STROP_SIMPO: {
+            const Real off = a - delta;
+            return of_margin(-(one - eps) * log_sigmoid(off) - eps * log_sigmoid(-off),
+                             -(one - eps) * sigmoid(-off) + eps * sigmoid(off), beta);
+        }
+        case STROP_ORPO: {
+            const Real ratio = log_odds(c) - log_odds(d), slope = beta * sigmoid(-ratio);
+            return {-beta * log_sigmoid(ratio), -slope * log_odds_slope(c), slope * log_odds_slope(d)};
+        }
         case STROP_ROBUST: {
             const Real scale = one / (one - 2 * eps);
             return of_margin(scale * (-(one - eps) * log_sigmoid(a) + eps * log_sigmoid(-a)),

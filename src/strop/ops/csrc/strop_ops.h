@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-#define STROP_ABI 1
+#define STROP_ABI 2
 
 enum strop_dtype { STROP_F32 = 0, STROP_BF16 = 1, STROP_F16 = 2 };
 enum strop_status { STROP_OK = 0, STROP_EDTYPE = 1, STROP_ESHAPE = 2, STROP_ETARGET = 3, STROP_EKIND = 4,
@@ -69,11 +69,13 @@ int strop_segment_spread(const float* g, int64_t num_tokens, const int32_t* cu_s
 
 enum strop_dpo_kind {
     STROP_SIGMOID = 0, STROP_ROBUST = 1, STROP_HINGE = 2, STROP_IPO = 3, STROP_EXO_PAIR = 4, STROP_NCA_PAIR = 5,
-    STROP_BCO_PAIR = 6, STROP_SPPO_HARD = 7, STROP_APO_ZERO = 8, STROP_APO_DOWN = 9, STROP_SIGMOID_NORM = 10
+    STROP_BCO_PAIR = 6, STROP_SPPO_HARD = 7, STROP_APO_ZERO = 8, STROP_APO_DOWN = 9, STROP_SIGMOID_NORM = 10,
+    STROP_SIMPO = 11, STROP_ORPO = 12
 };
 
-// Preference losses on log-ratios c, d fp32 [P, 2] (policy minus reference, chosen first; summed or averaged
-// by the caller): loss fp32 [P] and its derivatives by c and d, fp32 [P, 2]. delta: bco_pair's running mean.
+// Preference losses on log-ratios c, d fp32 [P, 2] (policy minus reference, or the policy's alone; chosen first;
+// summed or averaged by the caller): loss fp32 [P] and its derivatives by c and d, fp32 [P, 2]. delta: bco_pair's
+// running mean, simpo's margin.
 // STROP_EKIND if beta is not above 0, or label_smoothing not in [0, 0.5) (exo_pair: above 0).
 int strop_dpo_loss(const float* ratio, int64_t num_pairs, int kind, float beta, float label_smoothing,
                    float delta, float* loss, float* d_ratio, void* stream);

@@ -1,0 +1,118 @@
+"""The fields of a raw row, checked: texts, conversations, tools, labels and numbers, or why they are none."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+Message = dict[str, Any]
+
+MAX_FP32 = 3.4e38
+"""Numbers are kept in fp32."""
+
+NEEDED = {
+    "preference": "chosen and rejected, with prompt unless they are message lists that share their beginning",
+    "sft": "messages, or prompt and completion, or input and output",
+    "unpaired": "prompt, completion and label (true or false), or prompt, chosen and rejected",
+}
+
+
+class Refused(Exception):
+    """Why a row cannot be used; becomes a BadRow with the row's place."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason, self.message = reason, message
+
+
+def weight(message: Message) -> bool:
+    """OpenAI's field: whether a turn of the assistant is trained."""
+    weight = message.get("weight", 1)
+    if weight not in (0, 1):
+        raise Refused("wrong_fields", f"the weight of a message is 0 or 1, not {short(weight)}")
+    return bool(weight)
+
+
+def known(value: Any) -> str | list[Message] | None:
+    """A string, a checked message list, or None where the field is missing."""
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, (list, tuple)) or not value:
+        raise Refused("wrong_fields", f"neither text nor a list of messages: {short(value)}")
+    messages = []
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise Refused(
+                "wrong_fields", f'a message is not {{"role": ..., "content": ...}}: {short(message)}'
+            )
+        messages.append({key: item for key, item in message.items() if item is not None})
+    return messages
+
+
+def label_of(fields: dict[str, Any]) -> float:
+    """1.0 of a desirable row, 0.0 of an undesirable one. Text is refused: "false" would count as true."""
+    label = fields.get("label")
+    if label is None:
+        raise wrong_fields("unpaired", fields)
+    if not isinstance(label, (bool, int, float)) or label not in (0, 1):
+        raise Refused("wrong_fields", f"label is {short(label)}; it must be true or false (or 1 or 0)")
+    return float(label)
+
+
+def conversation(
+    prompt: str | list[Message] | None, completions: list[str | list[Message]]
+) -> tuple[list[Message], list[list[Message]]]:
+    """Prompt messages and the messages of each completion, in whichever form the row has them.
+
+    Completions may repeat the prompt (as hub sets do) or, without a prompt, share their beginning.
+    """
+    tails = [[{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in completions]
+    head = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if head is None:
+        shared = 0
+        while shared < min(map(len, tails)) and all(tail[shared] == tails[0][shared] for tail in tails):
+            shared += 1
+        # Equal halves share everything; they are told apart later, as what they are.
+        shared = min(shared, min(map(len, tails)) - 1)
+        head = tails[0][:shared]
+    if all(tail[: len(head)] == head for tail in tails):
+        tails = [tail[len(head) :] for tail in tails]
+    if not head:
+        raise Refused("wrong_fields", "there is no prompt, and the completions share no first message")
+    for tail in tails:
+        if not tail or tail[0]["role"] != "assistant":
+            raise Refused("wrong_fields", "the completion does not begin with a message of the assistant")
+    return head, tails
+
+
+def tools_of(fields: dict[str, Any]) -> Any:
+    """The tools field, which data sets often keep as JSON in a string."""
+    tools = fields.get("tools")
+    if not isinstance(tools, str):
+        return tools or None
+    try:
+        return json.loads(tools) or None if tools.strip() else None
+    except json.JSONDecodeError as error:
+        raise Refused("wrong_fields", f"tools is not JSON: {error.msg}") from None
+
+
+def number(fields: dict[str, Any], name: str) -> float:
+    """A field as a number that fp32 holds; NaN where the row has none. Raises Refused."""
+    value = fields.get(name)
+    if value is None:
+        return math.nan
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= MAX_FP32:
+        raise Refused("wrong_fields", f"{name} is {short(value)}, not a finite number")
+    return float(value)
+
+
+def wrong_fields(kind: str, fields: dict[str, Any]) -> Refused:
+    found = ", ".join(key if value is not None else f"{key} (null)" for key, value in fields.items())
+    return Refused("wrong_fields", f"it has the fields {found or '(none)'}; needed: {NEEDED[kind]}")
+
+
+def short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

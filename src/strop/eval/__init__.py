@@ -1,0 +1,1 @@
+"""Looking at finished models: Hugging Face directories in, numbers out. No trainer, no ranks."""

@@ -1,0 +1,396 @@
+"""pipeline.yaml -> `Pipeline`: stages in an order in which they can run, each with its configuration.
+
+name: demo                  the stages' runs are runs/demo-cpt, runs/demo-sft, ...
+dir: runs                   directory of all runs
+set: {data.cache_dir: ...}  strop's keys for all stages, over their files
+slurm: {partition: low}     sbatch's long options for all jobs
+stages:
+  texts:                    its name
+    algo: prepare           or an algorithm; default: the stage's name
+    prepares: cpt           (prepare) the stage whose data it makes ready; default: the one that hangs on it
+  sft:
+    config: configs/sft.yaml      default: configs/<algo>.yaml
+    set: {train.max_steps: 40}    over the file and the common `set`
+    after: [texts]                what must have succeeded before; default: the stage above
+    model: cpt                    a stage, whose export it starts from, or a path or hub name; default:
+                                  the export of the run that it comes after, else model.path of its file
+    slurm: {nodes: 2}             over the common ones
+    export: {step: best, dtype: bf16, slurm: {mem: 32G}}    step: best, latest or a number; default: best
+                                                            where there is checkpoint.best_metric
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import yaml
+
+from strop import config as config_module
+from strop import config_load
+from strop.config import ALGOS, Config
+from strop.config_load import Entry
+from strop.errors import UserError
+from strop.slurm import naming
+
+TOP = ("name", "dir", "set", "slurm", "stages")
+STAGE = ("algo", "config", "set", "after", "model", "prepares", "slurm", "export")
+OF_PREPARE = ("algo", "after", "prepares", "slurm")
+EXPORT = ("step", "dtype", "slurm")
+DTYPES = ("bf16", "fp16", "fp32")
+NO_MODEL = ("rm",)
+"""Algorithms whose export is no causal language model: no stage can start from it."""
+RESERVED = {
+    *("job_name", "output", "error", "open_mode", "dependency", "kill_on_invalid_dep", "parsable", "wrap"),
+    *("array", "hold", "wait", "test_only", "export", "chdir", "signal"),
+}
+"""Options of sbatch that the pipeline sets itself, or that would break its jobs."""
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    algo: str
+    """prepare, or one of ALGOS."""
+    after: tuple[str, ...]
+    slurm: dict[str, Any]
+    """sbatch's options, with underscores; true: an option without a value."""
+    where: str
+    """Its line in the file."""
+    prepares: Optional[str] = None
+    source: Optional[str] = None
+    """The stage whose export is its model."""
+    config: Optional[Config] = None
+    """None for a preparation."""
+    step: str = "latest"
+    dtype: Optional[str] = None
+    export_slurm: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def trains(self) -> bool:
+        return self.algo != "prepare"
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    name: str
+    runs: Path
+    """Directory of all runs, absolute."""
+    file: Path
+    stages: tuple[Stage, ...]
+    """Each behind those that it hangs on."""
+
+    @property
+    def directory(self) -> Path:
+        return self.runs / f"{self.name}.pipeline"
+
+    def stage(self, name: str) -> Stage:
+        return next(stage for stage in self.stages if stage.name == name)
+
+    def run(self, stage: Stage) -> Path:
+        return self.runs / f"{self.name}-{stage.name}"
+
+    def export(self, stage: Stage) -> Path:
+        name = stage.step if stage.dtype is None else f"{stage.step}-{stage.dtype}"
+        return self.run(stage) / "export" / name
+
+
+@dataclass
+class _Raw:
+    """A stage as it stands in the file."""
+
+    where: str
+    values: dict[str, Any] = field(default_factory=dict)
+    slurm: dict[str, Any] = field(default_factory=dict)
+    export: dict[str, Any] = field(default_factory=dict)
+    export_slurm: dict[str, Any] = field(default_factory=dict)
+    settings: list[Entry] = field(default_factory=list)
+    lines: dict[str, str] = field(default_factory=dict)
+
+
+def load(file: Path, words: Sequence[str] = ()) -> Pipeline:
+    """Read and check a pipeline and the configuration of every stage. UserError names file, line and key.
+
+    `words`: name=X, dir=X, or STAGE.KEY=VALUE for a key of a stage's strop configuration.
+    """
+    common = _Raw(str(file))
+    raws: dict[str, _Raw] = {}
+    entries = config_load.read_file(file, _Sections())
+    for name in _stage_names(file):
+        raws[name] = _Raw(str(file))
+    for entry in entries:
+        _place(entry, common, raws)
+    if not raws:
+        raise UserError(f"{file}: stages is missing: a mapping from names to stages")
+    for entry in config_load.read_words(words):
+        _place_word(entry, common, raws)
+    name = _text(common, "name") or file.stem
+    if not NAME.fullmatch(name):
+        raise UserError(f"{common.lines.get('name', file)}: name is {name!r}; use letters, digits, _ and -")
+    stages = {}
+    above: tuple[str, ...] = ()
+    for stage, raw in raws.items():
+        stages[stage] = _stage(stage, raw, common, above, raws)
+        above = (stage,)
+    stages = _with_sources(stages, raws)
+    ordered = _in_order(stages)
+    runs = naming.parent_directory(_text(common, "dir") or "runs")
+    pipeline = Pipeline(name, runs, file, ordered)
+    return _configured(pipeline, raws, common)
+
+
+# ------------------------------------------------------------------------------------- reading the file
+
+
+class _Sections(set[str]):
+    """Says which dotted keys of the file are sections: stages have any name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._strop = config_load.sections([*config_load.leaves(Config), *config_load.ALIASES])
+
+    def __contains__(self, key: object) -> bool:
+        parts = str(key).split(".")
+        if parts[0] == "stages" and len(parts) > 2:
+            parts = parts[2:]
+            if parts[0] == "export":
+                return len(parts) == 1 or parts[1:] == ["slurm"]
+        elif parts[0] == "stages":
+            return True
+        if parts[0] == "set":
+            return len(parts) == 1 or ".".join(parts[1:]) in self._strop
+        return parts == ["slurm"]
+
+
+def _stage_names(file: Path) -> list[str]:
+    """In the file's order, empty ones included."""
+    tree = yaml.load(file.read_text(encoding="utf-8"), config_load._Loader)
+    stages = tree.get("stages") if isinstance(tree, dict) else None
+    if not isinstance(stages, dict):
+        return []
+    for name, value in stages.items():
+        if not NAME.fullmatch(name) or name in TOP:
+            raise UserError(f"{file}: stages.{name}: a stage's name has letters, digits, _ and - only")
+        if value is not None and not isinstance(value, dict):
+            raise UserError(f"{file}: stages.{name} is {value!r}, expected its keys: {', '.join(STAGE)}")
+    return list(stages)
+
+
+def _place(entry: Entry, common: _Raw, raws: Mapping[str, _Raw]) -> None:
+    parts = entry.key.split(".")
+    raw, of = common, ""
+    known: Sequence[str] = TOP
+    if parts[0] == "stages":
+        raw, known, of = raws[parts[1]], STAGE, f"stages.{parts[1]}."
+        raw.where = raw.where if raw.values or raw.lines else entry.where
+        parts = parts[2:]
+    if parts[0] not in known:
+        raise UserError(f"{entry.where}: unknown key {of}{parts[0]}{_nearest(parts[0], known)}")
+    if parts[0] == "set":
+        raw.settings.append(_setting(entry, ".".join(parts[1:])))
+    elif parts[0] == "slurm":
+        _place_option(entry, ".".join(parts[1:]), raw.slurm)
+    elif parts[0] == "export" and parts[1:2] == ["slurm"]:
+        _place_option(entry, ".".join(parts[2:]), raw.export_slurm)
+    elif parts[0] == "export":
+        key = ".".join(parts[1:])
+        if key not in EXPORT:
+            raise UserError(f"{entry.where}: unknown key {of}export.{key}{_nearest(key, EXPORT)}")
+        raw.export[key] = entry.value if entry.text is None else entry.text
+        raw.lines[f"export.{key}"] = entry.where
+    else:
+        raw.values[parts[0]] = entry.value
+        raw.lines[parts[0]] = entry.where
+
+
+def _place_option(entry: Entry, key: str, options: dict[str, Any]) -> None:
+    name = key.replace("-", "_")
+    if not name:
+        raise UserError(f"{entry.where}: {entry.key} is {entry.value!r}, expected options of sbatch")
+    if name in RESERVED:
+        raise UserError(f"{entry.where}: {entry.key}: the pipeline sets sbatch's --{name.replace('_', '-')}")
+    if isinstance(entry.value, (dict, list)) or entry.value is None:
+        raise UserError(f"{entry.where}: {entry.key} is {entry.value!r}, expected one value, true or false")
+    options[name] = entry.value if isinstance(entry.value, bool) else str(entry.text or entry.value)
+
+
+def _setting(entry: Entry, key: str) -> Entry:
+    """A key of the strop configuration, which `config.load` checks."""
+    if not key:
+        raise UserError(f"{entry.where}: {entry.key} is {entry.value!r}, expected keys of the configuration")
+    if key in ("run.name", "run.dir", "algo"):
+        instead = {"run.name": "name and the stage's name", "run.dir": "dir", "algo": "algo"}[key]
+        raise UserError(f"{entry.where}: {key} of a stage follows from the pipeline's {instead}")
+    return Entry(key, entry.value, entry.text, entry.where)
+
+
+def _place_word(entry: Entry, common: _Raw, raws: Mapping[str, _Raw]) -> None:
+    head, dot, key = entry.key.partition(".")
+    if not dot and head in ("name", "dir"):
+        common.values[head] = entry.text
+        common.lines[head] = entry.where
+    elif dot and head in raws:
+        raws[head].settings.append(_setting(entry, key))
+    else:
+        text = f"{entry.where}: {entry.key}: expected name=, dir= or STAGE.KEY="
+        raise UserError(f"{text}{_nearest(head, list(raws))}")
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else f"; there is {', '.join(known)}"
+
+
+def _text(raw: _Raw, key: str) -> Optional[str]:
+    value = raw.values.get(key)
+    if value is not None and not isinstance(value, (str, int, float)):
+        raise UserError(f"{raw.lines[key]}: {key} is {value!r}, expected text")
+    return None if value is None else str(value)
+
+
+# -------------------------------------------------------------------------------------------- stages
+
+
+def _stage(name: str, raw: _Raw, common: _Raw, above: tuple[str, ...], raws: Mapping[str, _Raw]) -> Stage:
+    algo = _text(raw, "algo") or name
+    if algo not in ("prepare", *ALGOS):
+        told = "algo" in raw.lines
+        what = f"{raw.lines['algo']}: algo is {algo!r}" if told else f"{raw.where}: stage {name} has no algo"
+        raise UserError(f"{what}; expected prepare, {', '.join(ALGOS)}")
+    if algo == "prepare":
+        for key in raw.lines:
+            if key.partition(".")[0] not in OF_PREPARE:
+                raise UserError(f"{raw.lines[key]}: {key}: a preparation takes these from what it prepares")
+        if raw.settings:
+            raise UserError(f"{raw.settings[0].where}: set: a preparation takes these from what it prepares")
+    elif "prepares" in raw.values:
+        raise UserError(f"{raw.lines['prepares']}: prepares belongs to a stage with algo: prepare")
+    after = raw.values.get("after", list(above))
+    after = [after] if isinstance(after, str) else after or []
+    if not isinstance(after, list) or not all(isinstance(other, str) for other in after):
+        raise UserError(f"{raw.lines['after']}: after is {after!r}, expected stages, such as [sft]")
+    for key, others in (("after", after), ("prepares", [_text(raw, "prepares") or name])):
+        for other in others:
+            if other not in raws:
+                raise UserError(f"{raw.lines[key]}: {key}: there is no stage {other}{_nearest(other, raws)}")
+    slurm = {k: v for k, v in {**common.slurm, **raw.slurm}.items() if v is not False}
+    shared = {k: v for k, v in slurm.items() if k in ("partition", "account", "qos", "reservation")}
+    export_slurm = {k: v for k, v in {**shared, **raw.export_slurm}.items() if v is not False}
+    step, dtype = raw.export.get("step", ""), raw.export.get("dtype")
+    if step and step not in ("best", "latest") and not step.isdecimal():
+        raise UserError(f"{raw.lines['export.step']}: step is {step!r}; expected best, latest or a number")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"{raw.lines['export.dtype']}: dtype is {dtype!r}; expected {', '.join(DTYPES)}")
+    return Stage(
+        name,
+        algo,
+        tuple(dict.fromkeys(after)),
+        slurm,
+        raw.where,
+        prepares=_text(raw, "prepares"),
+        step=step,
+        dtype=dtype,
+        export_slurm=export_slurm,
+    )
+
+
+def _with_sources(stages: dict[str, Stage], raws: Mapping[str, _Raw]) -> dict[str, Stage]:
+    """Whose export is whose model, and what prepares what."""
+    _in_order(stages)  # a cycle is told before anybody walks it
+    found = {}
+    for name, stage in stages.items():
+        changes: dict[str, Any] = {}
+        model = _text(raws[name], "model")
+        if not stage.trains:
+            changes["prepares"] = stage.prepares or _only_user(stage, stages)
+            if not stages[changes["prepares"]].trains:
+                raise UserError(f"{stage.where}: {name} prepares {changes['prepares']}, which trains nothing")
+        elif model in stages:
+            changes["source"] = model
+            changes["after"] = tuple(dict.fromkeys([*stage.after, str(model)]))
+        elif model is None:
+            candidates = _runs_before(stage, stages)
+            if len(candidates) > 1:
+                names = " or ".join(candidates)
+                raise UserError(f"{stage.where}: {name} comes after several runs; say model: {names}")
+            changes["source"] = next(iter(candidates), None)
+        source = changes.get("source")
+        if source is not None and not stages[source].trains:
+            raise UserError(
+                f"{stage.where}: model of {name} is {source}, a preparation, which gives no model"
+            )
+        if source is not None and stages[source].algo in NO_MODEL:
+            raise UserError(
+                f"{stage.where}: {name} would start from the export of {source}, a reward model, which is no "
+                "language model; name another stage with after: or model:"
+            )
+        found[name] = Stage(**{**vars(stage), **changes})
+    return found
+
+
+def _only_user(stage: Stage, stages: Mapping[str, Stage]) -> str:
+    users = [other.name for other in stages.values() if stage.name in other.after and other.trains]
+    if len(users) != 1:
+        told = f"{len(users)} runs hang on it" if users else "no run hangs on it"
+        raise UserError(f"{stage.where}: {stage.name}: {told}; say prepares: STAGE")
+    return users[0]
+
+
+def _runs_before(stage: Stage, stages: Mapping[str, Stage]) -> list[str]:
+    """The runs that a stage comes after, through preparations."""
+    found: list[str] = []
+    for name in stage.after:
+        found += [name] if stages[name].trains else _runs_before(stages[name], stages)
+    return list(dict.fromkeys(found))
+
+
+def _in_order(stages: Mapping[str, Stage]) -> tuple[Stage, ...]:
+    """Each stage behind those that it hangs on, else as in the file. UserError for a cycle."""
+    done: dict[str, Stage] = {}
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        if name in path:
+            cycle = " -> ".join([*path[path.index(name) :], name])
+            raise UserError(f"{stages[name].where}: stages hang on each other in a circle: {cycle}")
+        for other in stages[name].after:
+            if other not in done:
+                visit(other, (*path, name))
+        done[name] = stages[name]
+
+    for name in stages:
+        if name not in done:
+            visit(name, ())
+    return tuple(done.values())
+
+
+def _configured(pipeline: Pipeline, raws: Mapping[str, _Raw], common: _Raw) -> Pipeline:
+    """Every run's configuration, loaded as its trainer will."""
+    stages: list[Stage] = []
+    for stage in pipeline.stages:
+        if not stage.trains:
+            stages.append(stage)
+            continue
+        raw = raws[stage.name]
+        file = _text(raw, "config")
+        own = [
+            Entry("run.name", f"{pipeline.name}-{stage.name}", None, stage.where),
+            Entry("run.dir", str(pipeline.runs), None, stage.where),
+        ]
+        model = _text(raw, "model")
+        if stage.source is not None:  # it is not there yet
+            model = str(pipeline.export(next(s for s in stages if s.name == stage.source)))
+            own.append(Entry("model.revision", None, "null", stage.where))
+        if model is not None:
+            own.append(Entry("model.path", model, None, raw.lines.get("model", stage.where)))
+        config = config_module.load(stage.algo, file, [*common.settings, *raw.settings, *own])
+        step = stage.step or ("best" if config.checkpoint.best_metric else "latest")
+        if step == "best" and not config.checkpoint.best_metric:
+            where = raw.lines["export.step"]
+            raise UserError(f"{where}: step is best, which needs checkpoint.best_metric, such as eval_loss")
+        stages.append(Stage(**{**vars(stage), "config": config, "step": step}))
+    return Pipeline(pipeline.name, pipeline.runs, pipeline.file, tuple(stages))
