@@ -162,7 +162,6 @@ def test_bf16_log_probs_err_by_less_than_a_thousandth(use, engine, keep):
 
 # H: below, at and above the columns of a tile (32), and no multiple of a panel (12). Words: below and above
 # what is summed in registers (1,024), an odd number among them. N: one, odd, more than a work item (128).
-@pytest.mark.skipif(not native.has_fused_head(torch.bfloat16), reason="no AVX-512 bf16 here")
 @pytest.mark.parametrize(
     ("num_tokens", "hidden", "vocab"), [(1, 2, 1), (33, 30, 13), (161, 34, 1037), (7, 96, 3100)]
 )
@@ -173,18 +172,18 @@ def test_the_products_of_the_backward(monkeypatch, num_tokens, hidden, vocab):
     d_words = torch.zeros(vocab, padded, dtype=torch.bfloat16)
     d_words[:, :num_tokens] = torch.randn(vocab, num_tokens, generator=torch.Generator().manual_seed(1))
     products = head._Products(x, w, True, True)
-    assert products.own
     for start, end in head.chunks(x, vocab):
         products.add(d_words[start:end, :num_tokens], start)
     wide = d_words[:, :num_tokens].double()
     for found, right, rounding in (
-        (products.by_hidden(), wide.T @ w.double(), 1e-5),
+        (products.by_hidden(), wide.T @ w.double(), 1e-5 if products.own else 2**-7),
         (products.by_weight, wide @ x.double(), 2**-8),
     ):
         scale = right.abs().max()
         assert float((found.double() - right).abs().max() / scale) <= rounding
+    before = products.by_hidden().double()
     products.shrink(torch.full((num_tokens,), 0.5))
-    assert torch.allclose(products.by_hidden().double(), 0.5 * (wide.T @ w.double()), rtol=1e-4, atol=1e-3)
+    assert torch.allclose(products.by_hidden().double(), 0.5 * before)
 
 
 @pytest.mark.parametrize("engine", ENGINES[torch.bfloat16])
