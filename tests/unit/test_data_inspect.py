@@ -256,6 +256,11 @@ def test_sets_watched_beside(look_at, tmp_path):
     report, _ = look_at("sft", {"train": GOOD}, watch={"old": str(old)})
     assert list(report.looks) == ["train", "old"]
     assert told(report, "old") == {"end_is_not_eos": 0, "leakage": 1}
+    assert report.looks["old"].ledger.table().startswith("old set\n")
+    with pytest.raises(
+        UserError, match=r"^validation\.watch\.old: no such file or directory: /nosuch\.jsonl"
+    ):
+        look_at("sft", {"train": GOOD}, watch={"old": "/nosuch.jsonl"})
 
 
 def test_bad_rows_are_all_counted_and_training_would_stop(look_at):
@@ -447,3 +452,19 @@ def test_the_ledger_is_in_the_text(look_at, tmp_path: Path):
     text = "\n".join(inspect_text.report_text(report, config, "train", PLAIN))
     row = next(line for line in text.split("\n") if "wrong_fields" in line).split()
     assert row == ["wrong_fields", "1", "0"]
+
+
+def test_labels_out_of_balance_are_told_before_training(look_at):
+    def judged(*labels):
+        return [{"prompt": f"Is {i}?", "completion": f"{i}.", "label": one} for i, one in enumerate(labels)]
+
+    report, _ = look_at("unpaired", {"train": judged(True, True, True)})
+    [concern] = [own for own in report.concerns["train"] if own.name == "label_imbalance"]
+    assert concern.text == "all 3 rows are desirable: nothing shows the model the other kind"
+    report, _ = look_at("unpaired", {"train": judged(True, False, True, True)})
+    [concern] = [own for own in report.concerns["train"] if own.name == "label_imbalance"]
+    assert concern.text.startswith("3 desirable and 1 undesirable rows, weighted 3.00 to 1, which should be")
+    assert (concern.count, concern.share) == (1, 0.25)
+    balanced, _ = look_at("unpaired", {"train": judged(True, False), "validation": judged(True, True)})
+    names = [concern.name for own in balanced.concerns.values() for concern in own]
+    assert "label_imbalance" not in names
