@@ -225,7 +225,7 @@ def test_a_package_in_the_working_directory(own, run):
 def test_a_script_that_leaves_while_it_is_imported(tmp_path, monkeypatch):
     (tmp_path / "leaving_script.py").write_text("import sys\n\nsys.exit('usage: leaving_script.py FILE')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    text = error_of(user_code.load, "leaving_script:pair", "data.adapter")
+    text = error_of(load, "leaving_script:pair", "data.adapter")
     assert text.startswith(
         "data.adapter: importing leaving_script failed: SystemExit: usage: leaving_script.py"
     )

@@ -30,7 +30,7 @@ from strop.data.sources import Row
 from strop.data.store import TokenisedRow
 from strop.data.tokenise import Tokeniser
 from strop.errors import UserError, first_line
-from strop.models import hf, reward
+from strop.models import hf
 
 RATINGS = (
     ("chosen_rating", "rejected_rating"),
