@@ -341,7 +341,7 @@ def test_blocks_show_their_documents(texts):
             texts = [span.text for span in part.spans[1 if goes_on else 0 :]]
             shown[name] = shown.get(name, "") + "".join(texts)
     assert list(shown.values()) == [f"Document {i} speaks of {i} things.</s>" for i in range(7)]
-    found = samples.by_name(report.looks["train"].rows, "train.jsonl:7", "train")
+    [found] = samples.by_name(report.looks["train"].rows, "train.jsonl:7", "train")
     assert "line 7" in samples.sample(report.looks["train"].rows, found, tokenizer).parts[-1].title
 
 
@@ -363,7 +363,7 @@ def test_rows_by_name(look_at, tmp_path):
     rows = [GOOD[0], {"messages": []}, GOOD[1]]
     report, config = look_at("sft", {"train": rows}, on_bad_row="skip", max_dropped_fraction=0.5)
     own, tokenizer = report.looks["train"].rows, tiny_tokenizer()
-    assert samples.by_name(own, "2", "train") == samples.by_name(own, "train.jsonl:3", "train") == 1
+    assert samples.by_name(own, "2", "train") == samples.by_name(own, "train.jsonl:3", "train") == [1]
     with pytest.raises(UserError, match="the train set has the rows 1 to 2"):
         samples.by_name(own, "3", "train")
     with pytest.raises(UserError, match=r"train.jsonl, line 2 is not used: wrong_fields: neither text"):
@@ -468,3 +468,12 @@ def test_labels_out_of_balance_are_told_before_training(look_at):
     balanced, _ = look_at("unpaired", {"train": judged(True, False), "validation": judged(True, True)})
     names = [concern.name for own in balanced.concerns.values() for concern in own]
     assert "label_imbalance" not in names
+
+
+def test_all_rows_of_a_line(look_at):
+    """A pair is two rows where answers are judged alone."""
+    report, config = look_at(
+        "unpaired", {"train": [pair("Is it?", "Yes.", "No."), pair("Was it?", "So.", "Never.")]}
+    )
+    shown = looking.pick(report, config, "unpaired", tiny_tokenizer(), "train", n=1, rows=["train.jsonl:2"])
+    assert [(sample.row, sample.value) for sample in shown] == [(3, 1.0), (4, 0.0)]
