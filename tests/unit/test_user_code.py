@@ -230,3 +230,13 @@ def test_a_script_that_leaves_while_it_is_imported(tmp_path, monkeypatch):
         "data.adapter: importing leaving_script failed: SystemExit: usage: leaving_script.py"
     )
     assert "leaving_script.py:3" in text
+
+
+def test_code_that_leaves_and_arguments_that_nobody_takes(run, tmp_path, monkeypatch):
+    (tmp_path / "leaving_rows.py").write_text("def rows(row):\n    raise SystemExit(3)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = error_of(run, [{"q": "a", "a": "b"}], "leaving_rows:rows")
+    assert "a.jsonl, line 1: leaving_rows:rows failed: SystemExit: 3" in text
+    for adapter in (None, "none"):
+        text = error_of(run, [{"prompt": "a", "completion": "b"}], adapter, adapter_args={"n": 1})
+        assert text == "data.adapter_args: there is no data.adapter to take them"
