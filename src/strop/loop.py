@@ -366,6 +366,8 @@ def _note_best(t: Trainer, means: dict[str, float]) -> None:
         if state.best_value is None
         else (state.best_value - value if falls else value - state.best_value)
     )
+    if math.isnan(value):  # a metric of the user's own can be; once the best one, it would stay that
+        gain = -math.inf
     if gain > t.config.validation.min_delta:
         state.best_value, state.best_step, state.misses = value, state.step, 0
     else:

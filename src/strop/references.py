@@ -115,7 +115,7 @@ def compute(t: Trainer, choices: dict[str, Any], *, again: bool) -> bool:
     t.position.enter("reference")
     other = t.algo.reference_model(t.config)
     if other is not None:
-        hf.scatter_weights(t.policy.lm, t.config.model, t.dist, path=other)
+        hf.scatter_weights(t.policy.lm, t.config.model, t.dist, path=other, key=f"{t.config.algo}.reference")
     for name, store in stores(t).items():
         with t.report.phase(f"reference log-probs ({name})") as progress:
             path = Path(choices["reference"][name])

@@ -182,11 +182,16 @@ def _check_names(config: Config, algo: ModuleType) -> None:
     model = config.model
     assert model.path is not None
     hf.check_hub("model.path", model.path, model.revision, "config.json")
+    if config.algo not in config_module.SCORING:
+        hf.check_causal(hf.read_config(model), model.path)
     if model.tokenizer:
         hf.check_hub("model.tokenizer", model.tokenizer, model.revision, "tokenizer_config.json")
     if algo.needs_reference(config) and (other := algo.reference_model(config)):
-        hf.check_model(other, f"{config.algo}.reference")
-        hf.check_hub(f"{config.algo}.reference", other, None, "config.json")
+        key = f"{config.algo}.reference"
+        hf.check_model(other, key)
+        hf.check_hub(key, other, None, "config.json")
+        other_config = hf.read_config(dataclasses.replace(model, path=other, revision=None), key)
+        hf.check_causal(other_config, other, key)
 
 
 def _settle(run: Run, config: Config, dist: Dist) -> Config:

@@ -63,7 +63,7 @@ def _import(module_name: str, name: str, key: str) -> ModuleType:
         raise UserError(
             f"{key}: there is no module {error.name}, neither in {here} nor among the installed ones"
         ) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script without `if __name__ == "__main__"` may leave
         raise UserError(f"{key}: importing {module_name} failed: {told(error, name)}") from error
 
 

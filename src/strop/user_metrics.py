@@ -150,7 +150,7 @@ def _call(rows: ValidationRows, config: Config, taken: Collection[str]) -> dict[
     for path, function in load(config).items():
         try:
             own = function(rows)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             told = user_code.told(error, path)
             raise UserError(
                 f"{KEY}: {path} failed on the {rows.name} set at step {rows.step}: {told}"

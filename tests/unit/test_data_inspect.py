@@ -256,6 +256,11 @@ def test_sets_watched_beside(look_at, tmp_path):
     report, _ = look_at("sft", {"train": GOOD}, watch={"old": str(old)})
     assert list(report.looks) == ["train", "old"]
     assert told(report, "old") == {"end_is_not_eos": 0, "leakage": 1}
+    assert report.looks["old"].ledger.table().startswith("old set\n")
+    with pytest.raises(
+        UserError, match=r"^validation\.watch\.old: no such file or directory: /nosuch\.jsonl"
+    ):
+        look_at("sft", {"train": GOOD}, watch={"old": "/nosuch.jsonl"})
 
 
 def test_bad_rows_are_all_counted_and_training_would_stop(look_at):
@@ -336,7 +341,7 @@ def test_blocks_show_their_documents(texts):
             texts = [span.text for span in part.spans[1 if goes_on else 0 :]]
             shown[name] = shown.get(name, "") + "".join(texts)
     assert list(shown.values()) == [f"Document {i} speaks of {i} things.</s>" for i in range(7)]
-    found = samples.by_name(report.looks["train"].rows, "train.jsonl:7", "train")
+    [found] = samples.by_name(report.looks["train"].rows, "train.jsonl:7", "train")
     assert "line 7" in samples.sample(report.looks["train"].rows, found, tokenizer).parts[-1].title
 
 
@@ -358,7 +363,7 @@ def test_rows_by_name(look_at, tmp_path):
     rows = [GOOD[0], {"messages": []}, GOOD[1]]
     report, config = look_at("sft", {"train": rows}, on_bad_row="skip", max_dropped_fraction=0.5)
     own, tokenizer = report.looks["train"].rows, tiny_tokenizer()
-    assert samples.by_name(own, "2", "train") == samples.by_name(own, "train.jsonl:3", "train") == 1
+    assert samples.by_name(own, "2", "train") == samples.by_name(own, "train.jsonl:3", "train") == [1]
     with pytest.raises(UserError, match="the train set has the rows 1 to 2"):
         samples.by_name(own, "3", "train")
     with pytest.raises(UserError, match=r"train.jsonl, line 2 is not used: wrong_fields: neither text"):
@@ -447,3 +452,28 @@ def test_the_ledger_is_in_the_text(look_at, tmp_path: Path):
     text = "\n".join(inspect_text.report_text(report, config, "train", PLAIN))
     row = next(line for line in text.split("\n") if "wrong_fields" in line).split()
     assert row == ["wrong_fields", "1", "0"]
+
+
+def test_labels_out_of_balance_are_told_before_training(look_at):
+    def judged(*labels):
+        return [{"prompt": f"Is {i}?", "completion": f"{i}.", "label": one} for i, one in enumerate(labels)]
+
+    report, _ = look_at("unpaired", {"train": judged(True, True, True)})
+    [concern] = [own for own in report.concerns["train"] if own.name == "label_imbalance"]
+    assert concern.text == "all 3 rows are desirable: nothing shows the model the other kind"
+    report, _ = look_at("unpaired", {"train": judged(True, False, True, True)})
+    [concern] = [own for own in report.concerns["train"] if own.name == "label_imbalance"]
+    assert concern.text.startswith("3 desirable and 1 undesirable rows, weighted 3.00 to 1, which should be")
+    assert (concern.count, concern.share) == (1, 0.25)
+    balanced, _ = look_at("unpaired", {"train": judged(True, False), "validation": judged(True, True)})
+    names = [concern.name for own in balanced.concerns.values() for concern in own]
+    assert "label_imbalance" not in names
+
+
+def test_all_rows_of_a_line(look_at):
+    """A pair is two rows where answers are judged alone."""
+    report, config = look_at(
+        "unpaired", {"train": [pair("Is it?", "Yes.", "No."), pair("Was it?", "So.", "Never.")]}
+    )
+    shown = looking.pick(report, config, "unpaired", tiny_tokenizer(), "train", n=1, rows=["train.jsonl:2"])
+    assert [(sample.row, sample.value) for sample in shown] == [(3, 1.0), (4, 0.0)]

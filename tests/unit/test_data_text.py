@@ -417,3 +417,20 @@ def test_the_ledger_beside_the_store_is_the_one_printed(run):
     assert kept.as_json() == ledger.as_json()
     assert "duplicate" in ledger.table()
     assert prepare_text.PIPELINE == 1
+
+
+@pytest.mark.parametrize("near_duplicates", [None, 0.8])
+def test_nothing_to_prepare_is_said(run, near_duplicates):
+    with pytest.raises(UserError, match=r"a\.jsonl: the data set is empty"):
+        run({"a.jsonl": ""}, near_duplicates=near_duplicates)
+    with pytest.raises(UserError, match="all 2 rows of the train set were dropped"):
+        run({"b.jsonl": rows(["", " "])}, near_duplicates=near_duplicates)
+
+
+def test_a_part_without_documents_beside_others(run, monkeypatch):
+    """Parts are cut by size: one can hold nothing but noise."""
+    monkeypatch.setattr(parts, "group", lambda pieces: [[piece] for piece in pieces])
+    files = {"a.jsonl": rows(["short"] * 3), "b.jsonl": rows([text(1), text(2)])}
+    got, ledger, _ = run(files, near_duplicates=0.8, min_chars=20, data={"max_dropped_fraction": 1.0})
+    assert got == [text(1), text(2)]
+    assert reasons(ledger) == {"short": 3}

@@ -109,6 +109,7 @@ MISTAKES = [
     ("nam: x\nstages: {sft: {}}\n", "p.yaml:1: unknown key nam; did you mean name?"),
     ("name: a b\nstages: {sft: {}}\n", "p.yaml:1: name is 'a b'"),
     ("name: a\n", "p.yaml: stages is missing"),
+    ("stages: [sft, dpo]\n", "p.yaml: stages is ['sft', 'dpo'], expected a mapping from names to stages"),
     ("stages:\n  a.b: {}\n", "p.yaml: stages.a.b: a stage's name"),
     ("stages:\n  first: {config: x}\n", "p.yaml:2: stage first has no algo; expected prepare, cpt"),
     ("stages:\n  sft: {algo: stf}\n", "p.yaml:2: algo is 'stf'; expected prepare, cpt"),
@@ -175,10 +176,10 @@ def test_mistakes_of_the_command_line():
     assert refused(body, "sft.optim.lrr=1") == ("command line: unknown key optim.lrr; did you mean optim.lr?")
 
 
-def test_a_reward_model_is_no_language_model(monkeypatch):
-    monkeypatch.setattr(spec, "NO_MODEL", ("cpt",))
-    assert "dpo would start from the export of cpt, a reward model" in refused("stages: {cpt: {}, dpo: {}}\n")
-    assert load("stages: {sft: {}, cpt: {}, dpo: {after: sft}}\n").stage("dpo").source == "sft"
+def test_a_reward_model_is_no_language_model():
+    assert "dpo would start from the export of rm, a reward model" in refused("stages: {rm: {}, dpo: {}}\n")
+    assert load("stages: {sft: {}, rm: {}, dpo: {after: sft}}\n").stage("dpo").source == "sft"
+    assert load("stages: {rm: {}, rm-b: {algo: rm}}\n").stage("rm-b").source == "rm"
 
 
 # ------------------------------------------------------------------------------------------- the commands

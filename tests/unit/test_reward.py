@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from strop.algos import LARGEST, SMALLEST, rm
-from strop.config import Config, ModelConfig, RmConfig
+from strop import setup
+from strop.algos import LARGEST, SMALLEST, dpo, kto, rm
+from strop.config import Config, DpoConfig, KtoConfig, ModelConfig, RmConfig
 from strop.data.batch import Batch, make_batch
 from strop.data.store import TokenisedRow, TokenStore
 from strop.errors import Diverged, UserError
@@ -290,6 +291,27 @@ def test_a_new_head_is_drawn_from_the_seed_and_an_old_one_is_kept(tmp_path):
     model.save_pretrained(tmp_path / "rm")
     old = reward.reader(42)(ModelConfig(path=str(tmp_path / "rm")), None)
     assert torch.equal(old[reward.HEAD], model.score.weight)
+
+
+def test_a_reward_model_is_neither_policy_nor_reference_of_a_language_model(tmp_path):
+    """With tied embeddings it would load, and be trained or compared with as a language model."""
+    from transformers import AutoModelForCausalLM
+
+    build("llama", SIZES).save_pretrained(tmp_path / "rm")
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES)).save_pretrained(tmp_path / "lm")
+    lm, rm_path = ModelConfig(path=str(tmp_path / "lm")), str(tmp_path / "rm")
+    text = f"{rm_path} is no causal language model but a reward model or classifier"
+    for algo, config in (
+        (dpo, Config(model=lm, dpo=DpoConfig(reference=rm_path))),
+        (kto, Config(algo="kto", model=lm, kto=KtoConfig(reference=rm_path))),
+    ):
+        with pytest.raises(UserError, match=rf"^{config.algo}\.reference: {text}"):
+            setup._check_names(config, algo)
+    on_rm = Config(model=ModelConfig(path=rm_path))
+    with pytest.raises(UserError, match=rf"^model\.path: {text}"):
+        setup._check_names(on_rm, dpo)
+    setup._check_names(dataclasses.replace(on_rm, algo="rm"), rm)
+    setup._check_names(Config(model=lm), dpo)
 
 
 def test_a_reward_model_that_lacks_its_head_is_damaged(tmp_path):

@@ -13,6 +13,7 @@ from strop.data import sets
 from strop.data.corpus import Corpus
 from strop.data.prepare import prepare
 from strop.errors import UserError
+from strop.user_code import load
 
 TOKENIZER = tiny_tokenizer()
 
@@ -219,3 +220,23 @@ def test_a_package_in_the_working_directory(own, run):
     )
     second, _ = run(QA, "own_package.deep:pair")
     assert (texts(first)[0], texts(second)[0]) == ("1 + 1? 2</s>", "1 + 1? 2 2</s>")
+
+
+def test_a_script_that_leaves_while_it_is_imported(tmp_path, monkeypatch):
+    (tmp_path / "leaving_script.py").write_text("import sys\n\nsys.exit('usage: leaving_script.py FILE')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = error_of(load, "leaving_script:pair", "data.adapter")
+    assert text.startswith(
+        "data.adapter: importing leaving_script failed: SystemExit: usage: leaving_script.py"
+    )
+    assert "leaving_script.py:3" in text
+
+
+def test_code_that_leaves_and_arguments_that_nobody_takes(run, tmp_path, monkeypatch):
+    (tmp_path / "leaving_rows.py").write_text("def rows(row):\n    raise SystemExit(3)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = error_of(run, [{"q": "a", "a": "b"}], "leaving_rows:rows")
+    assert "a.jsonl, line 1: leaving_rows:rows failed: SystemExit: 3" in text
+    for adapter in (None, "none"):
+        text = error_of(run, [{"prompt": "a", "completion": "b"}], adapter, adapter_args={"n": 1})
+        assert text == "data.adapter_args: there is no data.adapter to take them"

@@ -72,6 +72,8 @@ def of_name(name: str, key: str, config: DataConfig, kind: str) -> Use | None:
 def of_path(config: DataConfig, kind: str) -> Use | None:
     """For files and directories: what `data.adapter` says."""
     if config.adapter is None or config.adapter == NONE:
+        if config.adapter_args:
+            raise UserError("data.adapter_args: there is no data.adapter to take them")
         return None
     if (own := named(config.adapter)) is not None:
         if config.adapter_args:
@@ -197,7 +199,7 @@ def _of_user(use: Use) -> Callable[[Any, Row], Made]:
             made = function(fields, **args)
         except Unfit:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             told = user_code.told(error, use.name)
             raise UserError(f"{place(row.source, row.line)}: {use.name} failed: {told}") from error
         parts = made if isinstance(made, list) else [made]

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from strop.config import Config
-from strop.data import noise, repeats
+from strop.data import labels, noise, repeats
 from strop.data.inspect import Look
 from strop.data.ledger import BadRow, Ledger, place
 from strop.data.render import Renderer, chat_template
 from strop.data.sources import Row
+from strop.data.store import TokenStore
 from strop.data.tokenise import special_ids
 
 BIASED = 0.65
@@ -59,8 +60,20 @@ def of_set(look: Look, config: Config, tokenizer: Any, templated: bool) -> list[
         out += _prompts(look, config, tokenizer)
     if look.seqs_per_row == 2:
         out += _length_bias(look)
+    if look.name == "train" and isinstance(look.rows, TokenStore) and look.rows.kind == "unpaired":
+        out += _labels(look.rows, config)
     out += _repeated(look)
     return out
+
+
+def _labels(store: TokenStore, config: Config) -> list[Concern]:
+    """Too many desirable or undesirable rows, as the trainer will say it."""
+    num_good = int((store.values_R == 1).sum())
+    num_bad = store.num_rows - num_good
+    line = labels.imbalance(num_good, num_bad, config.kto)
+    few = min(num_good, num_bad)
+    share = few / store.num_rows
+    return [Concern("warn", "label_imbalance", line, count=few, share=share)] if line else []
 
 
 def _concern(

@@ -115,13 +115,13 @@ def pick(
     if rows:
         chosen = []
         for row in rows:
-            index = samples.by_name(own, row, name)
-            if index is None:
+            found = samples.by_name(own, row, name)
+            if not found:
                 why = f"the {name} set has no {row}"
                 if kind != "text" and name not in config.validation.watch:
                     why = samples.why_not(config, kind, tokenizer, name, row)
                 raise UserError(f"--row {row}: {why}")
-            chosen.append(index)
+            chosen += found
     return [samples.sample(own, row, tokenizer) for row in chosen]
 
 

@@ -86,7 +86,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 def band_hashes(sketches: np.ndarray, num_bands: int) -> np.ndarray:
     """uint64 [num_bands, documents]."""
-    columns = sketches.reshape(len(sketches), num_bands, -1).astype(np.uint64)
+    columns = sketches.reshape(len(sketches), num_bands, sketches.shape[1] // num_bands).astype(np.uint64)
     out = np.zeros((num_bands, len(sketches)), dtype=np.uint64)
     for i in range(columns.shape[2]):
         out = _mix(out * MULTIPLIERS[0] + columns[:, :, i].T + np.uint64(1))

@@ -100,10 +100,12 @@ def _make(
     workers: int,
     progress: Progress,
 ) -> Task:
-    """Build all parts."""
+    """Build all parts. UserError where there is nothing to build them of."""
     noise.build(config.prepare)  # a missing package is said before any work
     found = [source for own in entries.values() for source in own]
     pieces = [p for i, source in enumerate(found) for p in documents.pieces(i, source, config.prepare)]
+    if not pieces:
+        raise UserError(f"{', '.join(source.name for source in found)}: the data set is empty")
     task = Task(tuple(found), config.data, config.prepare, tokenizer, split, work, parts.group(pieces))
     work.mkdir(parents=True, exist_ok=True)
     parts.build_all(task, workers, progress)

@@ -53,13 +53,13 @@ def longest(rows: RowSet, n: int) -> list[int]:
     return np.argsort(-rows.row_lengths, kind="stable")[:n].tolist()
 
 
-def by_name(rows: RowSet, name: str, what: str) -> int | None:
-    """The row of "N" (from 1) or "SOURCE:LINE" (the end of a source's name will do); None if the set has no
-    such line. Text: the block in which the document begins."""
+def by_name(rows: RowSet, name: str, what: str) -> list[int]:
+    """The row of "N" (from 1) or those of "SOURCE:LINE" (the end of a source's name will do; a line can give
+    several rows); none if the set has no such line. Text: the block in which the document begins."""
     if name.isdigit():
         if not 1 <= int(name) <= rows.num_rows:
             raise UserError(f"--row {name}: the {what} set has the rows 1 to {rows.num_rows:,}")
-        return int(name) - 1
+        return [int(name) - 1]
     source, line = split_name(name)
     lines: list[tuple[int, str, int]] = []
     if isinstance(rows, Blocks):
@@ -72,7 +72,8 @@ def by_name(rows: RowSet, name: str, what: str) -> int | None:
             begin += num
     else:
         lines = [(r, *rows.row_id(r)) for r in np.flatnonzero(rows.row_sources[:, 1] == line).tolist()]
-    return next((row for row, own, _ in lines if own == source or own.endswith(source)), None)
+    found = [(row, own) for row, own, _ in lines if own.endswith(source)]
+    return [row for row, own in found if own == found[0][1]]
 
 
 def split_name(name: str) -> tuple[str, int]:

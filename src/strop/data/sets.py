@@ -56,6 +56,8 @@ class Maker:
         else:
             sources.find(c.data, "train", self.kind)  # a missing file is named before what it leads to
             validates = rows_have_validation(c.data, self.kind)
+            for name, path in c.validation.watch.items():
+                sources.find_one(path, f"validation.watch.{name}", "validation", c.data, self.kind)
         return ["train", *(["validation"] if validates else []), *c.validation.watch]
 
     def prepare(self, name: str) -> tuple[Place, Ledger]:
@@ -77,7 +79,8 @@ class Maker:
             split,
             lambda rows: self.progress(rows, 0),
         )
-        if split == "train" and config.data.weights is not None:
+        ledger.split = name
+        if name == "train" and config.data.weights is not None:
             _check_parts(store, config)
         return str(store.path), ledger
 

@@ -80,8 +80,11 @@ def look(
     try:
         with torch.device("meta"):
             auto: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-            from_lm = scores and not reward.is_classifier(hf_config)
-            hf_config = reward.scoring_config(hf_config, config.path) if scores else hf_config
+            from_lm = scores and not hf.is_classifier(hf_config)
+            if scores:
+                hf_config = reward.scoring_config(hf_config, config.path)
+            else:
+                hf.check_causal(hf_config, config.path)
             model = auto.from_config(hf_config, trust_remote_code=config.trust_remote_code)
             if scores:
                 reward.checked_head(model)

@@ -30,7 +30,7 @@ from strop.data.sources import Row
 from strop.data.store import TokenisedRow
 from strop.data.tokenise import Tokeniser
 from strop.errors import UserError, first_line
-from strop.models import hf, reward
+from strop.models import hf
 
 RATINGS = (
     ("chosen_rating", "rejected_rating"),
@@ -149,7 +149,7 @@ def load_model(path: str, dtype: torch.dtype, device: torch.device) -> Any:
     hf.check_hub("--model", path, None, "config.json")
     try:
         hf_config = AutoConfig.from_pretrained(path)
-        if not reward.is_classifier(hf_config):
+        if not hf.is_classifier(hf_config):
             kind = ", ".join(hf_config.architectures or []) or hf_config.model_type
             raise UserError(
                 f"--model: {path} is no reward model but {kind}. Train one (sbatch/rm.sh) and export it "

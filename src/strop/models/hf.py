@@ -117,8 +117,8 @@ def weights_digest(path: str, revision: Optional[str]) -> str:
     return digest.hexdigest()[:24]
 
 
-def read_config(config: ModelConfig) -> PreTrainedConfig:
-    """The model's config.json. Raises UserError."""
+def read_config(config: ModelConfig, key: str = "model.path") -> PreTrainedConfig:
+    """The model's config.json. Raises UserError naming `key`, which gave its path."""
     assert config.path is not None
     try:
         return AutoConfig.from_pretrained(
@@ -126,8 +126,23 @@ def read_config(config: ModelConfig) -> PreTrainedConfig:
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"model.path: {config.path!r} is no causal language model ({first_line(error)})"
+            f"{key}: {config.path!r} is no causal language model ({first_line(error)})"
         ) from error
+
+
+def is_classifier(hf_config: PreTrainedConfig) -> bool:
+    """Whether a checkpoint is of a sequence classifier, head included."""
+    return any("ForSequenceClassification" in name for name in hf_config.architectures or ())
+
+
+def check_causal(hf_config: PreTrainedConfig, path: Optional[str], key: str = "model.path") -> None:
+    """UserError for a reward model: transformers would leave its head behind, and take the embeddings, which
+    no longer belong to a language model, for the one that it lacks."""
+    if is_classifier(hf_config):
+        kind = ", ".join(hf_config.architectures or [])
+        raise UserError(
+            f"{key}: {path} is no causal language model but a reward model or classifier ({kind})"
+        )
 
 
 def build_empty(config: ModelConfig) -> PreTrainedModel:
@@ -157,9 +172,10 @@ def scatter_weights(
     dist: Dist,
     path: Optional[str] = None,
     read: Optional[Reader] = None,
+    key: str = "model.path",
 ) -> None:
     """Fill the sharded `model` from a checkpoint in HF format (`config.path` if `path` is null), which rank 0
-    reads with `read` (null: as a causal language model).
+    reads with `read` (null: as a causal language model). `key` gave its path.
 
     Raises UserError on every rank if weights are missing, damaged or of another shape.
     """
@@ -178,7 +194,7 @@ def scatter_weights(
             if wrong:
                 failure = f"no weight {wrong[0]} of shape {tuple(targets[wrong[0]].shape)}"
     if failure := dist.broadcast(failure):
-        raise UserError(f"{'dpo.reference' if path else 'model.path'}: {path or config.path}: {failure}")
+        raise UserError(f"{key}: {path or config.path}: {failure}")
     with torch.no_grad():
         for name, tensor in targets.items():
             _scatter(tensor, source.get(name))

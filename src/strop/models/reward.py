@@ -103,15 +103,10 @@ def check_class(hf_config: PreTrainedConfig, path: Optional[str]) -> None:
             f"model.path: {path!r} cannot become a reward model: transformers has no {wanted} (model_type "
             f"{hf_config.model_type})"
         )
-    if is_classifier(hf_config) and hf_config.num_labels != 1:
+    if hf.is_classifier(hf_config) and hf_config.num_labels != 1:
         raise UserError(
             f"model.path: {path!r} sorts into {hf_config.num_labels} classes; a reward model has one"
         )
-
-
-def is_classifier(hf_config: PreTrainedConfig) -> bool:
-    """Whether a checkpoint is of a sequence classifier, head included."""
-    return any("ForSequenceClassification" in name for name in hf_config.architectures or ())
 
 
 def scoring_config(hf_config: PreTrainedConfig, path: Optional[str]) -> PreTrainedConfig:
@@ -146,7 +141,7 @@ def reader(seed: int) -> hf.Reader:
 
     def read(config: ModelConfig, path: Optional[str]) -> dict[str, Tensor]:
         hf_config = hf.read_config(config)
-        may_lack = () if is_classifier(hf_config) else (HEAD,)
+        may_lack = () if hf.is_classifier(hf_config) else (HEAD,)
         state = _quietly(
             lambda: hf.read_weights(config, path, AutoModelForSequenceClassification, may_lack, num_labels=1)
         )
