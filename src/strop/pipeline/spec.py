@@ -32,7 +32,7 @@ import yaml
 
 from strop import config as config_module
 from strop import config_load
-from strop.config import ALGOS, Config
+from strop.config import ALGOS, SCORING, Config
 from strop.config_load import Entry
 from strop.errors import UserError
 from strop.slurm import naming
@@ -42,8 +42,6 @@ STAGE = ("algo", "config", "set", "after", "model", "prepares", "slurm", "export
 OF_PREPARE = ("algo", "after", "prepares", "slurm")
 EXPORT = ("step", "dtype", "slurm")
 DTYPES = ("bf16", "fp16", "fp32")
-NO_MODEL = ("rm",)
-"""Algorithms whose export is no causal language model: no stage can start from it."""
 RESERVED = {
     *("job_name", "output", "error", "open_mode", "dependency", "kill_on_invalid_dep", "parsable", "wrap"),
     *("array", "hold", "wait", "test_only", "export", "chdir", "signal"),
@@ -169,7 +167,7 @@ class _Sections(set[str]):
 
 def _stage_names(file: Path) -> list[str]:
     """In the file's order, empty ones included."""
-    tree = yaml.load(file.read_text(encoding="utf-8"), config_load._Loader)
+    tree = yaml.load(file.read_text(encoding="utf-8"), config_load.Loader)
     stages = tree.get("stages") if isinstance(tree, dict) else None
     if not isinstance(stages, dict):
         return []
@@ -324,7 +322,7 @@ def _with_sources(stages: dict[str, Stage], raws: Mapping[str, _Raw]) -> dict[st
             raise UserError(
                 f"{stage.where}: model of {name} is {source}, a preparation, which gives no model"
             )
-        if source is not None and stages[source].algo in NO_MODEL:
+        if source is not None and stages[source].algo in SCORING:
             raise UserError(
                 f"{stage.where}: {name} would start from the export of {source}, a reward model, which is no "
                 "language model; name another stage with after: or model:"
