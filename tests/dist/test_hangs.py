@@ -195,12 +195,12 @@ def test_a_rank_with_a_slow_device_is_named(start):
         """
         if os.environ["STROP_RANK"] == "1":
             import time
-            from transformers.models.llama.modeling_llama import LlamaMLP
-            real = LlamaMLP.forward
-            def forward(self, x):
+            from transformers.models.llama.modeling_llama import LlamaAttention
+            real = LlamaAttention.forward
+            def forward(self, *args, **kwargs):
                 time.sleep(0.03)
-                return real(self, x)
-            LlamaMLP.forward = forward
+                return real(self, *args, **kwargs)
+            LlamaAttention.forward = forward
         """,
         train={"max_steps": 35},
     )

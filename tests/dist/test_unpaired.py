@@ -285,7 +285,7 @@ def test_interrupted_again_and_again_equals_undisturbed(ranks, toy, tmp_path, lo
         path.unlink()
     config = t.config(toy, algo, tmp_path / "again.yaml", **sections)
     name, steps = f"{tmp_path.name}-again", set()
-    for stop_at in range(4, 60, 3):
+    for stop_at in range(4, 60, 2):
         job = ranks.run(algo, config, name, world_size=2, stop_at=stop_at)
         record = attempts.read_all(job.run_dir)[-1]
         steps.add(record["step"])

@@ -156,7 +156,7 @@ def test_segments_and_pairs(lib):
         assert function(x, 3, cu, 1, None, None) == abi.ENULL
     pairs = lib.c.strop_dpo_loss
     assert pairs(x, -1, 0, 0.1, 0.0, 0.0, x, x, None) == abi.ESHAPE
-    assert pairs(x, 1, 11, 0.1, 0.0, 0.0, x, x, None) == abi.EKIND
+    assert pairs(x, 1, 13, 0.1, 0.0, 0.0, x, x, None) == abi.EKIND
     assert pairs(x, 1, -1, 0.1, 0.0, 0.0, x, x, None) == abi.EKIND
     for beta in (0.0, -0.1, np.inf, np.nan):
         assert pairs(x, 1, 0, beta, 0.0, 0.0, x, x, None) == abi.EKIND

@@ -1,6 +1,7 @@
 """strop.ops against fp64 formulas written out, in every engine that this machine has.
 
-The engines: "fused" and "chunked" native kernels, and "reference"; all must agree with the same truth.
+The engines: "fused" and "chunked" native kernels, "wide" (chunked with fp32 logits of 16-bit matrices, as on
+a GPU; here an fp32 matmul stands for its matmul), and "reference"; all must agree with the same truth.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ HEADS = {
 }
 ENGINES = {
     torch.float32: ["reference", "chunked"],
-    torch.bfloat16: ["reference", "chunked"],
+    torch.bfloat16: ["reference", "chunked", "wide"],
 }
 for _dtype, _names in ENGINES.items():
     if native.has_fused_head(_dtype):
@@ -35,7 +36,11 @@ def use(monkeypatch):
     """use(engine, keep): from now on linear_logprob computes like that, in the narrowest chunks."""
 
     def choose(engine, keep="all"):
-        monkeypatch.setattr(head, "engine", lambda hidden, weight: engine)
+        if engine == "wide":
+            monkeypatch.setattr(head, "_is_wide", lambda hidden: True)
+            monkeypatch.setattr(head, "_multiply", lambda hidden, words: hidden.float() @ words.float().t())
+        name = "chunked" if engine == "wide" else engine
+        monkeypatch.setattr(head, "engine", lambda hidden, weight: name)
         monkeypatch.setattr(head, "KEPT_BYTES", 2**40 if keep == "all" else -1)
         monkeypatch.setattr(head, "CPU_WORDS", 24)
         monkeypatch.setattr(reference, "CHUNK_BYTES", 1024)
@@ -138,8 +143,47 @@ def test_linear_logprob_is_never_above_0(use, dtype, engine, scale):
     rounded = truth(x.double(), w.double(), target)[0]
     # A logit of size z is rounded by z / 2^8 (bf16) unless it is fp32: two of them stand in a log-prob.
     largest = float((x.double() @ w.double().T).abs().max())
-    band = 2e-6 * (1 + largest) if engine == "fused" or dtype == torch.float32 else 2 * largest / 2**8
+    unrounded = engine in ("fused", "wide") or dtype == torch.float32
+    band = 2e-6 * (1 + largest) if unrounded else 2 * largest / 2**8
     assert torch.allclose(logp.double(), rounded, rtol=0, atol=band)
+
+
+@pytest.mark.parametrize("engine", [name for name in ENGINES[torch.bfloat16] if name in ("fused", "wide")])
+@pytest.mark.parametrize("keep", ["all", "nothing"])
+def test_bf16_log_probs_err_by_less_than_a_thousandth(use, engine, keep):
+    """Of a nat, and the sum over 1,024 tokens by less than a hundredth: logits up to 20 and more."""
+    use(engine, keep)
+    x, w, target = example(1024, 64, 3100, torch.bfloat16, scale=0.6)
+    logp, _ = ops.linear_logprob(x, w.requires_grad_(), target)
+    error = (logp.double() - truth(x.double(), w.double(), target)[0]).detach()
+    assert float(error.abs().max()) <= 1e-3
+    assert float(error.sum().abs()) <= 1e-2
+
+
+# H: below, at and above the columns of a tile (32), and no multiple of a panel (12). Words: below and above
+# what is summed in registers (1,024), an odd number among them. N: one, odd, more than a work item (128).
+@pytest.mark.parametrize(
+    ("num_tokens", "hidden", "vocab"), [(1, 2, 1), (33, 30, 13), (161, 34, 1037), (7, 96, 3100)]
+)
+def test_the_products_of_the_backward(monkeypatch, num_tokens, hidden, vocab):
+    """Given the gradient by the logits, against the same products in fp64: only the results are rounded."""
+    x, w, _ = example(num_tokens, hidden, vocab, torch.bfloat16)
+    padded = -num_tokens // head.TILE * -head.TILE
+    d_words = torch.zeros(vocab, padded, dtype=torch.bfloat16)
+    d_words[:, :num_tokens] = torch.randn(vocab, num_tokens, generator=torch.Generator().manual_seed(1))
+    products = head._Products(x, w, True, True)
+    for start, end in head.chunks(x, vocab):
+        products.add(d_words[start:end, :num_tokens], start)
+    wide = d_words[:, :num_tokens].double()
+    for found, right, rounding in (
+        (products.by_hidden(), wide.T @ w.double(), 1e-5 if products.own else 2**-7),
+        (products.by_weight, wide @ x.double(), 2**-8),
+    ):
+        scale = right.abs().max()
+        assert float((found.double() - right).abs().max() / scale) <= rounding
+    before = products.by_hidden().double()
+    products.shrink(torch.full((num_tokens,), 0.5))
+    assert torch.allclose(products.by_hidden().double(), 0.5 * before)
 
 
 @pytest.mark.parametrize("engine", ENGINES[torch.bfloat16])

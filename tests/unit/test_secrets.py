@@ -72,3 +72,10 @@ def test_configurations_and_command_lines_for_showing():
     args = ["--config", "a.yaml", "+metadata.api_key=x", "train.max_steps=3", f"+metadata.n={HF}"]
     shown = ["--config", "a.yaml", "+metadata.api_key=[secret]", "train.max_steps=3", "+metadata.n=[secret]"]
     assert secrets.mask_args(args) == shown
+
+
+def test_a_column_of_text_is_no_secret():
+    """prepare.text_key names a field of the rows."""
+    tree = {"prepare": {"text_key": "content_body"}, "metadata": {"api_key": "0123456789abcdef"}}
+    assert secrets.values_in(tree) == ["0123456789abcdef"]
+    assert secrets.mask(tree)["prepare"] == {"text_key": "content_body"}

@@ -26,7 +26,7 @@ _NAMED = re.compile(
     r"(?:^|_)(?:[a-z]*(?:token|secret|password|passwd|passphrase|credential)"
     r"|(?:api|access|auth|private|secret)?key|pass)s?\d*(?:_|$)"
 )
-_NO_VALUE = re.compile(r"_(?:path|file|dir|name|type)$")
+_NO_VALUE = re.compile(r"_(?:path|file|dir|name|type)$|(?:^|_)text_key$")
 _NO_SECRET = re.compile(r"\d{1,12}|true|false|none|null", re.IGNORECASE)
 
 _SHAPES = (
@@ -65,7 +65,7 @@ tried: log lines are full of tokens."""
 def names_secret(name: str) -> bool:
     """Whether a variable or key of this name holds a secret: HF_TOKEN, api_key, dbPassword.
 
-    Not HF_TOKEN_PATH, TOKENIZERS_PARALLELISM or PWD.
+    Not HF_TOKEN_PATH, TOKENIZERS_PARALLELISM or PWD, nor our own prepare.text_key.
     """
     words = re.sub(r"\W", "_", _CAMEL.sub("_", name)).lower()
     return _NAMED.search(words) is not None and not _NO_VALUE.search(words)

@@ -71,7 +71,8 @@ def kept_shape(hidden: Tensor, weight: Tensor, keep: int) -> tuple[list[int], li
 def chunk_words(hidden: Tensor, vocab: int) -> int:
     """Words of a chunk, a multiple of a panel."""
     device = hidden.device.type
-    fit = CHUNK_BYTES[device] // (max(len(hidden), 1) * hidden.element_size())
+    element = 4 if _is_wide(hidden) else hidden.element_size()
+    fit = CHUNK_BYTES[device] // (max(len(hidden), 1) * element)
     if device == "cpu":
         fit = min(fit, CPU_WORDS)
     return max(PANEL, min(fit, vocab + PANEL) // PANEL * PANEL)
@@ -170,7 +171,7 @@ def _frozen_fused(hidden: Tensor, weight: Tensor, target: Tensor, rows: _Rows) -
     exps, out = hidden.new_empty(2, width, padded)
     tops = hidden.new_empty(width // PANEL, padded, dtype=torch.float32)
     scratch, minus = _scratch(hidden, width), hidden.new_full((num_tokens,), -1.0, dtype=torch.float32)
-    mean = hidden.new_zeros(num_tokens, size, dtype=torch.float32)
+    mean = _Products(hidden, weight, True, False)
     for start, end in chunks(hidden, vocab):
         before, num_words = rows.top.clone(), end - start
         call(
@@ -181,9 +182,9 @@ def _frozen_fused(hidden: Tensor, weight: Tensor, target: Tensor, rows: _Rows) -
             "strop_head_grad_kept", hidden, exps, tops, _code(hidden), num_tokens, start, num_words, vocab,
             None, rows.scale, rows.top, minus, out,
         )  # fmt: skip
-        part = torch.mm(out[:num_words, :num_tokens].t(), weight[start:end])
-        mean.mul_(torch.exp(before - rows.top)[:, None]).add_(part)
-    return _rows_of(weight, target).mul_(rows.scale) - mean.div_(rows.total[:, None])
+        mean.shrink(torch.exp(before - rows.top))
+        mean.add(out[:num_words, :num_tokens], start)
+    return _rows_of(weight, target).mul_(rows.scale) - mean.by_hidden() / rows.total[:, None]
 
 
 def _exact(hidden: Tensor, weight: Tensor, target: Tensor) -> Optional[Tensor]:
@@ -198,10 +199,30 @@ def _rows_of(weight: Tensor, target: Tensor) -> Tensor:
     return weight[target.clamp(0, len(weight) - 1)].float()
 
 
+def _is_wide(hidden: Tensor) -> bool:
+    """Whether torch gives the sums of a 16-bit matmul unrounded. On the CPU it does not."""
+    return hidden.device.type == "cuda" and hidden.dtype != torch.float32
+
+
+def _multiply(hidden: Tensor, words: Tensor) -> Tensor:
+    """Logits [N, words] of a chunk, fp32 where they can be: rounded to bf16 they cost 5e-3 nats a token."""
+    if _is_wide(hidden):
+        return torch.mm(hidden, words.t(), out_dtype=torch.float32)
+    return torch.mm(hidden, words.t())
+
+
 def _walk_chunked(
     hidden: Tensor, weight: Tensor, target: Tensor, rows: _Rows, logits: Optional[Tensor]
 ) -> None:
+    """`logits` keeps them in hidden's type: wide ones are rounded for the gradient alone."""
     vocab, num_tokens = len(weight), len(hidden)
+    if _is_wide(hidden):
+        for start, end in chunks(hidden, vocab):
+            x = _multiply(hidden, weight[start:end])
+            _walk_logits(x, target, start, vocab, None, rows)
+            if logits is not None:
+                logits[:, start:end] = x
+        return
     exact = _exact(hidden, weight, target)
     whole = [(0, vocab)] if logits is not None else chunks(hidden, vocab)
     buffer = hidden.new_empty(num_tokens * whole[0][1]) if logits is None else logits
@@ -234,15 +255,16 @@ def _grad_logits(
 
 def _frozen_chunked(hidden: Tensor, weight: Tensor, target: Tensor, rows: _Rows) -> Tensor:
     """As `_frozen_fused`; a target that no chunk holds makes the kernel give the probabilities alone."""
-    vocab, exact = len(weight), _exact(hidden, weight, target)
+    vocab, exact = len(weight), None if _is_wide(hidden) else _exact(hidden, weight, target)
     minus, nowhere = torch.full_like(rows.top, -1.0), torch.full_like(target, vocab)
     mean = torch.zeros_like(hidden, dtype=torch.float32)
     for start, end in chunks(hidden, vocab):
-        x = torch.mm(hidden, weight[start:end].t())
+        x = _multiply(hidden, weight[start:end])
         before = rows.top.clone()
         _walk_logits(x, target, start, vocab, exact, rows)
         _grad_logits(x, x, nowhere, start, vocab + 1, None, rows, rows.top, minus)
-        mean.mul_(torch.exp(before - rows.top)[:, None]).add_(torch.mm(x, weight[start:end]))
+        part = torch.mm(x.to(hidden.dtype), weight[start:end])
+        mean.mul_(torch.exp(before - rows.top)[:, None]).add_(part)
     slope = torch.full_like(rows.top, rows.scale)
     if rows.softcap:
         slope *= 1 - (rows.at_target / (rows.softcap * rows.scale)) ** 2
@@ -266,23 +288,74 @@ def backward(
     """
     hidden, grad, vocab = hidden.contiguous(), grad.contiguous(), len(weight)
     rows, fused = _Rows(hidden, scalings), engine(hidden, weight) == "fused"
-    d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs[0] else None
-    d_weight = torch.empty_like(weight) if needs[1] else None
+    products = _Products(hidden, weight, needs[0], needs[1])
     d_bias = hidden.new_zeros(vocab, dtype=torch.float32) if needs[2] else None
     gradients = _Fused(hidden, weight, target, rows) if fused else _Chunked(hidden, weight, target, rows)
     for start, end in chunks(hidden, vocab):
         block = None if d_bias is None else d_bias[start:end]
         d_words = gradients.of(start, end, lse, grad, kept, tops, block)  # [words, N]
-        if d_hidden is not None:
-            d_hidden += torch.mm(d_words.t(), weight[start:end])
-        if d_weight is not None:
-            torch.mm(d_words, hidden, out=d_weight[start:end])
+        products.add(d_words, start)
     bias = scalings.bias
     return (
-        None if d_hidden is None else d_hidden.to(hidden.dtype),
-        d_weight,
+        products.by_hidden().to(hidden.dtype, memory_format=torch.contiguous_format) if needs[0] else None,
+        products.by_weight,
         None if d_bias is None or bias is None else d_bias.to(bias.dtype),
     )
+
+
+class _Products:
+    """Gradients by hidden and weight, whichever are wanted, summed up from d_words [words, N] of chunks.
+
+    Beside the fused head bf16 has kernels of its own: torch's take 10 to 15 % longer, and would round every
+    chunk's part of hidden's gradient to bf16.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, by_hidden: bool, by_weight: bool) -> None:
+        self.hidden, self.weight = hidden, weight
+        num_tokens, size = hidden.shape
+        padded, columns = -num_tokens // TILE * -TILE, -size // PANEL * -PANEL
+        self.own = hidden.dtype == torch.bfloat16 and engine(hidden, weight) == "fused"
+        shape = (columns, padded) if self.own else (num_tokens, size)
+        self.sum = hidden.new_zeros(shape, dtype=torch.float32) if by_hidden else None
+        self.by_weight = weight.new_empty(weight.shape) if by_weight else None
+        if self.own and by_hidden:
+            self.scratch = hidden.new_empty((columns + padded) * (chunk_words(hidden, len(weight)) + 1))
+        if self.own and self.by_weight is not None:
+            # A fault for each 4 KiB of fresh memory would cost a tenth of the product that fills it.
+            call("strop_huge_pages", hidden, self.by_weight, self.by_weight.nbytes)
+            self.turned = hidden.new_empty(padded * (-size // TILE * -TILE))
+            call("strop_head_turn", hidden, hidden, num_tokens, size, hidden.stride(0), self.turned)
+
+    def add(self, d_words: Tensor, start: int) -> None:
+        """d_words [words, N], whose rows are padded to the tile where the fused head made them."""
+        num_words, (num_tokens, size) = len(d_words), self.hidden.shape
+        weight = self.weight[start : start + num_words]
+        block = None if self.by_weight is None else self.by_weight[start : start + num_words]
+        if self.own:
+            if self.sum is not None:
+                call(
+                    "strop_head_d_hidden", d_words, d_words, weight, num_tokens, size, weight.stride(0),
+                    num_words, self.scratch, self.sum,
+                )  # fmt: skip
+            if block is not None:
+                call("strop_head_d_weight", d_words, d_words, self.turned, num_tokens, size, num_words, block)
+            return
+        if self.sum is not None:
+            self.sum += torch.mm(d_words.t(), weight)
+        if block is not None:
+            torch.mm(d_words, self.hidden, out=block)
+
+    def shrink(self, factor: Tensor) -> None:
+        """What is summed so far of hidden's gradient, times factor [N]."""
+        assert self.sum is not None
+        view = self.sum[:, : len(factor)] if self.own else self.sum.t()
+        view *= factor
+
+    def by_hidden(self) -> Tensor:
+        """fp32 [N, H]."""
+        assert self.sum is not None
+        num_tokens, size = self.hidden.shape
+        return self.sum[:size, :num_tokens].t() if self.own else self.sum
 
 
 class _Fused:
@@ -322,11 +395,11 @@ class _Chunked:
         self.exact = _exact(hidden, weight, target)
 
     def of(self, start, end, lse, grad, kept, tops, d_bias):
-        x = torch.mm(self.hidden, self.weight[start:end].t()) if kept is None else kept[:, start:end]
+        x = _multiply(self.hidden, self.weight[start:end]) if kept is None else kept[:, start:end]
         out = x if kept is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        vocab = len(self.weight)
-        _grad_logits(x, out, self.target, start, vocab, self.exact, self.rows, lse, grad, d_bias)
-        return out.t()
+        exact = self.exact if x.dtype == self.hidden.dtype else None
+        _grad_logits(x, out, self.target, start, len(self.weight), exact, self.rows, lse, grad, d_bias)
+        return out.to(self.hidden.dtype).t()
 
 
 def logprob_forward(logits: Tensor, target: Tensor) -> Walked:

@@ -52,11 +52,15 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "strop_dpo_loss": (_P, _N, _I, _F, _F, _F, _P, _P, _P),
 }
 CPU_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "strop_huge_pages": (_P, _N),
     "strop_head_supported": (_I,),
     "strop_head_pack": (_P, _I, _N, _N, _N, _P),
     "strop_head_walk": (_P, _P, _I, _N, _N, _N, _N, _N, _N, _P, _HEAD, _WALK, _P, _P, _P),
     "strop_head_grad": (_P, _P, _I, _N, _N, _N, _N, _N, _N, _P, _HEAD, _P, _P, _P),
     "strop_head_grad_kept": (_P, _P, _I, _N, _N, _N, _N, _P, _F, _P, _P, _P),
+    "strop_head_turn": (_P, _N, _N, _N, _P),
+    "strop_head_d_weight": (_P, _P, _N, _N, _N, _P),
+    "strop_head_d_hidden": (_P, _P, _N, _N, _N, _N, _P, _P),
     "strop_norm": (_P, _P, _I, _N, _N, _F, _P, _P),
     "strop_norm_grad": (_P, _P, _P, _P, _I, _N, _N, _P, _P, _P),
     "strop_gate": (_P, _P, _I, _N, _P),

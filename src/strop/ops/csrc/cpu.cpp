@@ -11,11 +11,15 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define STROP_FUSED 1
 #include "cpu_attention.h"
 #include "cpu_avx512.h"
+#include "cpu_head_grad.h"
 #include "cpu_layers.h"
 #define VARIANTS __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
@@ -304,6 +308,17 @@ int strop_dpo_loss(const float* ratio, int64_t num_pairs, int kind, float beta, 
     return STROP_OK;
 }
 
+int strop_huge_pages(void* memory, int64_t bytes) {
+    if (bytes < 0) return STROP_ESHAPE;
+    if (memory == nullptr && bytes > 0) return STROP_ENULL;
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = 4096, begin = ((uintptr_t)memory + page - 1) / page * page;
+    const uintptr_t end = ((uintptr_t)memory + (uintptr_t)bytes) / page * page;
+    if (end > begin) (void)madvise((void*)begin, end - begin, MADV_HUGEPAGE);  // a kernel without them refuses
+#endif
+    return STROP_OK;
+}
+
 int strop_head_supported(int dtype) {
 #ifdef STROP_FUSED
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -388,6 +403,37 @@ int strop_head_grad_kept(const void* exps, const float* tops, int dtype, int64_t
                        : head::grad_kept<head::Bf16>(h, exps, tops, lse, grad, out);
     return STROP_OK;
 }
+
+int strop_head_turn(const void* hidden, int64_t num_rows, int64_t hidden_size, int64_t stride, void* turned) {
+    const int status = check_head(STROP_BF16, num_rows, hidden_size, stride);
+    if (status != STROP_OK || num_rows == 0) return status;
+    if (!hidden || !turned) return STROP_ENULL;
+    head::pack_turned((const uint16_t*)hidden, num_rows, hidden_size, stride, (uint16_t*)turned);
+    return STROP_OK;
+}
+
+int strop_head_d_weight(const void* d_words, const void* turned, int64_t num_rows, int64_t hidden_size,
+                        int64_t num_words, void* d_weight) {
+    const int status = check_head(STROP_BF16, num_rows, hidden_size, hidden_size);
+    if (status != STROP_OK) return status;
+    if (num_words < 0) return STROP_ESHAPE;
+    if (num_words > 0 && num_rows > 0 && (!d_words || !turned || !d_weight)) return STROP_ENULL;
+    head::weight_product(d_words, (const uint16_t*)turned, head::pad(num_rows), hidden_size, num_words,
+                         (uint16_t*)d_weight);
+    return STROP_OK;
+}
+
+int strop_head_d_hidden(const void* d_words, const void* weight, int64_t num_rows, int64_t hidden_size,
+                        int64_t stride, int64_t num_words, void* scratch, float* d_hidden) {
+    const int status = check_head(STROP_BF16, num_rows, hidden_size, stride);
+    if (status != STROP_OK || num_rows == 0) return status;
+    if (num_words < 0) return STROP_ESHAPE;
+    if (!d_words || !weight || !scratch || !d_hidden) return STROP_ENULL;
+    head::hidden_product((const uint16_t*)d_words, (const uint16_t*)weight, head::pad(num_rows), hidden_size, stride,
+                         num_words, (uint16_t*)scratch, d_hidden);
+    return STROP_OK;
+}
+
 namespace {
 
 int check_layer(int dtype, int64_t num_rows, int64_t size) {
@@ -508,6 +554,11 @@ int strop_head_grad(const void*, const void*, int, int64_t, int64_t, int64_t, in
 }
 int strop_head_grad_kept(const void*, const float*, int, int64_t, int64_t, int64_t, int64_t, const int64_t*, float,
                          const float*, const float*, void*) {
+    return STROP_EDTYPE;
+}
+int strop_head_turn(const void*, int64_t, int64_t, int64_t, void*) { return STROP_EDTYPE; }
+int strop_head_d_weight(const void*, const void*, int64_t, int64_t, int64_t, void*) { return STROP_EDTYPE; }
+int strop_head_d_hidden(const void*, const void*, int64_t, int64_t, int64_t, int64_t, void*, float*) {
     return STROP_EDTYPE;
 }
 int strop_norm(const void*, const void*, int, int64_t, int64_t, float, void*, float*) { return STROP_EDTYPE; }

@@ -110,18 +110,15 @@ void pack_tile(const char* hidden, int64_t stride, int64_t num_rows, int64_t ste
     }
 }
 
-// z[word][half of the tile]: the logits of a panel (its last words repeat where it has fewer) for a tile.
+// z[i][half of the tile] = sum over `steps` of the packed tile times row i. A function of its own, since inlined
+// into a larger one the compiler may spill the registers that this loop is made of.
 template <class T>
-AVX512 INLINE void tile_logits(const Head& h, int64_t tile, int64_t word, int64_t words, __m512 (&z)[PANEL][2]) {
-    const int64_t steps = h.hidden_size / T::depth;
-    const char* a = (const char*)h.packed + tile * TILE * h.hidden_size * T::bytes;
-    const char* rows[PANEL];
-    for (int64_t i = 0; i < PANEL; i++)
-        rows[i] = (const char*)h.weight + (word + std::min(i, words - 1)) * h.stride * T::bytes;
+AVX512 __attribute__((noinline)) void tile_product(const char* tile, const char* const (&rows)[PANEL], int64_t steps,
+                                                   __m512 (&z)[PANEL][2]) {
     __m512 acc[PANEL][2];
     for (int64_t i = 0; i < PANEL; i++) acc[i][0] = acc[i][1] = _mm512_setzero_ps();
     for (int64_t k = 0; k < steps; k++) {
-        __m512i a0 = _mm512_loadu_si512(a + k * 128), a1 = _mm512_loadu_si512(a + k * 128 + 64);
+        __m512i a0 = _mm512_loadu_si512(tile + k * 128), a1 = _mm512_loadu_si512(tile + k * 128 + 64);
 #pragma GCC unroll 12
         for (int64_t i = 0; i < PANEL; i++) {
             int32_t pair;
@@ -132,6 +129,15 @@ AVX512 INLINE void tile_logits(const Head& h, int64_t tile, int64_t word, int64_
         }
     }
     for (int64_t i = 0; i < PANEL; i++) z[i][0] = acc[i][0], z[i][1] = acc[i][1];
+}
+
+// The logits of a panel (its last words repeat where it has fewer) for a tile.
+template <class T>
+AVX512 INLINE void tile_logits(const Head& h, int64_t tile, int64_t word, int64_t words, __m512 (&z)[PANEL][2]) {
+    const char* rows[PANEL];
+    for (int64_t i = 0; i < PANEL; i++)
+        rows[i] = (const char*)h.weight + (word + std::min(i, words - 1)) * h.stride * T::bytes;
+    tile_product<T>((const char*)h.packed + tile * TILE * h.hidden_size * T::bytes, rows, h.hidden_size / T::depth, z);
 }
 
 inline bool is_plain(const strop_head& head) {
@@ -308,10 +314,10 @@ AVX512 void grad_item(const Head& h, int64_t from, int64_t to, int64_t begin, in
 template <class T>
 void grad(const Head& h, const float* lse, const float* grad, void* out) {
     const int64_t group = group_size(h.hidden_size, T::bytes), groups = ceil_div(h.padded, group);
-    const int64_t block = PANELS_PER_ITEM * PANEL;
+    const int64_t block = PANELS_PER_ITEM * PANEL, blocks = ceil_div(h.num_words, block);
 #pragma omp parallel for schedule(dynamic)
-    for (int64_t item = 0; item < ceil_div(h.num_words, block) * groups; item++) {
-        const int64_t begin = item % groups * group, from = item / groups * block;
+    for (int64_t item = 0; item < blocks * groups; item++) {  // a group's hidden states stay in L2 for all its items
+        const int64_t begin = item / blocks * group, from = item % blocks * block;
         grad_item<T>(h, from, std::min(from + block, h.num_words), begin, std::min(begin + group, h.padded), lse,
                      grad, out);
     }

@@ -15,6 +15,10 @@ extern "C" {
 #define STROP_PANEL 12
 #define STROP_SEGMENT 3072
 
+// Ask for huge pages behind memory that is about to be written first: a fault for 2 MiB in place of 512. Advice
+// only; what is not wholly inside is left as it is.
+int strop_huge_pages(void* memory, int64_t bytes);
+
 // Whether this CPU runs these kernels for dtype. H must be even for bf16.
 int strop_head_supported(int dtype);
 
@@ -41,6 +45,17 @@ int strop_head_grad(const void* packed, const void* weight, int dtype, int64_t n
 int strop_head_grad_kept(const void* exps, const float* tops, int dtype, int64_t num_rows, int64_t first,
                          int64_t num_words, int64_t vocab, const int64_t* target, float inv_temperature,
                          const float* lse, const float* grad, void* out);
+
+// The products of the backward, bf16 only; d_words is `out` of the two functions above.
+// hidden [N, H] -> turned, n * ceil(H / STROP_TILE) * STROP_TILE elements, as strop_head_d_weight wants it.
+int strop_head_turn(const void* hidden, int64_t num_rows, int64_t hidden_size, int64_t stride, void* turned);
+// d_weight [num_words, H] = d_words times hidden
+int strop_head_d_weight(const void* d_words, const void* turned, int64_t num_rows, int64_t hidden_size,
+                        int64_t num_words, void* d_weight);
+// d_hidden fp32 [h, n], h = ceil(H / STROP_PANEL) * STROP_PANEL: the gradient is added to it, column by column.
+// weight: that of the first word. scratch: (h + n) * (num_words + 1) elements of bf16.
+int strop_head_d_hidden(const void* d_words, const void* weight, int64_t num_rows, int64_t hidden_size,
+                        int64_t stride, int64_t num_words, void* scratch, float* d_hidden);
 
 // What follows runs where strop_head_supported says so for the dtype. All tensors are contiguous but where
 // strides are given, in elements. "size" is that of a row, or of an attention head.
