@@ -4,9 +4,26 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from typing import Callable
 
 from strop.errors import StorageError, UserError
+
+LINE_EVERY_S = 5.0
+
+
+class Progress:
+    """A line on stderr now and then: what is done, of how many (0: that is not known), and the time."""
+
+    def __init__(self) -> None:
+        self.begin = self.last = time.monotonic()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self.last > LINE_EVERY_S:
+            self.last = now
+            of = f" of {total:,}" if total else ""
+            print(f"  {what}: {done:,}{of}, {now - self.begin:.0f} s", file=sys.stderr, flush=True)
 
 
 def run(main: Callable[[], None]) -> None:

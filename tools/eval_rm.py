@@ -35,15 +35,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 from strop.errors import UserError
-from tools.command_line import command_parser, run
-
-LINE_EVERY_S = 5.0
+from tools.command_line import Progress, command_parser, run
 
 
 def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -90,7 +87,10 @@ def evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         options.by,
     )
     print(ledger.table(), file=sys.stderr)
-    scores = rewards.score_pairs(model, pairs, options.batch_tokens, Progress())
+    progress = Progress()
+    scores = rewards.score_pairs(
+        model, pairs, options.batch_tokens, lambda done, total: progress("sequences scored", done, total)
+    )
     report = {
         "model": options.model,
         "data": options.data,
@@ -105,24 +105,6 @@ def evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "rows": ledger.as_json(),
     }
     return report, text.describe(report, by)
-
-
-class Progress:
-    """A line now and then: sequences scored, of how many."""
-
-    def __init__(self) -> None:
-        self.begin = self.last = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self.last > LINE_EVERY_S:
-            self.last = now
-            left_s = (now - self.begin) * (total - done) / done
-            print(
-                f"scored {done:,} of {total:,} sequences, about {left_s:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
 
 
 def main() -> None:

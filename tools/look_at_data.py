@@ -45,7 +45,6 @@ import logging
 import os
 import shutil
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,13 +53,12 @@ from typing import TYPE_CHECKING, Any, Optional
 from strop import config as config_module
 from strop.errors import UserError
 from strop.slurm import naming
-from tools.command_line import command_parser, run
+from tools.command_line import Progress, command_parser, run
 
 if TYPE_CHECKING:
     from strop.data.inspect_text import Paper
     from strop.data.looking import Report
 
-LINE_EVERY_S = 2.0
 PIPE_WIDTH = 100
 MIN_WIDTH = 72
 """The tables need as much."""
@@ -84,21 +82,6 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument("--strict", action="store_true", help="exit code 1 if there are warnings")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     return parser.parse_intermixed_args(argv)
-
-
-class Progress:
-    """A line on stderr now and then."""
-
-    def __init__(self) -> None:
-        self.begin = self.last = time.monotonic()
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self.last < LINE_EVERY_S:
-            return
-        self.last = now
-        of = f" of {total:,}" if total else " rows"
-        print(f"  {what}: {done:,}{of}, {now - self.begin:.0f} s", file=sys.stderr, flush=True)
 
 
 def paper(options: argparse.Namespace) -> Paper:

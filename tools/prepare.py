@@ -13,7 +13,7 @@ cpt: text files, directories of them, JSONL, JSON and Parquet with the field pre
 Documents are filtered, equal and nearly equal ones left out (the keys under `prepare`: see
 python -m strop.train cpt --help), data.split="98,1,1" takes a validation set out by a hash of the text.
 What became of every document is printed, and kept as ledger-*.json beside the tokens.
-sft, dpo, rm: exactly the stores that the trainer makes; always in one process.
+sft, dpo, kto, rm: exactly the stores that the trainer makes; always in one process.
 
 --workers defaults to the CPUs of the job or of this machine. Exit code 78: your error; 74: storage.
 """
@@ -34,9 +34,7 @@ from strop import config as config_module
 from strop import files
 from strop.errors import UserError
 from strop.slurm import env, naming
-from tools.command_line import command_parser, run
-
-LINE_EVERY_S = 5.0
+from tools.command_line import Progress, command_parser, run
 
 
 def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -47,20 +45,6 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument("--record", type=Path, help="JSON file to write when all is done: the stores")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     return parser.parse_intermixed_args(argv)
-
-
-class Progress:
-    """A line now and then: parts done, of how many."""
-
-    def __init__(self) -> None:
-        self.begin = self.last = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self.last > LINE_EVERY_S:
-            self.last = now
-            of = f" of {total:,} parts" if total else " rows"
-            print(f"  {done:,}{of}, {now - self.begin:.0f} s", file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -82,6 +66,7 @@ def main() -> None:
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     tokenizer = load_tokenizer(config.model)
+    progress = Progress()
     maker = sets.Maker(
         config,
         config_module.KINDS[options.algo],
@@ -89,7 +74,7 @@ def main() -> None:
         tokenizer_digest(tokenizer),
         config_module.cache_dir(config, naming.parent_directory(config.run.dir)),
         workers,
-        Progress(),
+        lambda done, total: progress("parts" if total else "rows", done, total),
     )
     train = None
     made: list[str] = []

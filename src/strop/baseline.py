@@ -44,7 +44,7 @@ def batches(t: Trainer, step: int) -> Iterator[Batch]:
 
 def remember(t: Trainer, means: dict[str, float], count: float) -> None:
     """After a step: its mean reward over `count` rows, where the loss wants to know it in later ones."""
-    reward = t.algo.running_reward(means, t.config) if hasattr(t.algo, "running_reward") else None
+    reward = t.algo.running_reward(means, t.config)
     if reward is not None:
         t.state.reward_sum += reward * count
         t.state.num_rewarded += int(count)
@@ -52,6 +52,7 @@ def remember(t: Trainer, means: dict[str, float], count: float) -> None:
 
 def _measured(t: Trainer, batches: Iterable[Batch]) -> Optional[float]:
     """The mean over all sequences of all ranks; None if asked to stop. Collective."""
+    assert t.algo.kl is not None
     sums: list[Tensor] = []
     num_rows = 0
     for batch in batches:
@@ -62,5 +63,5 @@ def _measured(t: Trainer, batches: Iterable[Batch]) -> Optional[float]:
             total, count = t.algo.kl(t.policy(moved), moved, t.config)
         sums.append(total)
         num_rows += count
-    total, num_rows_of_all = t.dist.sum([float(torch.stack(sums).sum()), num_rows])
-    return total / num_rows_of_all
+    log_ratio, num_rows_of_all = t.dist.sum([float(torch.stack(sums).sum()), num_rows])
+    return log_ratio / num_rows_of_all

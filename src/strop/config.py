@@ -196,7 +196,7 @@ def help_text(algo: str) -> str:
         "",
         f"FILE is configs/{algo}.yaml if not given. Words win over the file, which states only what differs",
         "from the defaults below. Lists and nulls as in YAML: optim.betas='[0.9, 0.98]' train.max_steps=null",
-        f"Example: {algo} model.path=/models/my-model data.train=pairs.jsonl optim.lr=5e-7 max_steps=100",
+        f"Example: {algo} model.path=/models/my-model data.train=my.jsonl optim.lr=5e-7 max_steps=100",
         "Names that NeMo RL uses (policy.model_name, ...) are understood and reported.",
     ]
     section = None

@@ -39,7 +39,7 @@ class TooDeep(yaml.composer.ComposerError):
     """Other words that are no YAML may be meant as plain text; these are not."""
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """YAML 1.2's core types: 1e-5 is a number, yes and on are text, only true and false are booleans."""
 
     depth = 0
@@ -71,10 +71,10 @@ class _Loader(yaml.SafeLoader):
 
 
 # SafeLoader's table is shared with every other user of PyYAML: this class gets an empty one of its own.
-setattr(_Loader, "yaml_implicit_resolvers", {})  # noqa: B010
+setattr(Loader, "yaml_implicit_resolvers", {})  # noqa: B010
 
 
-def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
+def _construct_int(loader: Loader, node: yaml.ScalarNode) -> int:
     text = node.value.replace("_", "")
     return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
 
@@ -86,8 +86,8 @@ for _tag, _pattern in (
     ("tag:yaml.org,2002:int", "[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+"),
     ("tag:yaml.org,2002:float", _FLOAT),
 ):
-    _Loader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), None)
-_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+    Loader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), None)
+Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def read_file(path: Path, section_names: set[str]) -> list[Entry]:
     except (OSError, UnicodeDecodeError) as e:
         reason = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
         raise UserError(f"configuration file {path} cannot be read: {reason}") from None
-    loader = _Loader(text)
+    loader = Loader(text)
     try:
         root = loader.get_single_node()
         if root is None:
@@ -210,7 +210,7 @@ def _similar_files(path: Path) -> str:
 
 
 def _flatten(
-    loader: _Loader, node: yaml.MappingNode, prefix: str, file: str, section_names: set[str]
+    loader: Loader, node: yaml.MappingNode, prefix: str, file: str, section_names: set[str]
 ) -> Iterator[Entry]:
     """Entries of a mapping. A mapping under a key that cannot be a section is that key's value."""
     lines: dict[str, int] = {}
@@ -236,7 +236,7 @@ def read_words(words: Sequence[str | Entry]) -> list[Entry]:
         key, equals, text = word.partition("=")
         if not equals or not key:
             raise UserError(f"{COMMAND_LINE}: {word!r} is not key=value")
-        loader = _Loader(text)
+        loader = Loader(text)
         try:
             node = loader.get_single_node() or yaml.ScalarNode("tag:yaml.org,2002:null", "")
             # `data.prompt_template=Question: {input}` is a mapping, and text for a key that takes text
@@ -249,7 +249,7 @@ def read_words(words: Sequence[str | Entry]) -> list[Entry]:
     return entries
 
 
-def _entry(loader: _Loader, key: str, node: yaml.Node, where: str, written: str | None = None) -> Entry:
+def _entry(loader: Loader, key: str, node: yaml.Node, where: str, written: str | None = None) -> Entry:
     of_mapping = written if isinstance(node, yaml.MappingNode) else None
     text = node.value if isinstance(node, yaml.ScalarNode) else of_mapping
     return Entry(key, loader.construct_document(node), text, where)

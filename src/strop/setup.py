@@ -9,20 +9,19 @@ checkpoint yet, or whose reference must be computed again.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import logging
 import math
 from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
-from strop import checkpoint, files, ops, optim, parallel, preflight, references, user_metrics
+from strop import algos, checkpoint, files, ops, optim, parallel, preflight, references, user_metrics
 from strop import config as config_module
 from strop import run as run_module
+from strop.algos import Algorithm
 from strop.config import Config
 from strop.data import labels, plan
 from strop.data.mismatched import Mismatched
@@ -52,7 +51,7 @@ WORTH_SHARING = 0.95
 
 def build(run: Run, config: Config, position: Position, report: Report) -> Trainer:
     """A trainer at the newest committed step; not `ready` if asked to stop on the way."""
-    algo = importlib.import_module(f"strop.algos.{config.algo}")
+    algo = algos.load(config.algo)
     assert config.model.path is not None
     hf.check_model(config.model.path)
     position.enter("preflight")
@@ -120,9 +119,7 @@ def _empty_policy(config: Config) -> Policy:
     return policy
 
 
-def _data(
-    run: Run, config: Config, algo: ModuleType, report: Report, position: Position
-) -> dict[str, RowSet]:
+def _data(run: Run, config: Config, algo: Algorithm, report: Report, position: Position) -> dict[str, RowSet]:
     """Rank 0 tokenises (or finds it done) and tells the others where; they wait without a collective,
     whose time-out long work would exceed. The sets by name."""
     told = run.logs / "data.json"
@@ -169,15 +166,15 @@ def _tell_imbalance(config: Config, store: RowSet) -> None:
             log.warning("training data: %s", line)
 
 
-def _mismatched(config: Config, algo: ModuleType, sets: dict[str, RowSet]) -> dict[str, Mismatched]:
+def _mismatched(config: Config, algo: Algorithm, sets: dict[str, RowSet]) -> dict[str, Mismatched]:
     """What the baseline of train and validation is measured on, for a loss that does so (strop.baseline)."""
-    if not (hasattr(algo, "needs_mismatched") and algo.needs_mismatched(config)):
+    if not algo.needs_mismatched(config):
         return {}
     length = config.data.max_length
     return {name: Mismatched(s, length, name) for name, s in sets.items() if isinstance(s, TokenStore)}
 
 
-def _check_names(config: Config, algo: ModuleType) -> None:
+def _check_names(config: Config, algo: Algorithm) -> None:
     """Before minutes go into the data: the models that a run loads from elsewhere are there."""
     model = config.model
     assert model.path is not None

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Optional
 
 import numpy as np
 import torch
 
+from strop.algos import Algorithm
 from strop.config import Config
 from strop.data import plan
 from strop.data.mismatched import Mismatched
@@ -72,7 +72,7 @@ class Trainer:
 
     run: Run
     config: Config
-    algo: ModuleType
+    algo: Algorithm
     dist: Dist
     policy: Policy
     optimizer: torch.optim.AdamW

@@ -13,7 +13,6 @@ import numbers
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any, Optional
 
 import numpy as np
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from strop import ops, user_code
+from strop.algos import Algorithm
 from strop.config import Config
 from strop.data.batch import Batch
 from strop.data.store import TokenStore
@@ -70,9 +70,9 @@ def load(config: Config) -> dict[str, Function]:
     return {name: user_code.load(name, KEY) for name in names(config)}
 
 
-def begin(config: Config, algo: ModuleType) -> Optional[Seen]:
+def begin(config: Config, algo: Algorithm) -> Optional[Seen]:
     """Where the batches of one set are noted; None where nobody asks for them."""
-    return Seen(config, getattr(algo, "rewards", None)) if config.validation.metrics else None
+    return Seen(config, algo.rewards) if config.validation.metrics else None
 
 
 @dataclass

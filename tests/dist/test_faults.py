@@ -28,7 +28,7 @@ def test_nan_ends_the_run_and_commits_nothing(ranks, toy, tmp_path, algo, weight
     shutil.copytree(toy / "model", path)
     weights = load_file(path / "model.safetensors")
     token = AutoTokenizer.from_pretrained(path).convert_tokens_to_ids("Ġthe")
-    assert token not in policy._probe_batch(len(weights["model.embed_tokens.weight"]), "cpu").tokens_T
+    assert token not in policy.probe_batch(len(weights["model.embed_tokens.weight"]), "cpu").tokens_T
     weights[weight][token if "embed" in weight else 3] = float("nan")
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     # untied, so that the NaN of one token is not in every token's normalisation

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from strop import config_check, ops
+from strop import algos, config_check, ops
 from strop.algos import dpo, kto, sft
 from strop.config import ALGOS, SCORING, Config, DpoConfig, KtoConfig
 from strop.data.batch import Batch
@@ -295,10 +296,18 @@ def test_metrics_that_a_configuration_may_name_are_those_that_there_are(algo):
     if algo in SCORING:
         out = Scores(torch.arange(6.0), torch.zeros(6, 0))
         batch = dataclasses.replace(batch, value_R=torch.full((3,), torch.nan))
-    module = importlib.import_module(f"strop.algos.{algo}")
-    metrics = module.loss(out, batch, Config(algo=algo, dpo=DpoConfig(sft_loss_weight=0.5)))[1]
-    derived = module.derived(dict.fromkeys(["loss", *metrics], 0.0))
+    own = algos.load(algo)
+    metrics = own.loss(out, batch, Config(algo=algo, dpo=DpoConfig(sft_loss_weight=0.5)))[1]
+    derived = own.derived(dict.fromkeys(["loss", *metrics], 0.0))
     assert sorted(config_check.METRICS[algo]) == sorted(["loss", *metrics, *derived])
+
+
+@pytest.mark.parametrize("algo", ALGOS)
+def test_an_algorithm_has_no_function_that_nobody_calls(algo):
+    """A mistyped optional one would be ignored in silence."""
+    module = importlib.import_module(f"strop.algos.{algo}")
+    own = {name for name, value in vars(module).items() if inspect.isfunction(value) and name[0] != "_"}
+    assert own <= {field.name for field in dataclasses.fields(algos.Algorithm)}
 
 
 def test_a_tie_is_ln_2_and_not_accurate():

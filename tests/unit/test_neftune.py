@@ -11,7 +11,7 @@ import torch
 
 from strop.data.batch import Batch
 from strop.models import neftune
-from strop.models.policy import _each_sequence
+from strop.models.policy import each_sequence
 
 
 def word(x):
@@ -114,7 +114,7 @@ def test_the_draws_are_uniform_and_independent():
 def test_no_keys_or_no_alpha_no_noise():
     one = batch((3, 2), (0, 1))
     assert not noise_of(one, "packed", alpha=None).any()
-    without = torch.cat([noise_of(s, "packed") for s in _each_sequence(batch((3,), (0,)))])
+    without = torch.cat([noise_of(s, "packed") for s in each_sequence(batch((3,), (0,)))])
     assert without.any()
     assert not noise_of(Batch(**{**vars(one), "keys_S": None}), "packed").any()
 

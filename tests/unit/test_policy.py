@@ -140,11 +140,11 @@ def test_the_probe_tells_a_leak_from_rounding(monkeypatch, caplog, kind, dtype):
     """Honest attention stays below a third of the tolerance, leaking attention is above it threefold."""
     sizes = next(s for k, s, *_ in ARCHITECTURES if k == kind)
     model = Policy(build(kind, sizes).to(dtype)).eval()
-    both = policy._probe_batch(sizes["vocab_size"], CPU)
+    both = policy.probe_batch(sizes["vocab_size"], CPU)
     model.head = "logits"
     model.set_layout("padded", CPU)
     with torch.no_grad():
-        truth = torch.cat([model(one).logp_T for one in policy._each_sequence(both)])
+        truth = torch.cat([model(one).logp_T for one in policy.each_sequence(both)])
         model.set_layout("packed", CPU)
         honest = float((model(both).logp_T - truth).abs().sum() / both.trained_T.sum())
         monkeypatch.setitem(attention.AttentionInterface._global_mapping, attention.NAME, leaking)

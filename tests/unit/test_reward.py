@@ -219,10 +219,10 @@ def test_the_probe_tells_a_leak_from_rounding(monkeypatch, caplog, kind, head, d
     with torch.no_grad():
         lm.score.weight.mul_(head)
     model = RewardModel(lm).eval()
-    both = policy._probe_batch(sizes_of(kind)["vocab_size"], CPU)
+    both = policy.probe_batch(sizes_of(kind)["vocab_size"], CPU)
     model.set_layout("padded", CPU)
     with torch.no_grad():
-        truth = torch.cat([model._compared(one) for one in policy._each_sequence(both)])
+        truth = torch.cat([model._compared(one) for one in policy.each_sequence(both)])
         model.set_layout("packed", CPU)
         honest = float((model._compared(both) - truth).abs().mean())
         monkeypatch.setitem(attention.AttentionInterface._global_mapping, attention.NAME, leaking)

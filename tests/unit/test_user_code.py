@@ -36,7 +36,8 @@ def error_of(call, *args, **kwargs):
 
 
 OWN = """
-from strop.data.adapters import LeftOut, Unfit
+from strop.data.adapters import LeftOut
+from strop.data.fields import Refused
 from own_words import ending
 
 def pair(row, loud=False):
@@ -52,7 +53,7 @@ def some(row):
     if row["a"] == "dull":
         return LeftOut("dull", "an answer like all others")
     if row["a"] == "odd":
-        raise Unfit("odd", "an answer that cannot be")
+        raise Refused("odd", "an answer that cannot be")
     return pair(row)
 
 def wrong(row):

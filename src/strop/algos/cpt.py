@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 
-from strop.algos.sft import count, loss, needs_reference
+from strop.algos.sft import count, loss
 
-__all__ = ["count", "derived", "loss", "needs_reference"]
+__all__ = ["count", "derived", "loss"]
 
 
 def derived(means: dict[str, float]) -> dict[str, float]:

@@ -113,8 +113,3 @@ def _of_chosen(batch: Batch) -> Tensor:
     """bool [T]: the token is in a chosen sequence (the prompt's part of it is not trained)."""
     lengths = batch.cu_seqlens.diff().long()
     return torch.arange(len(lengths), device=lengths.device).remainder(2).eq(0).repeat_interleave(lengths)
-
-
-def derived(means: dict[str, float]) -> dict[str, float]:
-    """Metrics of a validation set that follow from its means: none."""
-    return {}

@@ -19,11 +19,6 @@ from strop.data.batch import Batch
 from strop.models.reward import Scores
 
 
-def needs_reference(cfg: Config) -> bool:
-    """Whether batches carry the log-probs of a reference model."""
-    return False
-
-
 def count(batch: Batch) -> int:
     """What the loss is divided by: pairs."""
     return len(batch.rows)
@@ -59,8 +54,3 @@ def _metrics(c: Tensor, d: Tensor) -> Metrics:
         "min_reward": (torch.minimum(c, d).min(), SMALLEST),
         "max_reward": (torch.maximum(c, d).max(), LARGEST),
     }
-
-
-def derived(means: dict[str, float]) -> dict[str, float]:
-    """Metrics of a validation set that follow from its means: none."""
-    return {}

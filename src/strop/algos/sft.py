@@ -11,11 +11,6 @@ from strop.data.batch import Batch
 from strop.models.policy import Output
 
 
-def needs_reference(cfg: Config) -> bool:
-    """Whether batches carry the log-probs of a reference model."""
-    return False
-
-
 def count(batch: Batch) -> int:
     """What the loss is divided by: trained tokens."""
     return int(batch.trained_T.sum())
@@ -29,8 +24,3 @@ def loss(out: Output, batch: Batch, cfg: Config) -> tuple[Tensor, Metrics]:
         "mean_token_accuracy": (out.correct_T.sum(), tokens),
     }
     return -torch.sum(out.logp_T), metrics
-
-
-def derived(means: dict[str, float]) -> dict[str, float]:
-    """Metrics of a validation set that follow from its means: none."""
-    return {}

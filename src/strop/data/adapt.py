@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from strop import user_code
 from strop.config import DataConfig
-from strop.data.adapters import TABLE, Adapter, Form, LeftOut, Made, Unfit
+from strop.data.adapters import TABLE, Adapter, Form, LeftOut, Made
+from strop.data.fields import Refused, listed, short
 from strop.data.ledger import BadRow, place
 from strop.errors import UserError
 
@@ -144,8 +145,8 @@ def _made(row: Row, fields: Any, make: Callable[[Any, Row], Made]) -> Iterator[R
     """`dealt_by` keeps all rows of one line on one side of `data.split`."""
     try:
         made = make(fields, row)
-    except Unfit as unfit:
-        yield BadRow(row.source, row.line, unfit.reason, unfit.message, dealt_by=fields)
+    except Refused as refused:
+        yield BadRow(row.source, row.line, refused.reason, refused.message, dealt_by=fields)
         return
     if made is None or made == []:
         made = LeftOut("left_out")
@@ -168,7 +169,7 @@ def _checked(use: Use) -> Callable[[Any, Row], Made]:
             for name, types in chosen.needs.items():
                 value = own.get(name)
                 if isinstance(value, bool) or not isinstance(value, types):
-                    raise Unfit("wrong_fields", _lacking(use, name, types, own))
+                    raise Refused("wrong_fields", _lacking(use, name, types, own))
         return chosen.make(fields)
 
     return make
@@ -178,8 +179,7 @@ def _lacking(use: Use, name: str, types: tuple[type, ...], fields: dict[str, Any
     if fields.get(name) is not None:
         wanted = " or ".join(kind.__name__ for kind in types)
         return f"{name} is of type {type(fields[name]).__name__}, where {use.name} has {wanted}"
-    found = ", ".join(key if value is not None else f"{key} (null)" for key, value in fields.items())
-    return f"it lacks {name}, which the rows of {use.name} have; its fields are {found or '(none)'}"
+    return f"it lacks {name}, which the rows of {use.name} have; its fields are {listed(fields)}"
 
 
 def _of_user(use: Use) -> Callable[[Any, Row], Made]:
@@ -197,7 +197,7 @@ def _of_user(use: Use) -> Callable[[Any, Row], Made]:
     def make(fields: Any, row: Row) -> Made:
         try:
             made = function(fields, **args)
-        except Unfit:
+        except Refused:
             raise
         except (Exception, SystemExit) as error:
             told = user_code.told(error, use.name)
@@ -205,17 +205,12 @@ def _of_user(use: Use) -> Callable[[Any, Row], Made]:
         parts = made if isinstance(made, list) else [made]
         if not all(isinstance(part, dict) for part in parts) and not isinstance(made, (LeftOut, type(None))):
             raise UserError(
-                f"{place(row.source, row.line)}: {use.name} gave {_short(made)}, not fields (a dict), a list "
+                f"{place(row.source, row.line)}: {use.name} gave {short(made)}, not fields (a dict), a list "
                 "of them, or None"
             )
         return made
 
     return make
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _grouped(raw: Iterable[Row | BadRow], key: str) -> Iterator[list[Row] | BadRow]:

@@ -4,7 +4,7 @@
 splits. The entry's form for the kind of rows that the algorithm takes (preference, sft, text) says which
 fields a row must have, and its function makes the fields that `render.py` knows out of them. A function gets
 the row as it was published and gives fields, a list of them, or `LeftOut` for a sound row that is of no use;
-it raises `Unfit` for one that is not as it should be. To add a set is to add an entry.
+it raises `Refused` for one that is not as it should be. To add a set is to add an entry.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Union
+
+from strop.data.fields import Refused
 
 Fields = dict[str, Any]
 
@@ -25,14 +27,6 @@ class LeftOut:
     reason: str
     """A short constant, such as tie."""
     message: str = "left out by the adapter"
-
-
-class Unfit(Exception):
-    """The row is not what the set's rows are: it meets `data.on_bad_row`."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason, self.message = reason, message
 
 
 Made = Union[Fields, list[Fields], LeftOut, None]
@@ -76,7 +70,7 @@ def _helpsteer3(row: Fields) -> Made:
     """overall_preference: -3 (response 1 is much better) to 3 (response 2 is)."""
     strength = row["overall_preference"]
     if strength not in range(-3, 4):
-        raise Unfit("wrong_fields", f"overall_preference is {strength}, not a whole number from -3 to 3")
+        raise Refused("wrong_fields", f"overall_preference is {strength}, not a whole number from -3 to 3")
     if strength == 0:
         return LeftOut("tie", "overall_preference is 0: neither response is the better one")
     context = row["context"]
@@ -108,14 +102,14 @@ def _turns(text: str, name: str) -> list[Fields]:
     before, *rest = _SPEAKER.split(text)
     speakers, contents = rest[0::2], [content.strip() for content in rest[1::2]]
     if before.strip() or not speakers:
-        raise Unfit("odd_turns", f"{name} does not begin with '\\n\\nHuman:'")
+        raise Refused("odd_turns", f"{name} does not begin with '\\n\\nHuman:'")
     wanted = ["Human", "Assistant"] * (len(speakers) // 2)
     if speakers != wanted:
-        raise Unfit(
+        raise Refused(
             "odd_turns", f"in {name} the turns are not Human and Assistant in turn, ending with the latter"
         )
     if "" in contents:
-        raise Unfit("odd_turns", f"turn {contents.index('') + 1} of {name} is empty")
+        raise Refused("odd_turns", f"turn {contents.index('') + 1} of {name} is empty")
     roles = {"Human": "user", "Assistant": "assistant"}
     return [{"role": roles[s], "content": c} for s, c in zip(speakers, contents)]
 
@@ -123,14 +117,14 @@ def _turns(text: str, name: str) -> list[Fields]:
 def _hh(row: Fields) -> Made:
     chosen, rejected = _turns(row["chosen"], "chosen"), _turns(row["rejected"], "rejected")
     if chosen[:-1] != rejected[:-1]:
-        raise Unfit("odd_turns", "chosen and rejected differ before their last turn")
+        raise Refused("odd_turns", "chosen and rejected differ before their last turn")
     return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
 
 
 def _squad(row: Fields) -> Made:
     texts = row["answers"].get("text")
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
-        raise Unfit("wrong_fields", "answers has no list of texts under text")
+        raise Refused("wrong_fields", "answers has no list of texts under text")
     if not texts:
         return LeftOut("no_answer", "a question without an answer (version 2 of the set)")
     return _answered(f"{row['context']}\n\n{row['question']}", texts[0])
@@ -162,7 +156,7 @@ def _best_path(rows: list[Fields]) -> Made:
         path.append(below[ranked.index(min(ranked))])
     roles = {"prompter": "user", "assistant": "assistant"}
     if any(row["role"] not in roles for row in path):
-        raise Unfit("wrong_fields", "a role that is neither prompter nor assistant")
+        raise Refused("wrong_fields", "a role that is neither prompter nor assistant")
     messages = [{"role": roles[row["role"]], "content": row["text"]} for row in path]
     while messages and messages[-1]["role"] == "user":
         messages.pop()

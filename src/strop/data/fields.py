@@ -109,8 +109,14 @@ def number(fields: dict[str, Any], name: str) -> float:
 
 
 def wrong_fields(kind: str, fields: dict[str, Any]) -> Refused:
-    found = ", ".join(key if value is not None else f"{key} (null)" for key, value in fields.items())
-    return Refused("wrong_fields", f"it has the fields {found or '(none)'}; needed: {NEEDED[kind]}")
+    return Refused("wrong_fields", f"it has the fields {listed(fields)}; needed: {NEEDED[kind]}")
+
+
+def listed(fields: dict[str, Any]) -> str:
+    """The names of a row's fields, for a message."""
+    return (
+        ", ".join(key if value is not None else f"{key} (null)" for key, value in fields.items()) or "(none)"
+    )
 
 
 def short(value: Any) -> str:

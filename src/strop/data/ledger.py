@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -235,7 +235,7 @@ class Ledger:
                 )
             if entry.other_split:
                 body.append(("  other split", f"({entry.other_split:,})", "", "", "", "", ""))
-        return f"{self.split} set\n" + _columns([head, *body]) + self._overlap_text()
+        return f"{self.split} set\n" + columns([head, *body]) + self._overlap_text()
 
     def _overlap_text(self) -> str:
         found = self.overlap
@@ -248,9 +248,8 @@ class Ledger:
         return text + "".join(f"\n  {example}" for example in found["examples"])
 
 
-def _columns(rows: Iterable[tuple[str, ...]]) -> str:
+def columns(rows: Sequence[Sequence[str]]) -> str:
     """First column to the left, the others to the right, as wide as needed."""
-    rows = list(rows)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(

@@ -38,7 +38,8 @@ class Mismatched:
         self.digest = f"{store.digest}-mismatched-{max_length}"
         self._store = store
         self._shift = max(1, round(SHIFT * store.num_rows))
-        self._prompt_R = _prompt_lengths(store)
+        begins = range(0, store.num_rows, CHUNK_ROWS)
+        self._prompt_R = np.concatenate([store.prompt_lengths(slice(b, b + CHUNK_ROWS)) for b in begins])
         own_R = np.diff(store.offsets)
         others_R = np.roll(own_R - self._prompt_R, -self._shift)
         self.row_lengths = np.minimum(self._prompt_R + others_R, max_length)
@@ -59,14 +60,3 @@ class Mismatched:
 
     def first_positions(self, row: int) -> list[int]:
         return [0]
-
-
-def _prompt_lengths(store: TokenStore) -> np.ndarray:
-    """int64 [num_rows]: tokens before the first trained one."""
-    lengths = np.empty(store.num_rows, dtype=np.int64)
-    for begin in range(0, store.num_rows, CHUNK_ROWS):
-        edges = store.offsets[begin : begin + CHUNK_ROWS + 1]
-        trained = np.flatnonzero(store.trained[edges[0] : edges[-1]]) + edges[0]
-        starts = edges[:-1]
-        lengths[begin : begin + CHUNK_ROWS] = trained[np.searchsorted(trained, starts)] - starts
-    return lengths

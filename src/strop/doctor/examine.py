@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from strop import config as config_module
-from strop import user_code
+from strop import user_code, user_metrics
 from strop.config import Config
 from strop.data import hub
 from strop.data.sets import Maker
@@ -130,10 +130,9 @@ def _data(
 
 def _own_metrics(config: Config, checks: Checks) -> None:
     """Whether the user's functions can be imported here."""
-    metrics = config.validation.metrics or []
-    for name in [metrics] if isinstance(metrics, str) else metrics:
+    for name in user_metrics.names(config):
         try:
-            user_code.load(name, "validation.metrics")
+            user_code.load(name, user_metrics.KEY)
             checks.ok("validation metrics", f"{name} can be imported")
         except UserError as error:
             checks.fail("validation metrics", str(error))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Optional
+
+from strop.data.ledger import columns
 
 MOST_CATEGORIES = 30
 
@@ -21,18 +22,7 @@ def describe(report: dict[str, Any], by: Optional[str]) -> str:
         *_human(report["human"]),
         f"calibration  error {report['calibration']['error']:.4f}",
         "",
-        *_table(
-            ("confidence", "pairs", "mean", "right"),
-            [
-                (
-                    f"{b['from']:.2f} to {b['to']:.2f}",
-                    f"{b['pairs']:,}",
-                    f"{b['confidence']:.3f}",
-                    f"{b['right']:.3f}",
-                )
-                for b in bins
-            ],
-        ),
+        columns([("confidence", "pairs", "mean", "right"), *map(_bin, bins)]),
     ]
     categories = report["categories"]
     if by is not None:
@@ -48,10 +38,15 @@ def describe(report: dict[str, Any], by: Optional[str]) -> str:
             )
             for name, c in shown
         ]
-        lines += ["", *_table((by, "pairs", "accuracy", "95 %", "ties", "margin"), rows)]
+        lines += ["", columns([(by, "pairs", "accuracy", "95 %", "ties", "margin"), *rows])]
         if len(categories) > len(shown):
             lines.append(f"and {len(categories) - len(shown)} more (--json has them all)")
     return "\n".join(lines)
+
+
+def _bin(b: dict[str, Any]) -> tuple[str, ...]:
+    edges = f"{b['from']:.2f} to {b['to']:.2f}"
+    return edges, f"{b['pairs']:,}", f"{b['confidence']:.3f}", f"{b['right']:.3f}"
 
 
 def _human(human: dict[str, Any]) -> list[str]:
@@ -65,13 +60,3 @@ def _human(human: dict[str, Any]) -> list[str]:
             )
             lines.append(f"correlation  of {what}: {values} ({found['number']:,})")
     return lines
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    return [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]
-        ).rstrip()
-        for row in (head, *rows)
-    ]

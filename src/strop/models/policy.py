@@ -139,10 +139,10 @@ class Policy(nn.Module):
 
         Raises UserError if the model cannot be made to agree with itself, Diverged if it gives no numbers.
         """
-        both = _probe_batch(self.lm.config.get_text_config().vocab_size, device)
+        both = probe_batch(self.lm.config.get_text_config().vocab_size, device)
         self.head = "logits"
         self.set_layout("padded", device)
-        truth = torch.cat([self._compared(one) for one in _each_sequence(both)])
+        truth = torch.cat([self._compared(one) for one in each_sequence(both)])
         if not truth.isfinite().all():
             raise Diverged(f"model.path: log-probs of {self.name} are not finite: its weights are damaged")
 
@@ -193,7 +193,7 @@ class Policy(nn.Module):
         if self.layout != "packed" or attention.packed_implementation(device) != attention.NAME:
             return False
         apart, together = _probe_pair(self.lm.config.get_text_config().vocab_size, device)
-        truth = torch.cat([self._compared(one) for one in _each_sequence(apart)])
+        truth = torch.cat([self._compared(one) for one in each_sequence(apart)])
         return difference(self._compared(together), truth) <= self._tolerance(dtype)
 
     @property
@@ -225,7 +225,7 @@ def _pad(batch: Batch) -> tuple[Tensor, Tensor]:
     return tokens_SL, mask_SL
 
 
-def _probe_batch(vocab_size: int, device: torch.device) -> Batch:
+def probe_batch(vocab_size: int, device: torch.device) -> Batch:
     """Two sequences of 7 and 12 tokens; every token but the first is trained."""
     generator = torch.Generator().manual_seed(7)
     lengths = (7, 12)
@@ -242,7 +242,7 @@ def _probe_batch(vocab_size: int, device: torch.device) -> Batch:
 
 def _probe_pair(vocab_size: int, device: torch.device) -> tuple[Batch, Batch]:
     """Two sequences that begin with the same NUM_SHARED untrained tokens: with these twice, and once."""
-    apart = _probe_batch(vocab_size, device)
+    apart = probe_batch(vocab_size, device)
     first, n = int(apart.cu_seqlens[1]), NUM_SHARED
     tokens_T, trained_T = apart.tokens_T.clone(), apart.positions_T >= n
     tokens_T[first : first + n] = tokens_T[:n]
@@ -259,7 +259,7 @@ def _probe_pair(vocab_size: int, device: torch.device) -> tuple[Batch, Batch]:
     return apart, together
 
 
-def _each_sequence(batch: Batch) -> list[Batch]:
+def each_sequence(batch: Batch) -> list[Batch]:
     out = []
     bounds = batch.cu_seqlens.tolist()
     for start, end in zip(bounds[:-1], bounds[1:]):

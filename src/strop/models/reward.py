@@ -29,9 +29,9 @@ from strop.models.policy import (
     MOST_NOISE,
     PROBE_TOLERANCE,
     Policy,
-    _each_sequence,
-    _probe_batch,
     difference,
+    each_sequence,
+    probe_batch,
 )
 
 HEAD = "score.weight"
@@ -68,19 +68,19 @@ class RewardModel(Policy):
 
         Raises UserError if they are not, Diverged if they are no numbers.
         """
-        both = _probe_batch(self.lm.config.get_text_config().vocab_size, device)
+        both = probe_batch(self.lm.config.get_text_config().vocab_size, device)
         self.head = "logits"
         self.set_layout("padded", device)
-        own_S = torch.cat([self(one).score_S for one in _each_sequence(both)])
+        own_S = torch.cat([self(one).score_S for one in each_sequence(both)])
         self.head = "score"
         if not own_S.isfinite().all():
             raise Diverged(f"model.path: scores of {self.name} are not finite: its weights are damaged")
-        ours_S = torch.cat([self(one).score_S for one in _each_sequence(both)])
+        ours_S = torch.cat([self(one).score_S for one in each_sequence(both)])
         if not torch.allclose(ours_S, own_S, rtol=PROBE_TOLERANCE[dtype], atol=PROBE_TOLERANCE[dtype]):
             raise UserError(
                 f"model.path: {self.name} does not score a sequence by its last token and a matrix"
             )
-        truth = torch.cat([self._compared(one) for one in _each_sequence(both)])
+        truth = torch.cat([self._compared(one) for one in each_sequence(both)])
         self.noise = difference(self._compared(both), truth)
         if self.noise > MOST_NOISE * PROBE_TOLERANCE[dtype]:
             raise UserError(f"model.path: {self.name} gives other scores in a padded batch than alone")

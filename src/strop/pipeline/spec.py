@@ -167,7 +167,7 @@ class _Sections(set[str]):
 
 def _stage_names(file: Path) -> list[str]:
     """In the file's order, empty ones included."""
-    tree = yaml.load(file.read_text(encoding="utf-8"), config_load._Loader)
+    tree = yaml.load(file.read_text(encoding="utf-8"), config_load.Loader)
     stages = tree.get("stages") if isinstance(tree, dict) else None
     if stages is None:
         return []
