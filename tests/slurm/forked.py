@@ -122,10 +122,10 @@ def inject(kind: str, rank: str, step: str) -> None:
 
     forward = loop._forward
 
-    def faulty(t, batch):
+    def faulty(t, batch, *rest):
         if t.dist.rank == int(rank) and t.state.step == int(step):
             strike(kind)
-        return forward(t, batch)
+        return forward(t, batch, *rest)
 
     loop._forward = faulty
 

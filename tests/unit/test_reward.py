@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from strop import setup
-from strop.algos import LARGEST, SMALLEST, dpo, kto, rm
+from strop import algos, setup
+from strop.algos import LARGEST, SMALLEST, rm
 from strop.config import Config, DpoConfig, KtoConfig, ModelConfig, RmConfig
 from strop.data.batch import Batch, make_batch
 from strop.data.store import TokenisedRow, TokenStore
@@ -302,16 +302,16 @@ def test_a_reward_model_is_neither_policy_nor_reference_of_a_language_model(tmp_
     lm, rm_path = ModelConfig(path=str(tmp_path / "lm")), str(tmp_path / "rm")
     text = f"{rm_path} is no causal language model but a reward model or classifier"
     for algo, config in (
-        (dpo, Config(model=lm, dpo=DpoConfig(reference=rm_path))),
-        (kto, Config(algo="kto", model=lm, kto=KtoConfig(reference=rm_path))),
+        ("dpo", Config(model=lm, dpo=DpoConfig(reference=rm_path))),
+        ("kto", Config(algo="kto", model=lm, kto=KtoConfig(reference=rm_path))),
     ):
         with pytest.raises(UserError, match=rf"^{config.algo}\.reference: {text}"):
-            setup._check_names(config, algo)
+            setup._check_names(config, algos.load(algo))
     on_rm = Config(model=ModelConfig(path=rm_path))
     with pytest.raises(UserError, match=rf"^model\.path: {text}"):
-        setup._check_names(on_rm, dpo)
-    setup._check_names(dataclasses.replace(on_rm, algo="rm"), rm)
-    setup._check_names(Config(model=lm), dpo)
+        setup._check_names(on_rm, algos.load("dpo"))
+    setup._check_names(dataclasses.replace(on_rm, algo="rm"), algos.load("rm"))
+    setup._check_names(Config(model=lm), algos.load("dpo"))
 
 
 def test_a_reward_model_that_lacks_its_head_is_damaged(tmp_path):
