@@ -22,8 +22,11 @@ set_command() {
     if [[ $(srun --help 2>/dev/null) == *--container-image* ]]; then
         command=(srun --ntasks=1 "--cpus-per-task=${SLURM_CPUS_ON_NODE:-1}" "--container-image=$CONTAINER"
             "--container-mounts=$mounts" "--container-workdir=$PWD" "${command[@]}")
-    else
+    elif command -v apptainer >/dev/null; then
         command=(apptainer exec --bind "$mounts" --pwd "$PWD" "$CONTAINER" "${command[@]}")
+    else
+        say "CONTAINER=$CONTAINER: this cluster has neither Pyxis (srun --container-image) nor apptainer"
+        exit 78
     fi
 }
 
