@@ -318,7 +318,7 @@ def test_linear_loss_is_the_loss_of_all_groups(use, monkeypatch, dtype, engine, 
         return sum((logp[a:b].sum() ** 2).sin() for a, b in zip(inside[:-1], inside[1:]))
 
     leaves = [(x.clone().requires_grad_(), w.clone().requires_grad_()) for _ in range(2)]
-    loss, logp = ops.linear_loss(*leaves[0], target, of_groups, edges)
+    loss, logp, _ = ops.linear_loss(*leaves[0], target, of_groups, edges)
     expected_logp = ops.linear_logprob(*leaves[1], target)[0]
     expected = of_groups(expected_logp, slice(0, 40))
     assert torch.allclose(loss, expected, rtol=1e-4, atol=1e-4)
@@ -335,7 +335,7 @@ def test_linear_loss_is_the_loss_of_all_groups(use, monkeypatch, dtype, engine, 
 def test_linear_loss_of_no_rows_and_bad_groups():
     x, w, target = example(0, 16, 50)
     x.requires_grad_(), w.requires_grad_()
-    loss, logp = ops.linear_loss(x, w, target, lambda logp, rows: logp.sum())
+    loss, logp, _ = ops.linear_loss(x, w, target, lambda logp, rows: logp.sum())
     loss.backward()
     assert float(loss.detach()) == 0.0
     assert logp.shape == (0,)

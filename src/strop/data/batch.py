@@ -84,6 +84,42 @@ class Batch:
         """True where a rank has no rows: it runs the same collectives, and its loss must count 0."""
         return len(self.rows) == 0
 
+    def row_edges(self) -> list[int]:
+        """[R + 1]: trained tokens before each row, and all. Looks at values, so call it in host memory."""
+        before = np.concatenate([[0], np.cumsum(self.trained_T.numpy())])
+        num_seqs = len(self.cu_seqlens) - 1
+        return before[self.cu_seqlens[:: num_seqs // max(len(self.rows), 1)].numpy()].tolist()
+
+    def trained_only(self, index_N: Tensor) -> Batch:
+        """As a loss sees it: with no tokens but those trained, which are at index_N."""
+        before = torch.nn.functional.pad(self.trained_T.cumsum(0), (1, 0))
+        return dataclasses.replace(
+            self,
+            tokens_T=self.tokens_T[index_N],
+            positions_T=self.positions_T[index_N],
+            cu_seqlens=before[self.cu_seqlens].to(self.cu_seqlens.dtype),
+            trained_T=self.trained_T[index_N],
+            ref_logp_T=None if self.ref_logp_T is None else self.ref_logp_T[index_N],
+            draw_T=None,
+            cu_keys=None,
+            keys_S=None,
+        )
+
+    def part(self, tokens: slice, rows: slice) -> Batch:
+        """Some tokens with the rows that they belong to, for a loss. Of a row that is cut, what is inside."""
+        num_rows, num_seqs = max(len(self.rows), 1), len(self.cu_seqlens) - 1
+        edges = self.cu_seqlens[rows.start * num_seqs // num_rows : rows.stop * num_seqs // num_rows + 1]
+        return dataclasses.replace(
+            self,
+            tokens_T=self.tokens_T[tokens],
+            positions_T=self.positions_T[tokens],
+            cu_seqlens=edges.clamp(tokens.start, tokens.stop) - tokens.start,
+            trained_T=self.trained_T[tokens],
+            rows=self.rows[rows],
+            ref_logp_T=None if self.ref_logp_T is None else self.ref_logp_T[tokens],
+            value_R=None if self.value_R is None else self.value_R[rows],
+        )
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device; asynchronous from pinned memory."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
