@@ -140,11 +140,11 @@ class Policy(nn.Module):
                 )
             else:
                 logp_N, stats = ops.linear_logprob(hidden_ND, weight, target_N, *scalings)
-        return Output(*(self._spread(x, index_N, batch.tokens_T) for x in (logp_N, *stats)), total)
+        return Output(*(self._spread(x, index_N, batch.tokens_T) for x in (logp_N, *stats)), loss=total)
 
     @staticmethod
     def _spread(x_N: Tensor, index_N: Tensor, like_T: Tensor) -> Tensor:
-        return torch.zeros(len(like_T), dtype=torch.float32, device=x_N.device).scatter(0, index_N, x_N)
+        return x_N.new_zeros(len(like_T)).scatter(0, index_N, x_N)
 
     def _hidden_or_logits(self, batch: Batch, pick_N: Tensor) -> tuple[Tensor, Optional[Tensor]]:
         model = self.lm if self.head == "logits" else self.lm.base_model
