@@ -11,8 +11,9 @@ from tests import toy as t
 from tests.dist.test_resume import assert_equal_runs
 from tests.dist.test_step import FREE, dpo_truth, rows_of_step, sft_truth
 
-KEPT_BYTES = 4 * 420 * 24
-"""Exponentials of 24 tokens in fp32: some pairs fit, some do not, no micro batch does."""
+VOCAB = 420
+MOST = {"dpo": 24, "sft": 8, "cpt": 20, "kto": 12}
+"""Tokens whose exponentials are kept: some pairs and rows fit, some do not, few micro batches do."""
 KINDS = {
     "sft": ("sft", {}),
     "cpt": ("cpt", {}),
@@ -25,10 +26,14 @@ KINDS = {
 }
 
 
-def start(ranks, toy, tmp_path, algo, name, kept_bytes, world_size=1, words=(), stop_at=None, **sections):
+def start(ranks, toy, tmp_path, algo, name, world_size, *, in_parts=True, stop_at=None, **sections):
     config = t.config(toy, algo, tmp_path / f"{name}.yaml", **sections)
+    size = 2 if sections["train"].get("precision") == "bf16" else 4
+    kept_bytes = MOST[algo] * VOCAB * size if in_parts else 2**40
     run = f"{tmp_path.name}-{name}"
-    job = ranks.run(algo, config, run, *words, world_size=world_size, kept_bytes=kept_bytes, stop_at=stop_at)
+    job = ranks.run(algo, config, run, world_size=world_size, kept_bytes=kept_bytes, stop_at=stop_at)
+    if stop_at is None:
+        assert (max(parts_of(job), default=0) > 1) == in_parts
     return job
 
 
@@ -40,8 +45,7 @@ def parts_of(job, rank=0):
 def test_loss_and_gradient_of_a_step_equal_plain_fp64(ranks, toy, tmp_path, algo):
     """Two ranks, two micro batches each; AdamW's first moment is (1 - β1) times the gradient."""
     train = FREE | {"max_steps": 1, "micro_batch_size": 2}
-    job = start(ranks, toy, tmp_path, algo, "parts", KEPT_BYTES, 2, train=train)
-    assert max(parts_of(job)) > 1
+    job = start(ranks, toy, tmp_path, algo, "parts", 2, train=train)
     store, model = t.stores(job.run_dir)["train"], t.model64.__wrapped__(toy / "model")
     rows = rows_of_step(store, 0)
     loss = dpo_truth(model, store, rows)[0] if algo == "dpo" else sft_truth(model, store, rows)
@@ -58,10 +62,8 @@ def test_parts_change_nothing(ranks, toy, tmp_path, kind):
     """Three steps: gradients and metrics of the first, and what follows from them."""
     algo, sections = KINDS[kind]
     sections = {**sections, "train": {"max_steps": 3, **sections.get("train", {})}}
-    whole = start(ranks, toy, tmp_path, algo, "whole", 2**40, 2, **sections)
-    parts = start(ranks, toy, tmp_path, algo, "parts", KEPT_BYTES, 2, **sections)
-    assert parts_of(whole) == []
-    assert max(parts_of(parts)) > 1
+    whole = start(ranks, toy, tmp_path, algo, "whole", 2, in_parts=False, **sections)
+    parts = start(ranks, toy, tmp_path, algo, "parts", 2, **sections)
     for a, b in zip(t.metrics(whole.run_dir), t.metrics(parts.run_dir), strict=True):
         tolerance = 1e-5 if a["step"] == 1 else 2e-4
         assert a == pytest.approx(b, rel=tolerance, abs=tolerance)
@@ -73,26 +75,23 @@ def test_parts_change_nothing(ranks, toy, tmp_path, kind):
 def test_hybrid_sharding(ranks, toy, tmp_path):
     """2 copies x 2 shards."""
     train = {"max_steps": 2}
-    whole = start(ranks, toy, tmp_path, "dpo", "whole", 2**40, 1, train=train)
-    parts = start(ranks, toy, tmp_path, "dpo", "parts", KEPT_BYTES, 4, train=train, dist={"shard_size": 2})
-    assert max(parts_of(parts)) > 1
+    whole = start(ranks, toy, tmp_path, "dpo", "whole", 1, in_parts=False, train=train)
+    parts = start(ranks, toy, tmp_path, "dpo", "parts", 4, train=train, dist={"shard_size": 2})
     for a, b in zip(t.metrics(whole.run_dir), t.metrics(parts.run_dir), strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("algo", ["dpo", "sft"])
 def test_interrupted_equals_undisturbed(ranks, toy, tmp_path, algo):
-    """Bit for bit; five micro batches of a step are more than the looks that are counted to."""
+    """Bit for bit, in bf16."""
     sections = {
         "train": {"max_steps": 4, "micro_batch_size": 2, "precision": "bf16"},
         "validation": {"at_start": True, "every": 2, "at_end": True},
         "checkpoint": {"every": 2, "best_metric": "eval_loss"},
     }
-    kept_bytes = KEPT_BYTES // 2
-    whole = start(ranks, toy, tmp_path, algo, "whole", kept_bytes, 2, **sections)
-    assert max(parts_of(whole)) > 1
+    whole = start(ranks, toy, tmp_path, algo, "whole", 2, **sections)
     for stop_at in (9, 7):
-        job = start(ranks, toy, tmp_path, algo, "cut", kept_bytes, 2, stop_at=stop_at, **sections)
+        job = start(ranks, toy, tmp_path, algo, "cut", 2, stop_at=stop_at, **sections)
         assert attempts.read_all(job.run_dir)[-1]["state"] == "YIELD"
-    job = start(ranks, toy, tmp_path, algo, "cut", kept_bytes, 2, **sections)
+    job = start(ranks, toy, tmp_path, algo, "cut", 2, **sections)
     assert_equal_runs(whole.run_dir, job.run_dir, 4)

@@ -87,6 +87,20 @@ def test_logprob_of_logits(dtype):
     assert heads.error(logits.grad, wide.grad) < (1e-5 if dtype == torch.float32 else 4e-3)
 
 
+def test_a_loss_scale_inside_keeps_an_fp16_gradient(monkeypatch):
+    """Of a mean over so many tokens that fp16 has no number for it: a scale that comes later is too late."""
+    x, w, target = heads.example(12, 64, 777, torch.float16)
+    monkeypatch.setattr(head, "KEPT_BYTES", 5 * 777 * 2)
+    small, scale = 1e-7, 2.0**16
+    _, _, right, _ = heads.truth(x, w, target, torch.full((12,), small * scale))
+    for inside, upstream in ((scale, 1.0), (1.0, scale)):
+        own = w.clone().requires_grad_()
+        fn = lambda logp, rows: logp.sum() * (small * inside)  # noqa: E731, B023
+        loss, *_ = ops.linear_loss(x, own, target, fn, range(13))
+        (loss * upstream).backward()
+        assert (heads.error(own.grad, right) < 5e-3) == (inside == scale)
+
+
 def test_fp16_runs_on_the_kernels(caplog):
     """Not on the reference, which would make the tests above say nothing about fp16."""
     x, _, _ = heads.example(2, 8, 10, torch.float16)
