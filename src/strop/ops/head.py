@@ -18,7 +18,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from strop.ops import native
+from strop.ops import native, workspace
 from strop.ops.native import DTYPES, PANEL, SEGMENT, TILE, call
 from strop.ops.reference import Scalings, Walked
 
@@ -119,7 +119,8 @@ def forward(
     """Log-probs with statistics, and what is kept. Raises ValueError for a target outside the vocabulary."""
     hidden, rows = hidden.contiguous(), _Rows(hidden, scalings)
     shape, tops_shape = kept_shape(hidden, weight, keep)
-    kept = hidden.new_empty(shape)
+    on_cpu = hidden.device.type == "cpu"
+    kept = workspace.empty(shape, hidden.dtype) if on_cpu else hidden.new_empty(shape)
     tops = hidden.new_empty(tops_shape, dtype=torch.float32)
     fused = engine(hidden, weight) == "fused"
     if keep == FROZEN and not (fused and scalings.softcap):
