@@ -119,9 +119,8 @@ def forward(
     """Log-probs with statistics, and what is kept. Raises ValueError for a target outside the vocabulary."""
     hidden, rows = hidden.contiguous(), _Rows(hidden, scalings)
     shape, tops_shape = kept_shape(hidden, weight, keep)
-    on_cpu = hidden.device.type == "cpu"
-    kept = workspace.empty(shape, hidden.dtype) if on_cpu else hidden.new_empty(shape)
-    tops = hidden.new_empty(tops_shape, dtype=torch.float32)
+    kept = workspace.empty(shape, hidden.dtype, hidden.device)
+    tops = workspace.empty(tops_shape, torch.float32, hidden.device)
     fused = engine(hidden, weight) == "fused"
     if keep == FROZEN and not (fused and scalings.softcap):
         kept.copy_((_frozen_fused if fused else _frozen_chunked)(hidden, weight, target, rows))
