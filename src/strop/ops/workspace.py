@@ -19,8 +19,8 @@ LEAST = 16 * 2**20
 """Bytes; smaller tensors come from the allocator."""
 GRAIN = 16 * 2**20
 """Memory is taken in multiples of it, so that steps of slightly different size share it."""
-MOST_IDLE = 2
-"""The exponentials that a head keeps, and their tops."""
+MOST_IDLE = 3
+"""The exponentials that a head keeps, their tops, the weight's gradient."""
 
 _lock = threading.RLock()  # a finaliser may run at any point, in the thread that holds it too
 _idle: list[mmap.mmap] = []  # the smallest first
