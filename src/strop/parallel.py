@@ -63,8 +63,8 @@ def shard(policy: Policy, config: TrainConfig, dist: Dist) -> None:
 
 
 class _SumOfOne:
-    """The reduction of a gradient over one rank: what goes in is what comes out. fully_shard asks for an input
-    and then for an output; given the same tensor for both, its copy of one to the other costs nothing."""
+    """The reduction of a gradient over one rank. fully_shard asks for an input and then for an output; given
+    the same tensor for both, its copy of the one to the other costs nothing."""
 
     def __init__(self) -> None:
         self._input: Optional[Tensor] = None
