@@ -257,10 +257,10 @@ class _LinearLoss(torch.autograd.Function):
                 grad, own, weight, wanted, bias, softcap, temperature, lse,
                 kept if has_kept else None, tops if has_kept else None, ctx.needs,
             )  # fmt: skip
-            del kept, tops  # before the next part has its own
             d_hidden.append(dh)
             d_weight = _add(d_weight, dw)
             d_bias = _add(d_bias, db)
+            del kept, tops, dw  # the next part wants their memory
         every = [torch.cat(x) for x in zip(*parts)] if parts else [loss.new_empty(0) for _ in range(4)]
         ctx.mark_non_differentiable(*every)
         whole: list[Optional[Tensor]] = [torch.cat(d_hidden) if d_hidden else None, d_weight, d_bias]
