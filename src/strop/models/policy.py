@@ -140,7 +140,8 @@ class Policy(nn.Module):
                 )
             else:
                 logp_N, stats = ops.linear_logprob(hidden_ND, weight, target_N, *scalings)
-        return Output(*(self._spread(x, index_N, batch.tokens_T) for x in (logp_N, *stats)), loss=total)
+        logp_T, *stats_T = (self._spread(x, index_N, batch.tokens_T) for x in (logp_N, *stats))
+        return Output(logp_T, *stats_T)._replace(loss=total)
 
     @staticmethod
     def _spread(x_N: Tensor, index_N: Tensor, like_T: Tensor) -> Tensor:
