@@ -1,10 +1,10 @@
 // Causal attention over packed sequences for CPUs with AVX-512's bf16 dot product, forward and backward.
 //
-// As in cpu_avx512.h a lane is a token, so a softmax needs no shuffles and a query's numbers do not know which
-// sequences lie beside it. A slot is 16 queries of one head; the heads that share keys take turns, so two slots
-// (a tile) are mostly the same queries of two heads, and what the causal mask wastes at the diagonal is that of
-// 16 queries. Keys come in panels of 8, and in blocks with the running maximum of flash attention (Dao et al.
-// 2022); the backward computes the probabilities again from the log-sum-exp. Exponentials are powers of two.
+// A lane is a query of one head, so a softmax needs no shuffles, and a query's numbers do not know which sequences
+// lie beside it. Heads that share their keys share a tile of 32 lanes too: all of a query's, then the next query's,
+// as they lie in memory. So the causal mask wastes few keys at the diagonal, and the keys' gradients sum over the
+// heads as they sum over the queries. Keys come in panels of 8, and in blocks with the running maximum of flash
+// attention (Dao et al. 2022); the backward computes the probabilities again from the log-sum-exp.
 // A work item of the forward is some tiles of a sequence and a head of keys; of the backward a head of keys in a
 // chain of sequences that share prompts, so that every sum over queries has one owner and one order.
 //
@@ -25,7 +25,7 @@ namespace attention {
 
 using head::Bf16;
 
-constexpr int64_t SLOT = 16, TILE = 32;  // queries of one head, in a register; in two, of one head or of two
+constexpr int64_t HALF = 16, TILE = 32;  // lanes of a register, and of a tile
 constexpr int64_t PANEL = 8;             // keys, or dims, that meet a tile in registers
 constexpr int64_t BLOCK = 128;           // keys between two corrections of a running maximum
 constexpr int64_t TEAM = 2;              // tiles of the backward that add to the keys' gradients at once
@@ -51,9 +51,7 @@ struct Attention {
     int64_t num_queries(int64_t s) const { return cu_queries[s + 1] - cu_queries[s]; }
     int64_t num_keys(int64_t s) const { return cu_keys[s + 1] - cu_keys[s]; }
     int64_t num_shared(int64_t s) const { return num_keys(s) - num_queries(s); }
-    int64_t num_tiles(int64_t s) const {
-        return head::ceil_div(head::ceil_div(num_queries(s), SLOT) * group(), TILE / SLOT);
-    }
+    int64_t num_tiles(int64_t s) const { return head::ceil_div(num_queries(s) * group(), TILE); }
     // The token of a sequence's j-th key.
     int64_t key_token(int64_t s, int64_t j) const {
         const int64_t shared = num_shared(s);
@@ -139,61 +137,57 @@ AVX512 INLINE void transpose(__m512i (&r)[16]) {
 // Lanes of 32 bits that a row of D bf16 has from its pair `d` on.
 inline __mmask16 pair_lanes(int64_t size, int64_t d) { return size / 2 - d >= 16 ? 0xffff : 0x00ff; }
 
-struct Slot {
-    int64_t first, count, head;  // queries of the sequence; count 0 behind the last slot
-};
-
-// Two slots and the keys that they see: [begin, end) at all, and a mask for each key.
+// 32 queries of the heads that share a head of keys, and the keys that they see: [begin, end) at all, and a mask
+// for each.
 struct Tile {
-    Slot slots[2];
-    int64_t positions[2];  // of the slots' first queries among the keys
+    int64_t count = 0;                        // lanes with a query; the last ones of a sequence may have none
+    int64_t tokens[TILE], heads[TILE];        // of each lane
+    alignas(64) int32_t positions[TILE];      // of each lane's query among the keys
     int64_t window, begin, end;
 
     Tile(const Attention& a, int64_t s, int64_t g, int64_t index) : window(a.window) {
         const int64_t length = a.num_queries(s), group = a.group();
-        for (int64_t half = 0; half < 2; half++) {
-            const int64_t slot = 2 * index + half, first = slot / group * SLOT;
-            if (first < length)
-                slots[half] = {first, std::min(SLOT, length - first), g * group + slot % group};
-            else
-                slots[half] = {slots[0].first, 0, slots[0].head};
-            positions[half] = a.num_shared(s) + slots[half].first;
+        int64_t query = index * TILE / group, h = index * TILE % group;
+        for (int64_t i = 0; i < TILE; i++) {
+            if (query < length) count = i + 1;
+            const int64_t own = std::min(query, length - 1);
+            tokens[i] = a.cu_queries[s] + own, heads[i] = g * group + h;
+            positions[i] = (int32_t)(a.num_shared(s) + own);
+            if (++h == group) query++, h = 0;
         }
         begin = window ? std::max<int64_t>(0, positions[0] - window + 1) / PANEL * PANEL : 0;
-        end = std::max(positions[0] + slots[0].count, positions[1] + slots[1].count);
+        end = positions[TILE - 1] + 1;
     }
+    const uint16_t* row(const Rows& rows, int64_t lane) const { return rows.row(tokens[lane], heads[lane]); }
     AVX512 INLINE __mmask16 sees(int64_t key, int64_t half) const {
-        const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        const __m512i behind = _mm512_add_epi32(lane, _mm512_set1_epi32((int32_t)(positions[half] - key)));
+        const __m512i behind =
+            _mm512_sub_epi32(_mm512_load_si512(positions + HALF * half), _mm512_set1_epi32((int32_t)key));
         __mmask16 mask = _mm512_cmpge_epi32_mask(behind, _mm512_setzero_si512());
         if (window) mask &= _mm512_cmplt_epi32_mask(behind, _mm512_set1_epi32((int32_t)window));
         return mask;
     }
     bool sees_panel(int64_t key) const {  // every query all PANEL keys
-        return key + PANEL <= positions[0] + 1 && (!window || positions[1] + SLOT - key <= window);
+        return key + PANEL <= positions[0] + 1 && (!window || positions[TILE - 1] - key < window);
+    }
+    // Rows on their way into the cache while another tile is computed.
+    void prefetch(const Rows& rows, int64_t size) const {
+        for (int64_t i = 0; i < count; i++)
+            for (int64_t d = 0; d < size; d += 32) __builtin_prefetch(row(rows, i) + d, 0, 2);
     }
 };
 
-// A slot's rows, on their way into the cache while another tile is computed.
-inline void prefetch(const Rows& rows, int64_t start, const Slot& slot, int64_t size) {
-    for (int64_t i = 0; i < slot.count; i++)
-        for (int64_t d = 0; d < size; d += 32)
-            __builtin_prefetch(rows.row(start + slot.first + i, slot.head) + d, 0, 2);
-}
-
-// A slot's rows -> its half of [D / 2][32] pairs along D.
-AVX512 inline void pack_slot(const Rows& rows, int64_t start, const Slot& slot, int64_t size, uint32_t* out) {
-    for (int64_t d = 0; d < size / 2; d += 16) {
-        const __mmask16 some = pair_lanes(size, d);
-        __m512i r[16];
-        for (int64_t i = 0; i < SLOT; i++)
-            r[i] = i < slot.count
-                       ? _mm512_maskz_loadu_epi32(some, rows.row(start + slot.first + i, slot.head) + 2 * d)
-                       : _mm512_setzero_si512();
-        transpose(r);
-        for (int64_t i = 0; i < std::min<int64_t>(16, size / 2 - d); i++)
-            _mm512_storeu_si512(out + (d + i) * TILE, r[i]);
-    }
+// Rows of a tile -> [D / 2][32] pairs along D.
+AVX512 inline void pack_tile(const Rows& rows, const Tile& tile, int64_t size, uint32_t* out) {
+    for (int64_t half = 0; half < TILE; half += HALF)
+        for (int64_t d = 0; d < size / 2; d += 16) {
+            const __mmask16 some = pair_lanes(size, d);
+            __m512i r[HALF];
+            for (int64_t i = 0; i < HALF; i++)
+                r[i] = _mm512_maskz_loadu_epi32(half + i < tile.count ? some : 0, tile.row(rows, half + i) + 2 * d);
+            transpose(r);
+            for (int64_t i = 0; i < std::min<int64_t>(16, size / 2 - d); i++)
+                _mm512_storeu_si512(out + (d + i) * TILE + half, r[i]);
+        }
 }
 
 // Two rows of D (high may be NULL: zeros) -> [D] pairs.
@@ -206,12 +200,11 @@ AVX512 INLINE void pack_pair(const uint16_t* low, const uint16_t* high, int64_t 
     }
 }
 
-// A slot's rows -> [8][D] pairs along the queries.
-AVX512 inline void pack_queries(const Rows& rows, int64_t start, const Slot& slot, int64_t size, uint32_t* out) {
-    for (int64_t i = 0; i < SLOT; i += 2, out += size) {
-        const uint16_t* low = rows.row(start + slot.first + i, slot.head);
-        if (i < slot.count)
-            pack_pair(low, i + 1 < slot.count ? low + rows.token_stride : nullptr, size, out);
+// Rows of a tile -> [16][D] pairs along the queries.
+AVX512 inline void pack_queries(const Rows& rows, const Tile& tile, int64_t size, uint32_t* out) {
+    for (int64_t i = 0; i < TILE; i += 2, out += size) {
+        if (i < tile.count)
+            pack_pair(tile.row(rows, i), i + 1 < tile.count ? tile.row(rows, i + 1) : nullptr, size, out);
         else
             std::memset(out, 0, size * 4);
     }
@@ -240,25 +233,25 @@ AVX512 inline void pack_keys(const Attention& a, const Rows& rows, int64_t s, in
     }
 }
 
-// A slot's half of out [D][32] times factor -> bf16 rows of its head.
-AVX512 inline void store_slot(const float* out, __m512 factor, int64_t start, const Slot& slot, int64_t num_heads,
+// out [D][32] times factor -> bf16 rows of [T, heads, D].
+AVX512 inline void store_tile(const float* out, const __m512 (&factor)[2], const Tile& tile, int64_t num_heads,
                               int64_t size, uint16_t* to) {
-    for (int64_t d = 0; d < size / 2; d += 16) {
-        const __mmask16 some = pair_lanes(size, d);
-        __m512i r[16];
-        for (int64_t i = 0; i < 16; i++) {
-            if (d + i >= size / 2) {
-                r[i] = _mm512_setzero_si512();
-                continue;
+    for (int64_t half = 0; half < 2; half++)
+        for (int64_t d = 0; d < size / 2; d += 16) {
+            const __mmask16 some = pair_lanes(size, d);
+            __m512i r[16];
+            for (int64_t i = 0; i < 16; i++) {
+                const float* at = out + 2 * std::min(d + i, size / 2 - 1) * TILE + HALF * half;
+                r[i] = pairs_of(_mm512_mul_ps(_mm512_loadu_ps(at), factor[half]),
+                                _mm512_mul_ps(_mm512_loadu_ps(at + TILE), factor[half]));
             }
-            const float* at = out + 2 * (d + i) * TILE;
-            r[i] = pairs_of(_mm512_mul_ps(_mm512_loadu_ps(at), factor),
-                            _mm512_mul_ps(_mm512_loadu_ps(at + TILE), factor));
+            transpose(r);
+            for (int64_t i = 0; i < std::min(HALF, tile.count - HALF * half); i++) {
+                const int64_t lane = HALF * half + i;
+                _mm512_mask_storeu_epi32(to + (tile.tokens[lane] * num_heads + tile.heads[lane]) * size + 2 * d, some,
+                                         r[i]);
+            }
         }
-        transpose(r);
-        for (int64_t i = 0; i < slot.count; i++)
-            _mm512_mask_storeu_epi32(to + ((start + slot.first + i) * num_heads + slot.head) * size + 2 * d, some, r[i]);
-    }
 }
 
 // ---- Products. Each keeps 16 sums in registers, enough to hide the latency of the dot product.
@@ -282,14 +275,15 @@ AVX512 INLINE void products(const uint32_t* tile, const uint16_t* rows, int64_t 
     for (int64_t i = 0; i < PANEL; i++) z[i][0] = acc[i][0], z[i][1] = acc[i][1];
 }
 
-// out [D][32] = out * factor + Σ over pairs of keys weights[pair][32] * values[pair][D].
+// out [D][32] = out * factor + Σ over pairs of keys weights[pair][32] * values[pair][D]. fresh: there is no out yet.
 AVX512 INLINE void add_weighted(const uint32_t* weights, const uint32_t* values, int64_t num_pairs, int64_t size,
-                                const __m512 (&factor)[2], float* out) {
+                                const __m512 (&factor)[2], bool fresh, float* out) {
     for (int64_t d = 0; d < size; d += PANEL) {
         __m512 acc[PANEL][2];
         for (int64_t i = 0; i < PANEL; i++)
             for (int64_t half = 0; half < 2; half++)
-                acc[i][half] = _mm512_mul_ps(_mm512_loadu_ps(out + (d + i) * TILE + 16 * half), factor[half]);
+                acc[i][half] = fresh ? _mm512_setzero_ps()
+                                     : _mm512_mul_ps(_mm512_loadu_ps(out + (d + i) * TILE + 16 * half), factor[half]);
         for (int64_t j = 0; j < num_pairs; j++) {
             const __m512bh p0 = (__m512bh)_mm512_loadu_si512(weights + j * TILE);
             const __m512bh p1 = (__m512bh)_mm512_loadu_si512(weights + j * TILE + 16);
@@ -339,7 +333,7 @@ AVX512 INLINE void add_transposed(const uint16_t* weights, const uint32_t* rows,
 struct Scratch {
     Buffer<uint32_t> values, keys, tile, d_tile, queries, d_out, weights;
     Buffer<uint16_t> key_rows, value_rows, rows, d_rows;
-    Buffer<float> out, scores, d_keys, d_values, chain_keys, chain_values;
+    Buffer<float> out, scores, d_keys, d_values, shared_keys, shared_values;
 };
 
 // Work items, the longest first, so that no thread is left with one at the end.
@@ -356,7 +350,6 @@ inline void longest_first(std::vector<Item>& items) {
 // One tile against the keys that it sees: out [D][32], the maximum (of scores times log2 e) and the sum of each query.
 AVX512 inline void forward_tile(const Attention& a, const Tile& tile, Scratch& w, __m512 (&top)[2],
                                 __m512 (&total)[2]) {
-    std::memset(w.out.at, 0, a.size * TILE * 4);
     const __m512 scale = _mm512_set1_ps(a.scale * LOG2_E);
     for (int64_t half = 0; half < 2; half++) top[half] = _mm512_set1_ps(NEVER), total[half] = _mm512_setzero_ps();
     for (int64_t from = tile.begin; from < tile.end; from += BLOCK) {
@@ -388,33 +381,33 @@ AVX512 inline void forward_tile(const Attention& a, const Tile& tile, Scratch& w
             }
             total[half] = sum;
         }
-        add_weighted(w.weights.at, w.values.at + from / 2 * a.size, whole / 2, a.size, factor, w.out.at);
+        add_weighted(w.weights.at, w.values.at + from / 2 * a.size, whole / 2, a.size, factor,
+                     from == tile.begin, w.out.at);
     }
 }
 
 AVX512 inline void forward_item(const Attention& a, const Item& item, Scratch& w, uint16_t* out, float* lse) {
-    const int64_t s = item.sequence, g = item.head, start = a.cu_queries[s];
-    const int64_t end = Tile(a, s, g, item.to - 1).end;
+    const int64_t s = item.sequence, g = item.head, end = Tile(a, s, g, item.to - 1).end;
     w.tile.resize(a.size / 2 * TILE), w.out.resize(a.size * TILE);
     w.scores.resize(BLOCK * TILE), w.weights.resize(BLOCK / 2 * TILE);
     copy_keys(a, a.k, s, g, end, w.key_rows);
     pack_keys(a, a.v, s, g, end, w.values);
     for (int64_t t = std::max<int64_t>(0, item.to - ITEM_TILES); t < item.to; t++) {
         const Tile tile(a, s, g, t);
-        for (int64_t half = 0; half < 2; half++) pack_slot(a.q, start, tile.slots[half], a.size, w.tile.at + 16 * half);
-        const Tile next(a, s, g, std::min(t + 1, item.to - 1));
-        for (const Slot& slot : next.slots) prefetch(a.q, start, slot, a.size);
+        pack_tile(a.q, tile, a.size, w.tile.at);
+        Tile(a, s, g, std::min(t + 1, item.to - 1)).prefetch(a.q, a.size);
         __m512 top[2], total[2];
         forward_tile(a, tile, w, top, total);
+        const __m512 one = _mm512_set1_ps(1.0f);
+        const __m512 inverse[2] = {_mm512_div_ps(one, total[0]), _mm512_div_ps(one, total[1])};
+        store_tile(w.out.at, inverse, tile, a.num_heads, a.size, out);
+        float tops[TILE], totals[TILE];
         for (int64_t half = 0; half < 2; half++) {
-            const Slot& slot = tile.slots[half];
-            store_slot(w.out.at + 16 * half, _mm512_div_ps(_mm512_set1_ps(1.0f), total[half]), start, slot,
-                       a.num_heads, a.size, out);
-            float tops[SLOT], totals[SLOT];
-            _mm512_storeu_ps(tops, top[half]), _mm512_storeu_ps(totals, total[half]);
-            for (int64_t i = 0; i < slot.count; i++)
-                lse[slot.head * a.num_tokens + start + slot.first + i] = tops[i] * LN_2 + std::log(totals[i]);
+            _mm512_storeu_ps(tops + HALF * half, top[half]);
+            _mm512_storeu_ps(totals + HALF * half, total[half]);
         }
+        for (int64_t i = 0; i < tile.count; i++)
+            lse[tile.heads[i] * a.num_tokens + tile.tokens[i]] = tops[i] * LN_2 + std::log(totals[i]);
     }
 }
 
@@ -474,52 +467,48 @@ AVX512 inline void score_gradients(const Attention& a, const Tile& tile, int64_t
     }
 }
 
-// log-sum-exp (times log2 e), and Σ dO·O, of a slot's queries. Behind the sequence's end: probabilities of 0.
-AVX512 inline void slot_sums(const Attention& a, const Gradients& grads, int64_t start, const Slot& slot, __m512& lse,
+// log-sum-exp (times log2 e), and Σ dO·O, of half a tile. Behind the sequence's end: probabilities of 0.
+AVX512 inline void half_sums(const Attention& a, const Gradients& grads, const Tile& tile, int64_t half, __m512& lse,
                              __m512& delta) {
-    float own[SLOT];
-    __m512i sums[SLOT];
-    for (int64_t i = 0; i < SLOT; i++) {
-        own[i] = i < slot.count ? grads.lse[slot.head * a.num_tokens + start + slot.first + i] * LOG2_E : INFINITY;
+    float own[HALF];
+    __m512i sums[HALF];
+    for (int64_t i = 0; i < HALF; i++) {
+        const int64_t lane = HALF * half + i;
+        const bool used = lane < tile.count;
+        own[i] = used ? grads.lse[tile.heads[lane] * a.num_tokens + tile.tokens[lane]] * LOG2_E : INFINITY;
         __m512 sum = _mm512_setzero_ps();
-        for (int64_t d = 0; i < slot.count && d < a.size / 2; d += 16) {
-            const __mmask16 some = pair_lanes(a.size, d);
-            const int64_t token = start + slot.first + i;
-            sum = _mm512_dpbf16_ps(
-                sum, (__m512bh)_mm512_maskz_loadu_epi32(some, grads.d_out.row(token, slot.head) + 2 * d),
-                (__m512bh)_mm512_maskz_loadu_epi32(some, grads.out.row(token, slot.head) + 2 * d));
+        for (int64_t d = 0; d < a.size / 2; d += 16) {
+            const __mmask16 some = used ? pair_lanes(a.size, d) : 0;
+            sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_maskz_loadu_epi32(some, tile.row(grads.d_out, lane) + 2 * d),
+                                   (__m512bh)_mm512_maskz_loadu_epi32(some, tile.row(grads.out, lane) + 2 * d));
         }
         sums[i] = _mm512_castps_si512(sum);
     }
     transpose(sums);
     delta = _mm512_setzero_ps();
-    for (int64_t i = 0; i < SLOT; i++) delta = _mm512_add_ps(delta, _mm512_castsi512_ps(sums[i]));
+    for (int64_t i = 0; i < HALF; i++) delta = _mm512_add_ps(delta, _mm512_castsi512_ps(sums[i]));
     lse = _mm512_loadu_ps(own);
 }
 
 // Tiles t0 .. of a sequence, at most TEAM: their dQ, and what they add to dK and dV.
 AVX512 inline void backward_team(const Attention& a, const Gradients& grads, int64_t s, int64_t g, int64_t t0,
                                  Scratch& w) {
-    const int64_t start = a.cu_queries[s], size = a.size, num_tiles = std::min(TEAM, a.num_tiles(s) - t0);
+    const int64_t size = a.size, num_tiles = std::min(TEAM, a.num_tiles(s) - t0);
     const Tile tiles[TEAM] = {Tile(a, s, g, t0), Tile(a, s, g, t0 + num_tiles - 1)};
     __m512 lse[TEAM][2], delta[TEAM][2];
-    for (int64_t t = 0; t < num_tiles; t++)
-        for (int64_t half = 0; half < 2; half++) {
-            const Slot& slot = tiles[t].slots[half];
-            const int64_t pairs = (2 * t + half) * SLOT / 2 * size, along = t * size / 2 * TILE + 16 * half;
-            pack_slot(a.q, start, slot, size, w.tile.at + along);
-            pack_slot(grads.d_out, start, slot, size, w.d_tile.at + along);
-            pack_queries(a.q, start, slot, size, w.queries.at + pairs);
-            pack_queries(grads.d_out, start, slot, size, w.d_out.at + pairs);
-            slot_sums(a, grads, start, slot, lse[t][half], delta[t][half]);
-        }
+    for (int64_t t = 0; t < num_tiles; t++) {
+        const Tile& tile = tiles[t];
+        pack_tile(a.q, tile, size, w.tile.at + t * size / 2 * TILE);
+        pack_tile(grads.d_out, tile, size, w.d_tile.at + t * size / 2 * TILE);
+        pack_queries(a.q, tile, size, w.queries.at + t * TILE / 2 * size);
+        pack_queries(grads.d_out, tile, size, w.d_out.at + t * TILE / 2 * size);
+        for (int64_t half = 0; half < 2; half++) half_sums(a, grads, tile, half, lse[t][half], delta[t][half]);
+    }
     for (int64_t t = t0 + TEAM; t < std::min(t0 + 2 * TEAM, a.num_tiles(s)); t++) {
         const Tile next(a, s, g, t);
-        for (const Slot& slot : next.slots)
-            for (const Rows* rows : {&a.q, &grads.d_out, &grads.out}) prefetch(*rows, start, slot, size);
+        for (const Rows* rows : {&a.q, &grads.d_out, &grads.out}) next.prefetch(*rows, size);
     }
     const __m512 ones[2] = {_mm512_set1_ps(1.0f), _mm512_set1_ps(1.0f)};
-    std::memset(w.out.at, 0, TEAM * size * TILE * 4);
     for (int64_t from = tiles[0].begin; from < tiles[num_tiles - 1].end; from += BLOCK) {
         int64_t begins[TEAM], ends[TEAM];  // whole panels of the block that a tile sees
         for (int64_t t = 0; t < num_tiles; t++) {
@@ -528,7 +517,7 @@ AVX512 inline void backward_team(const Attention& a, const Gradients& grads, int
             if (begins[t] >= ends[t]) continue;
             score_gradients(a, tiles[t], t, begins[t], ends[t] - begins[t], begins[t] - from, w, lse[t], delta[t]);
             add_weighted(w.weights.at, w.keys.at + begins[t] / 2 * size, (ends[t] - begins[t]) / 2, size, ones,
-                         w.out.at + t * size * TILE);
+                         begins[t] == tiles[t].begin, w.out.at + t * size * TILE);
         }
         for (int64_t j = from; j < ends[num_tiles - 1]; j += PANEL) {
             // Keys of a window's begin are the first tile's only, those of its end the last one's.
@@ -539,43 +528,39 @@ AVX512 inline void backward_team(const Attention& a, const Gradients& grads, int
             add_transposed(w.d_rows.at + at, w.queries.at + skipped, pairs, size, w.d_keys.at + j * size);
         }
     }
+    const __m512 scale[2] = {_mm512_set1_ps(a.scale), _mm512_set1_ps(a.scale)};
     for (int64_t t = 0; t < num_tiles; t++)
-        for (int64_t half = 0; half < 2; half++)
-            store_slot(w.out.at + t * size * TILE + 16 * half, _mm512_set1_ps(a.scale), start, tiles[t].slots[half],
-                       a.num_heads, size, grads.d_q);
+        store_tile(w.out.at + t * size * TILE, scale, tiles[t], a.num_heads, size, grads.d_q);
 }
 
-// Sequences [item.sequence, item.to), each but the first with keys of the one before it; one head of keys.
+// Sequences [item.sequence, item.to), each but the first with keys of the one before it; one head of keys. From the
+// last to the first, so that what a sequence adds to its prompt's keys is there when their own turn comes.
 AVX512 inline void backward_item(const Attention& a, const Gradients& grads, const Item& item, Scratch& w) {
     const int64_t g = item.head, size = a.size;
-    const int64_t first = a.cu_queries[item.sequence], num_tokens = a.cu_queries[item.to] - first;
     w.tile.resize(TEAM * size / 2 * TILE), w.d_tile.resize(TEAM * size / 2 * TILE), w.out.resize(TEAM * size * TILE);
     w.queries.resize(TEAM * TILE / 2 * size), w.d_out.resize(TEAM * TILE / 2 * size);
     w.weights.resize(BLOCK / 2 * TILE), w.rows.resize(BLOCK * TEAM * TILE), w.d_rows.resize(BLOCK * TEAM * TILE);
-    w.chain_keys.zeros(num_tokens * size), w.chain_values.zeros(num_tokens * size);
-    for (int64_t s = item.sequence; s < item.to; s++) {
-        const int64_t n = a.num_keys(s), padded = head::ceil_div(n, PANEL) * PANEL;
-        if (a.num_queries(s) == 0) continue;
+    const __m512 scale = _mm512_set1_ps(a.scale);
+    for (int64_t s = item.to - 1; s >= item.sequence; s--) {
+        const int64_t n = a.num_keys(s), shared = a.num_shared(s), padded = head::ceil_div(n, PANEL) * PANEL;
+        w.d_keys.zeros(padded * size), w.d_values.zeros(padded * size);
+        if (s + 1 < item.to) {
+            std::memcpy(w.d_keys.at + shared * size, w.shared_keys.at, a.num_shared(s + 1) * size * 4);
+            std::memcpy(w.d_values.at + shared * size, w.shared_values.at, a.num_shared(s + 1) * size * 4);
+        }
         copy_keys(a, a.k, s, g, n, w.key_rows), copy_keys(a, a.v, s, g, n, w.value_rows);
         pack_keys(a, a.k, s, g, n, w.keys);
-        w.d_keys.zeros(padded * size), w.d_values.zeros(padded * size);
         for (int64_t t = 0; t < a.num_tiles(s); t += TEAM) backward_team(a, grads, s, g, t, w);
-        for (int64_t j = 0; j < n; j++) {
-            const int64_t at = (a.key_token(s, j) - first) * size;
+        for (int64_t j = shared; j < n; j++)
             for (int64_t d = 0; d < size; d += 16) {
-                float *k = w.chain_keys.at + at + d, *v = w.chain_values.at + at + d;
-                _mm512_storeu_ps(k, _mm512_add_ps(_mm512_loadu_ps(k), _mm512_loadu_ps(w.d_keys.at + j * size + d)));
-                _mm512_storeu_ps(v, _mm512_add_ps(_mm512_loadu_ps(v), _mm512_loadu_ps(w.d_values.at + j * size + d)));
+                const int64_t to = (a.key_token(s, j) * a.num_kv_heads + g) * size + d;
+                Bf16::store(grads.d_k, to, _mm512_mul_ps(scale, _mm512_loadu_ps(w.d_keys.at + j * size + d)));
+                Bf16::store(grads.d_v, to, _mm512_loadu_ps(w.d_values.at + j * size + d));
             }
-        }
+        w.shared_keys.resize(shared * size), w.shared_values.resize(shared * size);
+        std::memcpy(w.shared_keys.at, w.d_keys.at, shared * size * 4);
+        std::memcpy(w.shared_values.at, w.d_values.at, shared * size * 4);
     }
-    const __m512 scale = _mm512_set1_ps(a.scale);
-    for (int64_t t = 0; t < num_tokens; t++)
-        for (int64_t d = 0; d < size; d += 16) {
-            const int64_t to = ((first + t) * a.num_kv_heads + g) * size + d;
-            Bf16::store(grads.d_k, to, _mm512_mul_ps(scale, _mm512_loadu_ps(w.chain_keys.at + t * size + d)));
-            Bf16::store(grads.d_v, to, _mm512_loadu_ps(w.chain_values.at + t * size + d));
-        }
 }
 
 inline void backward(const Attention& a, int64_t num_seqs, const Gradients& grads) {
