@@ -11,6 +11,10 @@
 // Legend: L queries and n keys of a sequence (n > L where a prompt is shared: the first n - L keys are the first
 // ones of the sequence before it), D the size of a head, a multiple of 16; group: heads that share their keys.
 #pragma once
+// As in cpu_avx512.h.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 
 #include <algorithm>
@@ -24,6 +28,7 @@
 namespace attention {
 
 using head::Bf16;
+using head::exp2_16;
 
 constexpr int64_t HALF = 16, TILE = 32;  // lanes of a register, and of a tile
 constexpr int64_t PANEL = 8;             // keys, or dims, that meet a tile in registers
@@ -31,7 +36,7 @@ constexpr int64_t BLOCK = 128;           // keys between two corrections of a ru
 constexpr int64_t TEAM = 2;              // tiles of the backward that add to the keys' gradients at once
 constexpr int64_t ITEM_TILES = 32;       // of the forward
 constexpr float NEVER = -1e30f;          // below every score, and finite: its differences are numbers
-constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
+constexpr float LN_2 = 0.693147181f;
 
 // Rows of heads in memory: element (token, head, d) at token * token_stride + head * head_stride + d.
 struct Rows {
@@ -76,18 +81,6 @@ struct Buffer {
 };
 
 // ---- Layouts
-
-// 2^x for x <= 0, within 2 units of the last place; 0 for -inf, NaN stays NaN. 2^x = 2^floor(x) * p(x - floor(x)).
-AVX512 INLINE __m512 exp2_16(__m512 x) {
-    const __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
-    __m512 p = _mm512_set1_ps(0.00186713017f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.00901702978f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.0557999127f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.240164444f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.693151295f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, x);
-}
 
 // 32 numbers as bf16: low in the first half.
 AVX512 INLINE __m512i halves_of(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
@@ -350,7 +343,7 @@ inline void longest_first(std::vector<Item>& items) {
 // One tile against the keys that it sees: out [D][32], the maximum (of scores times log2 e) and the sum of each query.
 AVX512 inline void forward_tile(const Attention& a, const Tile& tile, Scratch& w, __m512 (&top)[2],
                                 __m512 (&total)[2]) {
-    const __m512 scale = _mm512_set1_ps(a.scale * LOG2_E);
+    const __m512 scale = _mm512_set1_ps(a.scale * head::LOG2_E);
     for (int64_t half = 0; half < 2; half++) top[half] = _mm512_set1_ps(NEVER), total[half] = _mm512_setzero_ps();
     for (int64_t from = tile.begin; from < tile.end; from += BLOCK) {
         const int64_t whole = head::ceil_div(std::min(BLOCK, tile.end - from), PANEL) * PANEL;
@@ -440,7 +433,7 @@ struct Gradients {
 // [key][queries of the team], dS also as pairs of keys. The scale comes last, into the sums.
 AVX512 inline void score_gradients(const Attention& a, const Tile& tile, int64_t t, int64_t from, int64_t whole,
                                    int64_t row, Scratch& w, const __m512 (&lse)[2], const __m512 (&delta)[2]) {
-    const __m512 scale = _mm512_set1_ps(a.scale * LOG2_E);
+    const __m512 scale = _mm512_set1_ps(a.scale * head::LOG2_E);
     const uint32_t *queries = w.tile.at + t * a.size / 2 * TILE, *d_out = w.d_tile.at + t * a.size / 2 * TILE;
     for (int64_t j = 0; j < whole; j += PANEL) {
         __m512 z[PANEL][2], dp[PANEL][2];
@@ -475,7 +468,7 @@ AVX512 inline void half_sums(const Attention& a, const Gradients& grads, const T
     for (int64_t i = 0; i < HALF; i++) {
         const int64_t lane = HALF * half + i;
         const bool used = lane < tile.count;
-        own[i] = used ? grads.lse[tile.heads[lane] * a.num_tokens + tile.tokens[lane]] * LOG2_E : INFINITY;
+        own[i] = used ? grads.lse[tile.heads[lane] * a.num_tokens + tile.tokens[lane]] * head::LOG2_E : INFINITY;
         __m512 sum = _mm512_setzero_ps();
         for (int64_t d = 0; d < a.size / 2; d += 16) {
             const __mmask16 some = used ? pair_lanes(a.size, d) : 0;
@@ -581,3 +574,4 @@ inline void backward(const Attention& a, int64_t num_seqs, const Gradients& grad
 }
 
 }  // namespace attention
+#pragma GCC diagnostic pop
