@@ -162,10 +162,21 @@ struct Tile {
     bool sees_panel(int64_t key) const {  // every query all PANEL keys
         return key + PANEL <= positions[0] + 1 && (!window || positions[TILE - 1] - key < window);
     }
-    // Rows on their way into the cache while another tile is computed.
-    void prefetch(const Rows& rows, int64_t size) const {
-        for (int64_t i = 0; i < count; i++)
-            for (int64_t d = 0; d < size; d += 32) __builtin_prefetch(row(rows, i) + d, 0, 2);
+};
+
+// What memory brings into the cache while a tile is computed: the rows of another, and its own that it will write.
+// Few at a time, since more than the core can wait for at once would stop it.
+template <int COUNT>
+struct Errand {
+    const Tile &next, &own;
+    Rows read[COUNT], written;
+    int64_t size, lane = 0;
+    INLINE void go_on() {
+        for (const int64_t end = std::min(lane + 4, TILE); lane < end; lane++)
+            for (int64_t d = 0; d < size; d += 32) {
+                for (const Rows& rows : read) __builtin_prefetch(next.row(rows, lane) + d, 0, 2);
+                __builtin_prefetch(own.row(written, lane) + d, 1, 2);
+            }
     }
 };
 
@@ -341,8 +352,8 @@ inline void longest_first(std::vector<Item>& items) {
 // ---- Forward
 
 // One tile against the keys that it sees: out [D][32], the maximum (of scores times log2 e) and the sum of each query.
-AVX512 inline void forward_tile(const Attention& a, const Tile& tile, Scratch& w, __m512 (&top)[2],
-                                __m512 (&total)[2]) {
+AVX512 inline void forward_tile(const Attention& a, const Tile& tile, Errand<1> errand, Scratch& w,
+                                __m512 (&top)[2], __m512 (&total)[2]) {
     const __m512 scale = _mm512_set1_ps(a.scale * head::LOG2_E);
     for (int64_t half = 0; half < 2; half++) top[half] = _mm512_set1_ps(NEVER), total[half] = _mm512_setzero_ps();
     for (int64_t from = tile.begin; from < tile.end; from += BLOCK) {
@@ -351,6 +362,7 @@ AVX512 inline void forward_tile(const Attention& a, const Tile& tile, Scratch& w
         for (int64_t j = 0; j < whole; j += PANEL) {
             __m512 z[PANEL][2];
             products(w.tile.at, w.key_rows.at + (from + j) * a.size, a.size, z);
+            errand.go_on();
             const bool all = tile.sees_panel(from + j);
             for (int64_t i = 0; i < PANEL; i++)
                 for (int64_t half = 0; half < 2; half++) {
@@ -388,9 +400,9 @@ AVX512 inline void forward_item(const Attention& a, const Item& item, Scratch& w
     for (int64_t t = std::max<int64_t>(0, item.to - ITEM_TILES); t < item.to; t++) {
         const Tile tile(a, s, g, t);
         pack_tile(a.q, tile, a.size, w.tile.at);
-        Tile(a, s, g, std::min(t + 1, item.to - 1)).prefetch(a.q, a.size);
+        const Tile next(a, s, g, std::min(t + 1, item.to - 1));
         __m512 top[2], total[2];
-        forward_tile(a, tile, w, top, total);
+        forward_tile(a, tile, {next, tile, {a.q}, {out, a.num_heads * a.size, a.size}, a.size}, w, top, total);
         const __m512 one = _mm512_set1_ps(1.0f);
         const __m512 inverse[2] = {_mm512_div_ps(one, total[0]), _mm512_div_ps(one, total[1])};
         store_tile(w.out.at, inverse, tile, a.num_heads, a.size, out);
@@ -432,12 +444,14 @@ struct Gradients {
 // P and dS = P * (dP - Σ dO·O) of keys [from, from + whole) and the t-th tile of a team: both as rows
 // [key][queries of the team], dS also as pairs of keys. The scale comes last, into the sums.
 AVX512 inline void score_gradients(const Attention& a, const Tile& tile, int64_t t, int64_t from, int64_t whole,
-                                   int64_t row, Scratch& w, const __m512 (&lse)[2], const __m512 (&delta)[2]) {
+                                   int64_t row, Errand<3>& errand, Scratch& w, const __m512 (&lse)[2],
+                                   const __m512 (&delta)[2]) {
     const __m512 scale = _mm512_set1_ps(a.scale * head::LOG2_E);
     const uint32_t *queries = w.tile.at + t * a.size / 2 * TILE, *d_out = w.d_tile.at + t * a.size / 2 * TILE;
     for (int64_t j = 0; j < whole; j += PANEL) {
         __m512 z[PANEL][2], dp[PANEL][2];
         products(queries, w.key_rows.at + (from + j) * a.size, a.size, z);
+        errand.go_on();
         products(d_out, w.value_rows.at + (from + j) * a.size, a.size, dp);
         const bool all = tile.sees_panel(from + j);
         __m512i ds[PANEL];
@@ -497,10 +511,12 @@ AVX512 inline void backward_team(const Attention& a, const Gradients& grads, int
         pack_queries(grads.d_out, tile, size, w.d_out.at + t * TILE / 2 * size);
         for (int64_t half = 0; half < 2; half++) half_sums(a, grads, tile, half, lse[t][half], delta[t][half]);
     }
-    for (int64_t t = t0 + TEAM; t < std::min(t0 + 2 * TEAM, a.num_tiles(s)); t++) {
-        const Tile next(a, s, g, t);
-        for (const Rows* rows : {&a.q, &grads.d_out, &grads.out}) next.prefetch(*rows, size);
-    }
+    const int64_t last_tile = a.num_tiles(s) - 1;
+    const Tile next[TEAM] = {Tile(a, s, g, std::min(t0 + TEAM, last_tile)),
+                             Tile(a, s, g, std::min(t0 + TEAM + 1, last_tile))};
+    const Rows read[] = {a.q, grads.d_out, grads.out}, written = {grads.d_q, a.num_heads * size, size};
+    Errand<3> errands[TEAM] = {{next[0], tiles[0], {read[0], read[1], read[2]}, written, size},
+                               {next[1], tiles[1], {read[0], read[1], read[2]}, written, size}};
     const __m512 ones[2] = {_mm512_set1_ps(1.0f), _mm512_set1_ps(1.0f)};
     for (int64_t from = tiles[0].begin; from < tiles[num_tiles - 1].end; from += BLOCK) {
         int64_t begins[TEAM], ends[TEAM];  // whole panels of the block that a tile sees
@@ -508,7 +524,8 @@ AVX512 inline void backward_team(const Attention& a, const Gradients& grads, int
             begins[t] = std::max(from, tiles[t].begin);
             ends[t] = head::ceil_div(std::min(from + BLOCK, tiles[t].end), PANEL) * PANEL;
             if (begins[t] >= ends[t]) continue;
-            score_gradients(a, tiles[t], t, begins[t], ends[t] - begins[t], begins[t] - from, w, lse[t], delta[t]);
+            score_gradients(a, tiles[t], t, begins[t], ends[t] - begins[t], begins[t] - from, errands[t], w,
+                            lse[t], delta[t]);
             add_weighted(w.weights.at, w.keys.at + begins[t] / 2 * size, (ends[t] - begins[t]) / 2, size, ones,
                          begins[t] == tiles[t].begin, w.out.at + t * size * TILE);
         }
