@@ -166,25 +166,29 @@ AVX512 void gate_block(const typename T::Element* gate, const typename T::Elemen
 template <class T, class Mask>
 AVX512 INLINE void gate_lanes_grad(const typename T::Element* gate, const typename T::Element* up,
                                    const typename T::Element* dy, Mask m, typename T::Element* d_gate,
-                                   typename T::Element* d_up) {
-    const __m512 g = T::load(gate, m), y = T::load(dy, m), s = sigmoid16<T>(g);
+                                   typename T::Element* d_up, typename T::Element* product) {
+    const __m512 g = T::load(gate, m), u = T::load(up, m), y = T::load(dy, m), s = sigmoid16<T>(g);
     const __m512 silu = _mm512_mul_ps(g, s), one = _mm512_set1_ps(1.0f);
     // silu' = s (1 + g (1 - s)) = s + silu (1 - s)
     const __m512 slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(one, s), s);
-    T::store(d_gate, m, _mm512_mul_ps(_mm512_mul_ps(y, T::load(up, m)), slope));
+    T::store(d_gate, m, _mm512_mul_ps(_mm512_mul_ps(y, u), slope));
     T::store(d_up, m, _mm512_mul_ps(y, silu));
+    if (product != nullptr) T::store(product, m, _mm512_mul_ps(T::round(silu), u));
 }
 
 template <class T>
 AVX512 void gate_block_grad(const typename T::Element* gate, const typename T::Element* up,
                             const typename T::Element* dy, int64_t n, typename T::Element* d_gate,
-                            typename T::Element* d_up) {
+                            typename T::Element* d_up, typename T::Element* product) {
     int64_t i = 0;
     for (; i + 16 <= n; i += 16) {
         fetch(gate + i), fetch(up + i), fetch(dy + i), fetch_for_write(d_gate + i), fetch_for_write(d_up + i);
-        gate_lanes_grad<T>(gate + i, up + i, dy + i, Whole(), d_gate + i, d_up + i);
+        if (product) fetch_for_write(product + i);
+        gate_lanes_grad<T>(gate + i, up + i, dy + i, Whole(), d_gate + i, d_up + i, product ? product + i : nullptr);
     }
-    if (i < n) gate_lanes_grad<T>(gate + i, up + i, dy + i, lanes(n - i), d_gate + i, d_up + i);
+    if (i < n)
+        gate_lanes_grad<T>(gate + i, up + i, dy + i, lanes(n - i), d_gate + i, d_up + i,
+                           product ? product + i : nullptr);
 }
 
 constexpr int64_t CHUNK = 4096;  // elements of a thread's turn
@@ -198,12 +202,12 @@ void gate(const void* g, const void* up, int64_t n, void* out) {
 }
 
 template <class T>
-void gate_grad(const void* g, const void* up, const void* dy, int64_t n, void* d_gate, void* d_up) {
+void gate_grad(const void* g, const void* up, const void* dy, int64_t n, void* d_gate, void* d_up, void* product) {
     using E = typename T::Element;
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < n; i += CHUNK)
         gate_block_grad<T>((const E*)g + i, (const E*)up + i, (const E*)dy + i, std::min(CHUNK, n - i),
-                           (E*)d_gate + i, (E*)d_up + i);
+                           (E*)d_gate + i, (E*)d_up + i, product == nullptr ? nullptr : (E*)product + i);
 }
 
 // ---- Rotary embedding: y = x cos + (-x2, x1) sin over the halves of a head; the inverse turns back.
