@@ -1,8 +1,8 @@
 """The layers' kernels and what they take the place of, against formulas in fp64 and transformers' own code.
 
-Sizes: below, at and above 16 lanes, 8 and 128 keys, 32 lanes of queries times the heads that share keys (one to
-three, seven, more than lanes), 32 tiles of a work item; windows that end inside a block of keys; sequences of one
-token; prompts shared in part and whole.
+Sizes: below, at and above 16 lanes, 8 and 128 keys, 32 lanes of queries times the heads that share keys (one
+to three, seven, more than lanes), 32 tiles of a work item; windows that end inside a block of keys; sequences
+of one token; prompts shared in part and whole.
 """
 
 from __future__ import annotations

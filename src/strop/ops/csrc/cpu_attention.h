@@ -20,6 +20,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "cpu_avx512.h"
@@ -64,15 +65,17 @@ struct Attention {
     }
 };
 
-// Memory of a thread, whole cache lines.
+// Memory of a thread, from the start of a cache line on. What it held is gone when it grows.
 template <class T>
 struct Buffer {
-    std::vector<T> memory;
+    std::unique_ptr<T[]> memory;
+    int64_t room = 0;
     T* at = nullptr;
     void resize(int64_t count) {
-        const size_t line = 64 / sizeof(T);
-        if (memory.size() < count + line) memory.resize(count + line);
-        at = (T*)(((uintptr_t)memory.data() + 63) / 64 * 64);
+        if (count <= room) return;
+        memory.reset(new T[count + 64 / sizeof(T)]);
+        at = (T*)(((uintptr_t)memory.get() + 63) / 64 * 64);
+        room = count;
     }
     void zeros(int64_t count) {
         resize(count);
