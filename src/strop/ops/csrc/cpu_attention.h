@@ -570,6 +570,7 @@ AVX512 inline void backward_item(const Attention& a, const Gradients& grads, con
                 Bf16::store(grads.d_k, to, _mm512_mul_ps(scale, _mm512_loadu_ps(w.d_keys.at + j * size + d)));
                 Bf16::store(grads.d_v, to, _mm512_loadu_ps(w.d_values.at + j * size + d));
             }
+        if (shared == 0) continue;
         w.shared_keys.resize(shared * size), w.shared_values.resize(shared * size);
         std::memcpy(w.shared_keys.at, w.d_keys.at, shared * size * 4);
         std::memcpy(w.shared_values.at, w.d_values.at, shared * size * 4);
