@@ -1,0 +1,145 @@
+// The head's products in bf16 by AMX, several times as fast as AVX-512 (see strop_cpu.h): all else is
+// cpu_avx512.h's and cpu_head_grad.h's.
+//
+// A packed tile of 32 tokens is AMX's second operand as it is: 16 steps by 16 tokens are 16 rows of 64 bytes, and
+// two of them lie side by side. Rows of the weight are the first operand, where they are. Two panels of 12 words by
+// 32 tokens are 4 accumulators: 4 loads for 4 products. What does not fill a block is copied beside zeros.
+// A token is a column of tiles, words are rows: neither knows its neighbours.
+#pragma once
+#include "cpu_avx512.h"
+
+#ifdef STROP_EMULATE_AMX
+#include "amx_emulated.h"
+#define STROP_AMX 1
+#elif defined(__linux__) && __has_include(<amxbf16intrin.h>)  // then the assembler knows the instructions too
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#define STROP_AMX 1
+
+// gcc's own intrinsics do not say that they read memory, so what was stored just before might not be there.
+namespace tiles {
+
+template <int T>
+INLINE void zero() {
+    asm volatile("tilezero %%tmm%c0" ::"i"(T));
+}
+template <int T>
+INLINE void load(const void* from, int64_t stride) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory");
+}
+template <int T>
+INLINE void store(void* to, int64_t stride) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(T) : "memory");
+}
+template <int C, int A, int B>
+INLINE void multiply() {  // C += A times B
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
+INLINE void configure(const void* config) { asm volatile("ldtilecfg (%0)" ::"r"(config) : "memory"); }
+INLINE void release() { asm volatile("tilerelease"); }
+
+// Whether the CPU has AMX with bf16, the system saves its registers, and gives this process the permission.
+inline bool start() {
+    constexpr unsigned osxsave = 1u << 27, bf16 = 1u << 22, tile = 1u << 24, saved = 3u << 17;
+    constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & osxsave)) return false;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & bf16) || !(d & tile)) return false;
+    asm volatile("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+    return (a & saved) == saved && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+
+}  // namespace tiles
+#endif
+
+namespace head {
+
+#ifdef STROP_AMX
+
+struct TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};  // 0 .. 3: sums, of panel and half; 4, 5: panels;
+    uint8_t rows[16] = {PANEL, PANEL, PANEL, PANEL, PANEL, PANEL, 16, 16};  // 6, 7: halves of the packed tile
+};
+static_assert(sizeof(TileConfig) == 64, "as ldtilecfg reads it");
+
+struct Amx : Bf16 {
+    static constexpr int64_t panels = 2;
+    static constexpr int64_t words = 480;   // half of L1; an odd number of its lines apart, rows spread over all of it
+    static constexpr int64_t columns = 16;
+    // Around a work item's products. Nobody else's tiles are lost: a library that uses AMX (oneDNN) configures them
+    // in each of its kernels, as the state of a call is not kept by the ABI. And tiles that are not released
+    // would be saved and restored at every switch of the thread.
+    struct Tiles {
+        Tiles() {
+            alignas(64) const TileConfig config;
+            tiles::configure(&config);
+        }
+        ~Tiles() { tiles::release(); }
+        Tiles(const Tiles&) = delete;
+        Tiles& operator=(const Tiles&) = delete;
+    };
+};
+
+// Asked once in the process: later answers are the first.
+inline bool has_amx() {
+    static const bool started = tiles::start();
+    return started;
+}
+
+// A block of `rows` rows of `bytes` bytes, as it is where it is whole, else copied beside zeros.
+template <int64_t ROWS, int64_t BYTES>
+INLINE const char* whole_block(const char* from, int64_t& stride, int64_t rows, int64_t bytes, char (&copy)[ROWS * BYTES]) {
+    if (rows >= ROWS && bytes >= BYTES) return from;
+    std::memset(copy, 0, sizeof(copy));
+    for (int64_t i = 0; i < std::min(rows, ROWS); i++)
+        std::memcpy(copy + i * BYTES, from + i * stride, std::min(bytes, BYTES));
+    stride = BYTES;
+    return copy;
+}
+
+// sum[count][32 tokens] fp32, `sum_stride` bytes apart, of `count` rows (at most 24; those of a begun panel are
+// written) times the packed tile; added: to what is there.
+__attribute__((noinline)) inline void amx_product(const char* tile, const char* rows, int64_t stride, int64_t count,
+                                                  int64_t steps, float* sum, int64_t sum_stride, bool added) {
+    constexpr int64_t STEPS = 16;  // of a block
+    const bool two = count > PANEL;
+    char* const first = (char*)sum;
+    char* const second = first + PANEL * sum_stride;
+    tiles::zero<0>(), tiles::zero<1>(), tiles::zero<2>(), tiles::zero<3>();
+    if (added) {
+        tiles::load<0>(first, sum_stride), tiles::load<1>(first + 64, sum_stride);
+        if (two) tiles::load<2>(second, sum_stride), tiles::load<3>(second + 64, sum_stride);
+    }
+    for (int64_t k = 0; k < steps; k += STEPS) {
+        alignas(64) char copies[2][PANEL * 64], copy[STEPS * 128];
+        int64_t stride0 = stride, stride1 = stride, tile_stride = 128;
+        const int64_t bytes = (steps - k) * 4;
+        const char* half = whole_block<STEPS, 128>(tile + k * 128, tile_stride, steps - k, 128, copy);
+        tiles::load<6>(half, tile_stride), tiles::load<7>(half + 64, tile_stride);
+        tiles::load<4>(whole_block<PANEL, 64>(rows + k * 4, stride0, count, bytes, copies[0]), stride0);
+        tiles::multiply<0, 4, 6>(), tiles::multiply<1, 4, 7>();
+        if (!two) continue;
+        const char* more = rows + PANEL * stride + k * 4;
+        tiles::load<5>(whole_block<PANEL, 64>(more, stride1, count - PANEL, bytes, copies[1]), stride1);
+        tiles::multiply<2, 5, 6>(), tiles::multiply<3, 5, 7>();
+    }
+    tiles::store<0>(first, sum_stride), tiles::store<1>(first + 64, sum_stride);
+    if (two) tiles::store<2>(second, sum_stride), tiles::store<3>(second + 64, sum_stride);
+}
+
+template <>
+AVX512 INLINE void tile_logits<Amx>(const Head& h, int64_t tile, int64_t word, int64_t words,
+                                    __m512 (&z)[Amx::panels][PANEL][2]) {
+    const int64_t stride = h.stride * Amx::bytes;
+    amx_product((const char*)h.packed + tile * TILE * h.hidden_size * Amx::bytes,
+                (const char*)h.weight + word * stride, stride, words, h.hidden_size / Amx::depth, (float*)z, 128, false);
+}
+
+#else
+using Amx = Bf16;
+inline bool has_amx() { return false; }
+#endif
+
+}  // namespace head
