@@ -331,8 +331,9 @@ int strop_head_supported(int dtype) {
 }
 
 int strop_head_uses_amx(void) {
-#ifdef STROP_FUSED
-    return strop_head_supported(STROP_BF16) && head::has_amx();
+#ifdef STROP_AMX
+    static const bool granted = strop_head_supported(STROP_BF16) && tiles::start();  // asked once in the process
+    return granted;
 #else
     return 0;
 #endif

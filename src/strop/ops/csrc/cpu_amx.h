@@ -3,7 +3,7 @@
 //
 // A packed tile of 32 tokens is AMX's second operand as it is: 16 steps by 16 tokens are 16 rows of 64 bytes, and
 // two of them lie side by side. Rows of the weight are the first operand, where they are. Two panels of 12 words by
-// 32 tokens are 4 accumulators: 4 loads for 4 products. What does not fill a block is copied beside zeros.
+// 32 tokens are 4 accumulators: 4 loads for 4 products.
 // A token is a column of tiles, words are rows: neither knows its neighbours.
 #pragma once
 #include "cpu_avx512.h"
@@ -82,28 +82,22 @@ struct Amx : Bf16 {
     };
 };
 
-// Asked once in the process: later answers are the first.
-inline bool has_amx() {
-    static const bool started = tiles::start();
-    return started;
+constexpr int64_t STEPS = 16;  // of a block: pairs of elements
+
+// The sums of one panel, or of two, plus a block of their rows times a block of the packed tile.
+INLINE void multiply_block(const char* tile, const char* rows, int64_t stride, bool two) {
+    tiles::load<6>(tile, 128), tiles::load<7>(tile + 64, 128);
+    tiles::load<4>(rows, stride);
+    tiles::multiply<0, 4, 6>(), tiles::multiply<1, 4, 7>();
+    if (!two) return;
+    tiles::load<5>(rows + PANEL * stride, stride);
+    tiles::multiply<2, 5, 6>(), tiles::multiply<3, 5, 7>();
 }
 
-// A block of `rows` rows of `bytes` bytes, as it is where it is whole, else copied beside zeros.
-template <int64_t ROWS, int64_t BYTES>
-INLINE const char* whole_block(const char* from, int64_t& stride, int64_t rows, int64_t bytes, char (&copy)[ROWS * BYTES]) {
-    if (rows >= ROWS && bytes >= BYTES) return from;
-    std::memset(copy, 0, sizeof(copy));
-    for (int64_t i = 0; i < std::min(rows, ROWS); i++)
-        std::memcpy(copy + i * BYTES, from + i * stride, std::min(bytes, BYTES));
-    stride = BYTES;
-    return copy;
-}
-
-// sum[count][32 tokens] fp32, `sum_stride` bytes apart, of `count` rows (at most 24; those of a begun panel are
-// written) times the packed tile; added: to what is there.
+// sum[count][32 tokens] fp32, rows `sum_stride` bytes apart, of `count` rows (at most 24; of a panel that is begun
+// all 12 are written) times the packed tile; added: to what is there.
 __attribute__((noinline)) inline void amx_product(const char* tile, const char* rows, int64_t stride, int64_t count,
                                                   int64_t steps, float* sum, int64_t sum_stride, bool added) {
-    constexpr int64_t STEPS = 16;  // of a block
     const bool two = count > PANEL;
     char* const first = (char*)sum;
     char* const second = first + PANEL * sum_stride;
@@ -112,18 +106,15 @@ __attribute__((noinline)) inline void amx_product(const char* tile, const char* 
         tiles::load<0>(first, sum_stride), tiles::load<1>(first + 64, sum_stride);
         if (two) tiles::load<2>(second, sum_stride), tiles::load<3>(second + 64, sum_stride);
     }
-    for (int64_t k = 0; k < steps; k += STEPS) {
-        alignas(64) char copies[2][PANEL * 64], copy[STEPS * 128];
-        int64_t stride0 = stride, stride1 = stride, tile_stride = 128;
-        const int64_t bytes = (steps - k) * 4;
-        const char* half = whole_block<STEPS, 128>(tile + k * 128, tile_stride, steps - k, 128, copy);
-        tiles::load<6>(half, tile_stride), tiles::load<7>(half + 64, tile_stride);
-        tiles::load<4>(whole_block<PANEL, 64>(rows + k * 4, stride0, count, bytes, copies[0]), stride0);
-        tiles::multiply<0, 4, 6>(), tiles::multiply<1, 4, 7>();
-        if (!two) continue;
-        const char* more = rows + PANEL * stride + k * 4;
-        tiles::load<5>(whole_block<PANEL, 64>(more, stride1, count - PANEL, bytes, copies[1]), stride1);
-        tiles::multiply<2, 5, 6>(), tiles::multiply<3, 5, 7>();
+    int64_t k = 0;
+    if (count % PANEL == 0)
+        for (; k + STEPS <= steps; k += STEPS) multiply_block(tile + k * 128, rows + k * 4, stride, two);
+    for (; k < steps; k += STEPS) {  // what does not fill a block, beside zeros
+        const int64_t here = std::min(STEPS, steps - k);
+        alignas(64) char some[2 * PANEL * 64] = {}, some_tile[STEPS * 128] = {};
+        for (int64_t i = 0; i < count; i++) std::memcpy(some + i * 64, rows + i * stride + k * 4, here * 4);
+        std::memcpy(some_tile, tile + k * 128, here * 128);
+        multiply_block(some_tile, some, 64, two);
     }
     tiles::store<0>(first, sum_stride), tiles::store<1>(first + 64, sum_stride);
     if (two) tiles::store<2>(second, sum_stride), tiles::store<3>(second + 64, sum_stride);
@@ -139,7 +130,6 @@ AVX512 INLINE void tile_logits<Amx>(const Head& h, int64_t tile, int64_t word, i
 
 #else
 using Amx = Bf16;
-inline bool has_amx() { return false; }
 #endif
 
 }  // namespace head
