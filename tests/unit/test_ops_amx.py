@@ -1,14 +1,16 @@
 """The fused head by AMX, its tiles emulated, at the edges of its blocks; and how it is chosen and named.
 
-Against fp64, and against AVX-512 on the same bits: only the order of fp32 sums differs. Every operand ends
-where a page begins that must not be touched, and between the weight's rows there is NaN. The accuracy goals,
-damaged weights, repeats and the independence of rows are test_ops.py's, with the engine "amx".
+Against fp64, and against what this CPU does on the same bits: only the order of fp32 sums differs. That is
+AVX-512, or on a CPU with AMX the instructions that are emulated. Every operand ends where a page begins that
+must not be touched, and between the weight's rows there is NaN. The accuracy goals, damaged weights, repeats
+and the independence of rows are test_ops.py's, with the engine "amx".
 """
 
 from __future__ import annotations
 
 import logging
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -67,7 +69,7 @@ def run(x, w, target, bias, softcap, temperature, frozen):
 @pytest.mark.parametrize("hidden", [2, 30, 64, 96, 576, 898])
 @pytest.mark.parametrize("keep", ["nothing", "all", "frozen"])
 @pytest.mark.parametrize("how", ["plain", "bias, softcap, temperature"])
-def test_amx_is_avx512_in_another_order(switch, monkeypatch, hidden, keep, how):
+def test_amx_is_this_cpus_way_in_another_order(switch, monkeypatch, hidden, keep, how):
     monkeypatch.setattr(head, "KEPT_BYTES", 0 if keep == "nothing" else 2**30)
     cases = []
     for num_tokens in (1, 31, 33):
@@ -95,24 +97,27 @@ def test_amx_is_avx512_in_another_order(switch, monkeypatch, hidden, keep, how):
 
 def test_the_name_tells_what_multiplies(switch):
     """Bits differ, so a reference's cached log-probs of the one are not the other's."""
-    example = heads.example(33, 576, 1000, torch.bfloat16)
-    by_avx512 = ops.linear_logprob(*example)[0]
-    names = [ops.backend(torch.device("cpu"), dtype) for dtype in (torch.bfloat16, torch.float32)]
-    assert all(name.startswith("native-") and name.endswith("-fused") for name in names)
+    example, cpu = heads.example(33, 576, 1000, torch.bfloat16), torch.device("cpu")
+    own, has_amx = ops.linear_logprob(*example)[0], native.has_amx()
+    assert ops.backend(cpu, torch.bfloat16).endswith("-fused-amx" if has_amx else "-fused")
+    assert ops.backend(cpu, torch.float32).endswith("-fused")
     switch()
-    assert ops.backend(torch.device("cpu"), torch.bfloat16).endswith("-fused-amx")
-    assert ops.backend(torch.device("cpu"), torch.float32).endswith("-fused")
-    assert not torch.equal(ops.linear_logprob(*example)[0], by_avx512)
+    assert ops.backend(cpu, torch.bfloat16).endswith("-fused-amx")
+    assert ops.backend(cpu, torch.float32).endswith("-fused")
+    assert has_amx or not torch.equal(ops.linear_logprob(*example)[0], own)
 
 
 def test_a_cpu_whose_amx_cannot_be_used_is_named_once(switch, monkeypatch, caplog):
     """The fused head stays, by AVX-512: chunks of a rounded matmul would miss the promised accuracy."""
     caplog.set_level(logging.WARNING)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    refused = SimpleNamespace(_name="libstrop_cpu.so", strop_head_uses_amx=lambda: 0)
+    native.has_avx512(torch.bfloat16)
+    monkeypatch.setattr(native, "library", lambda device: refused)
     for _ in range(2):
         assert native.head_kernel(torch.bfloat16) == "avx512"
     [line] = [r.message for r in caplog.records]
-    assert line.startswith("this CPU has AMX, but ")
+    assert line.startswith("this CPU has AMX, but libstrop_cpu.so was built without it")
     switch()
     assert native.head_kernel(torch.bfloat16) == "amx"
     assert len(caplog.records) == 1

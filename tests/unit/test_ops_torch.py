@@ -94,7 +94,7 @@ def test_gradcheck_in_fp64(softcap):
 @pytest.fixture
 def fresh(monkeypatch, caplog):
     """As if nothing had been loaded yet."""
-    caches = (native.library, native.identity, native.has_avx512, native._note)
+    caches = (native.library, native.identity, native.has_avx512, native.has_amx, native._note)
     for cache in caches:
         cache.cache_clear()
     caplog.set_level(logging.WARNING)
