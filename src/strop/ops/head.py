@@ -19,7 +19,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from strop.ops import native
+from strop.ops import native, workspace
 from strop.ops.head_products import Products
 from strop.ops.native import DTYPES, PANEL, SEGMENT, TILE, call
 from strop.ops.reference import Scalings, Walked
@@ -119,8 +119,8 @@ def forward(
     """Log-probs with statistics, and what is kept. Raises ValueError for a target outside the vocabulary."""
     hidden, rows = hidden.contiguous(), _Rows(hidden, scalings)
     shape, tops_shape = kept_shape(hidden, weight, keep)
-    kept = hidden.new_empty(shape)
-    tops = hidden.new_empty(tops_shape, dtype=torch.float32)
+    kept = workspace.empty(shape, hidden.dtype, hidden.device)
+    tops = workspace.empty(tops_shape, torch.float32, hidden.device)
     fused = engine(hidden, weight) == "fused"
     if keep == FROZEN and not (fused and scalings.softcap):
         kept.copy_((_frozen_fused if fused else _frozen_chunked)(hidden, weight, target, rows))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from strop.ops import workspace
 from strop.ops.native import PANEL, TILE, call
 
 
@@ -29,7 +30,9 @@ class Products:
         self.own = fused and hidden.dtype == torch.bfloat16
         shape = (columns, padded) if self.own else (num_tokens, size)
         self.sum = hidden.new_zeros(shape, dtype=torch.float32) if by_hidden else None
-        self.by_weight = weight.new_empty(weight.shape) if by_weight else None
+        self.by_weight = None
+        if by_weight:
+            self.by_weight = workspace.empty(list(weight.shape), weight.dtype, weight.device)
         if self.own and by_hidden:
             self.scratch = hidden.new_empty((columns + padded) * (most_words + 1))
         if self.own and self.by_weight is not None:

@@ -45,6 +45,7 @@ AVX512 inline void pack_turned(const uint16_t* hidden, int64_t num_rows, int64_t
 template <class T>
 AVX512 void weight_item(const Head& h, int64_t from, int64_t to, int64_t first, int64_t last, int64_t size,
                         uint16_t* out) {
+    const bool whole_lines = size % TILE == 0 && (uintptr_t)out % 64 == 0;
     [[maybe_unused]] const typename T::Tiles tiles;
     for (int64_t w = from; w < to; w += T::panels * PANEL) {
         const int64_t words = std::min(T::panels * PANEL, to - w);
@@ -56,7 +57,11 @@ AVX512 void weight_item(const Head& h, int64_t from, int64_t to, int64_t first, 
             for (int64_t i = 0; i < words; i++) {
                 const __m512(&row)[2] = z[i / PANEL][i % PANEL];
                 __m512i both = (__m512i)_mm512_cvtne2ps_pbh(row[1], row[0]);
-                _mm512_mask_storeu_epi16(out + (w + i) * size + tile * TILE, there, both);
+                uint16_t* const line = out + (w + i) * size + tile * TILE;
+                if (whole_lines)  // not read again before it has left the caches
+                    _mm512_stream_si512((__m512i*)line, both);
+                else
+                    _mm512_mask_storeu_epi16(line, there, both);
             }
         }
     }
