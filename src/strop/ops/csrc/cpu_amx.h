@@ -68,9 +68,9 @@ struct Amx : Bf16 {
     static constexpr int64_t panels = 2;
     static constexpr int64_t words = 480;   // half of L1; an odd number of its lines apart, rows spread over all of it
     static constexpr int64_t columns = 16;
-    // Around a work item's products. Nobody else's tiles are lost: a library that uses AMX (oneDNN) configures them
-    // in each of its kernels, as the state of a call is not kept by the ABI. And tiles that are not released
-    // would be saved and restored at every switch of the thread.
+    // Around a work item's products. Nobody else's tiles are lost: the ABI keeps none over a call, and what uses AMX
+    // in the same threads (oneDNN, under torch) sets them in each of its kernels, or reads from the CPU whether they
+    // are as it wants them. And tiles that are not released would be saved at every switch of the thread.
     struct Tiles {
         Tiles() {
             alignas(64) const TileConfig config;
