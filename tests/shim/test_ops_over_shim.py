@@ -22,7 +22,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The library's name apart: its kernels, its dtypes, no CPU kernel; chunks of about 100 words."""
     library = native._checked(built("shim"), "cuda")
     monkeypatch.setattr(native, "library", lambda device: library)
-    monkeypatch.setattr(native, "has_fused_head", lambda dtype: False)
+    monkeypatch.setattr(native, "head_kernel", lambda dtype: "")
     monkeypatch.setitem(native.DTYPES, "cpu", native.DTYPES["cuda"])
     monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 13 * 100 * 2)
 

@@ -1,7 +1,8 @@
 """strop.ops against fp64 formulas written out, in every engine that this machine has.
 
-The engines: "fused" and "chunked" native kernels, "wide" (chunked with fp32 logits of 16-bit matrices, as on
-a GPU; here an fp32 matmul stands for its matmul), and "reference"; all must agree with the same truth.
+The engines: "fused" and "chunked" native kernels, "amx" (fused, with AMX's tiles emulated), "wide" (chunked
+with fp32 logits of 16-bit matrices, as on a GPU; here an fp32 matmul stands for its matmul), and "reference";
+all must agree with the same truth.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from strop import ops
 from strop.ops import functional, head, native, reference
 from strop.ops.head_products import Products
+from tests import amx
 
 HEADS = {
     "plain": {},
@@ -27,8 +29,11 @@ ENGINES = {
     torch.bfloat16: ["reference", "chunked", "wide"],
 }
 for _dtype, _names in ENGINES.items():
-    if native.has_fused_head(_dtype):
+    if native.head_kernel(_dtype):
         _names.append("fused")
+if native.head_kernel(torch.bfloat16):
+    ENGINES[torch.bfloat16].append("amx")
+FUSED = ("fused", "amx")
 CASES = [(dtype, name) for dtype, names in ENGINES.items() for name in names]
 
 
@@ -40,7 +45,9 @@ def use(monkeypatch):
         if engine == "wide":
             monkeypatch.setattr(head, "_is_wide", lambda hidden: True)
             monkeypatch.setattr(head, "_multiply", lambda hidden, words: hidden.float() @ words.float().t())
-        name = "chunked" if engine == "wide" else engine
+        if engine == "amx":
+            monkeypatch.setattr(native, "library", lambda device: amx.emulated())
+        name = {"wide": "chunked", "amx": "fused"}.get(engine, engine)
         monkeypatch.setattr(head, "engine", lambda hidden, weight: name)
         monkeypatch.setattr(head, "KEPT_BYTES", 2**40 if keep == "all" else -1)
         monkeypatch.setattr(head, "CPU_WORDS", 24)
@@ -144,12 +151,12 @@ def test_linear_logprob_is_never_above_0(use, dtype, engine, scale):
     rounded = truth(x.double(), w.double(), target)[0]
     # A logit of size z is rounded by z / 2^8 (bf16) unless it is fp32: two of them stand in a log-prob.
     largest = float((x.double() @ w.double().T).abs().max())
-    unrounded = engine in ("fused", "wide") or dtype == torch.float32
+    unrounded = engine in (*FUSED, "wide") or dtype == torch.float32
     band = 2e-6 * (1 + largest) if unrounded else 2 * largest / 2**8
     assert torch.allclose(logp.double(), rounded, rtol=0, atol=band)
 
 
-@pytest.mark.parametrize("engine", [name for name in ENGINES[torch.bfloat16] if name in ("fused", "wide")])
+@pytest.mark.parametrize("engine", [name for name in ENGINES[torch.bfloat16] if name in (*FUSED, "wide")])
 @pytest.mark.parametrize("keep", ["all", "nothing"])
 def test_bf16_log_probs_err_by_less_than_a_thousandth(use, engine, keep):
     """Of a nat, and the sum over 1,024 tokens by less than a hundredth: logits up to 20 and more."""
@@ -162,12 +169,16 @@ def test_bf16_log_probs_err_by_less_than_a_thousandth(use, engine, keep):
 
 
 # H: below, at and above the columns of a tile (32), and no multiple of a panel (12). Words: below and above
-# what is summed in registers (1,024), an odd number among them. N: one, odd, more than a work item (128).
+# what is summed in registers (1,024; 480 by AMX), an odd number among them. N: one, odd, more than a work
+# item (128).
+@pytest.mark.parametrize("engine", [name for name in ENGINES[torch.bfloat16] if name in (*FUSED, "chunked")])
 @pytest.mark.parametrize(
     ("num_tokens", "hidden", "vocab"), [(1, 2, 1), (33, 30, 13), (161, 34, 1037), (7, 96, 3100)]
 )
-def test_the_products_of_the_backward(monkeypatch, num_tokens, hidden, vocab):
+def test_the_products_of_the_backward(use, monkeypatch, engine, num_tokens, hidden, vocab):
     """Given the gradient by the logits, against the same products in fp64: only the results are rounded."""
+    use(engine)
+    monkeypatch.setattr(head, "CPU_WORDS", native.SEGMENT)
     x, w, _ = example(num_tokens, hidden, vocab, torch.bfloat16)
     padded = -num_tokens // head.TILE * -head.TILE
     d_words = torch.zeros(vocab, padded, dtype=torch.bfloat16)
@@ -251,10 +262,10 @@ def test_the_same_bits_on_repeat(use, dtype, engine):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("dtype", [d for d, e in CASES if e == "fused"])
-def test_a_row_knows_nothing_of_its_neighbours_or_of_threads(use, dtype):
+@pytest.mark.parametrize(("dtype", "engine"), [case for case in CASES if case[1] in FUSED])
+def test_a_row_knows_nothing_of_its_neighbours_or_of_threads(use, dtype, engine):
     """The fused kernel's promise: the same bits alone, in another place, and with one thread."""
-    use("fused")
+    use(engine)
     x, w, target = example(300, 96, 7000, dtype)
     logp, stats = ops.linear_logprob(x, w, target)
     order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
@@ -325,7 +336,7 @@ def test_linear_loss_is_the_loss_of_all_groups(use, monkeypatch, dtype, engine, 
     expected = of_groups(expected_logp, slice(0, 40))
     assert torch.allclose(loss, expected, rtol=1e-4, atol=1e-4)
     assert torch.allclose(
-        logp, expected_logp, atol=1e-5 if engine == "fused" or dtype == torch.float32 else 0.1
+        logp, expected_logp, atol=1e-5 if engine in FUSED or dtype == torch.float32 else 0.1
     )
     (3 * loss).backward()
     (3 * expected).backward()

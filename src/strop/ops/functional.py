@@ -163,7 +163,8 @@ def backend(device: torch.device, dtype: torch.dtype) -> str:
     name = native.identity(device.type) if device.type in native.DTYPES else "reference"
     if name == "reference" or dtype not in native.DTYPES[device.type]:
         return "reference"
-    return f"{name}-{'fused' if device.type == 'cpu' and native.has_fused_head(dtype) else 'chunked'}"
+    kernel = native.head_kernel(dtype) if device.type == "cpu" else ""
+    return f"{name}-" + {"": "chunked", "avx512": "fused", "amx": "fused-amx"}[kernel]
 
 
 def _whole(weight: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The language model's head on the native kernels: hidden states to log-probs of targets, and back.
 
-Two engines. *fused* (CPUs with AVX-512): matmul and softmax in one kernel, logits in fp32 registers only.
+Two engines. *fused* (CPUs with AVX-512, or AMX beside it): matmul and softmax in one kernel, logits in fp32
+and only a tile at a time.
 *chunked* (other CPUs, GPUs): torch's matmul of one chunk of the vocabulary, one read of it by a row kernel.
 The floors of 2, 6, 8 and 4NHV operations (log-probs only, one pass, recompute, frozen head) are the same.
 
@@ -41,9 +42,7 @@ def engine(hidden: Tensor, weight: Tensor) -> str:
         native.refuse("linear_logprob", "the weight's rows are not contiguous")
         return "reference"
     even = hidden.shape[1] % 2 == 0 or hidden.dtype == torch.float32
-    return (
-        "fused" if hidden.device.type == "cpu" and even and native.has_fused_head(hidden.dtype) else "chunked"
-    )
+    return "fused" if hidden.device.type == "cpu" and even and native.head_kernel(hidden.dtype) else "chunked"
 
 
 def what_fits(keep: int, hidden: Tensor, weight: Tensor, softcap: Optional[float]) -> int:
