@@ -298,7 +298,7 @@ def _row_chunks(
     edges: Sequence[int], hidden: Tensor, weight: Tensor, softcap: Optional[float]
 ) -> list[slice]:
     """As many whole groups at a time as may keep everything; of those that may not, all in a row."""
-    most = head.KEPT_BYTES // (len(weight) * hidden.element_size())
+    most = head.most_kept(hidden.device) // (len(weight) * hidden.element_size())
     if not _may_keep(hidden[:1], weight, softcap):
         most = 0
     out: list[slice] = []

@@ -27,7 +27,9 @@ from strop.ops.reference import Scalings, Walked
 NOTHING, ALL, FROZEN = 0, 1, 2
 """What the forward keeps."""
 KEPT_BYTES = 512 * 2**20
-"""The most that `ALL` may keep; more is recomputed."""
+"""The most that `ALL` may keep on the CPU; more is recomputed, or taken in parts (`linear_loss`)."""
+TIMES_ON_CUDA = 4
+"""Times as much on a GPU: 8,192 tokens of 131,072 words."""
 CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
 """Logits, or their gradients, of one chunk."""
 CPU_WORDS = SEGMENT
@@ -45,10 +47,15 @@ def engine(hidden: Tensor, weight: Tensor) -> str:
     return "fused" if hidden.device.type == "cpu" and even and native.head_kernel(hidden.dtype) else "chunked"
 
 
+def most_kept(device: torch.device) -> int:
+    """Bytes that `ALL` may keep there."""
+    return KEPT_BYTES * (TIMES_ON_CUDA if device.type == "cuda" else 1)
+
+
 def what_fits(keep: int, hidden: Tensor, weight: Tensor, softcap: Optional[float]) -> int:
     """`ALL` where memory allows it; else, or where exponentials do not tell the derivative, `NOTHING`."""
     which = engine(hidden, weight)
-    too_much = hidden.shape[0] * weight.shape[0] * hidden.element_size() > KEPT_BYTES
+    too_much = hidden.shape[0] * weight.shape[0] * hidden.element_size() > most_kept(hidden.device)
     if keep == ALL and (which == "reference" or (which == "fused" and softcap is not None) or too_much):
         return NOTHING
     return keep
