@@ -115,7 +115,7 @@ class Policy(nn.Module):
 
     def forward(self, batch: Batch, loss: Optional[PartLoss] = None) -> Output:
         """Log-probs of the trained tokens; given a loss, and where that is quicker, its gradient as well."""
-        index_N = batch.trained_T.nonzero()[:, 0]
+        index_N = batch.index_N
         target_N = batch.tokens_T[index_N]
         # The hidden state before a token predicts it. A sequence's first token is never trained.
         pick_N = batch.previous_T[index_N]
