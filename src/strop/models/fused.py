@@ -1,10 +1,10 @@
 """A model's own code exchanged for `ops.layers` and `ops.linear`, where it is shown to compute just that.
 
-Linear layers (of `nn.Linear` itself, the head aside) become `ops.linear` in bf16.
-Norms, gated MLPs and the rotary embedding are found by what they hold, not by the model's name. Each class
-is tried once, on a few numbers and its own `forward`: what gives another result (a weight counted from 1,
-another activation, another order of halves) keeps its own code. So does whatever runs elsewhere than on a CPU
-with the kernels, which is asked at each call, since it costs nothing.
+Linear layers are those of `nn.Linear` itself, but for the head, which has kernels of its own. Norms, gated
+MLPs and the rotary embedding are found by what they hold, not by the model's name. Each class is tried once,
+on a few numbers and its own `forward`: what gives another result (a weight counted from 1, another
+activation, another order of halves) keeps its own code. So does whatever runs elsewhere than on a CPU with
+the kernels, which is asked at each call, since it costs nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ EPS_NAMES = ("variance_epsilon", "eps")
 def install(model: nn.Module) -> None:
     """Exchange what can be, in place."""
     tried: dict[type, bool] = {}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     for module in model.modules():
         own = type(module)
         if own is nn.Linear and module is not head:

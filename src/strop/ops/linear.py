@@ -20,11 +20,13 @@ from strop.ops.registered import LIB, define
 def takes(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> bool:
     """Whether `linear` has kernels for these: plain bf16 tensors, I and O even."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
+    return weight.ndim == 2 and _has_kernels_for(*weight.shape, *tensors)
+
+
+def _has_kernels_for(num_out: int, num_in: int, *tensors: Tensor) -> bool:
     return (
         all(t.device.type == "cpu" and t.dtype == torch.bfloat16 for t in tensors)
-        and weight.ndim == 2
-        and weight.shape[0] % 2 == weight.shape[1] % 2 == 0
-        and weight.numel() > 0
+        and num_out % 2 == num_in % 2 == 0 < num_out * num_in
         and _has_kernels()
     )
 
@@ -46,6 +48,20 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
         of_bias = None if bias is None else tuple(bias.shape)
         raise ValueError(f"weight {tuple(weight.shape)} and bias {of_bias} for x {tuple(x.shape)}")
     return torch.ops.strop.linear(x, weight, bias)
+
+
+def d_input(dy: Tensor, weight: Tensor) -> Tensor:
+    """dy [..., O], weight [O, I] -> [..., I], the gradient by x."""
+    if not takes(dy, weight, None):
+        return dy @ weight
+    return torch.ops.strop.linear_d_input(dy, weight)
+
+
+def d_weight(dy: Tensor, x: Tensor) -> Tensor:
+    """dy [..., O], x [..., I] -> [O, I], the gradient by the weight."""
+    if not _has_kernels_for(dy.shape[-1], x.shape[-1], dy, x):
+        return dy.flatten(0, -2).t() @ x.flatten(0, -2)
+    return torch.ops.strop.linear_d_weight(dy, x)
 
 
 def _padded(size: int, multiple: int) -> int:
