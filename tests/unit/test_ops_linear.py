@@ -14,9 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
+from strop import parallel
 from strop.models import fused
 from strop.ops import native
 from strop.ops.linear import linear, takes
@@ -212,6 +212,15 @@ HEADS = {"num_attention_heads": 3, "num_key_value_heads": 1}
 MODELS = {"llama": LlamaConfig(**SMALL, **HEADS), "qwen2": Qwen2Config(**SMALL, **HEADS)}  # qwen: biases
 
 
+@pytest.fixture
+def untouched(monkeypatch):
+    """The rotary function is a module's: other tests get it back as it was."""
+    for name in MODELS:
+        module = __import__(f"transformers.models.{name}.modeling_{name}", fromlist=["x"])
+        own = module.apply_rotary_pos_emb
+        monkeypatch.setattr(module, "apply_rotary_pos_emb", getattr(own, "__wrapped__", own))
+
+
 def build(kind, dtype=BF16):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(MODELS[kind], dtype=torch.float32)
@@ -229,9 +238,9 @@ def exchanged(model):
     return model
 
 
-def step(model, around=lambda f, *a: f(*a)):
+def step(model):
     tokens = torch.randint(0, 97, (1, 31), generator=torch.Generator().manual_seed(1))
-    logits = around(lambda t: model(t).logits, tokens)
+    logits = model(tokens, use_cache=False).logits
     F.cross_entropy(logits[0].float(), tokens[0]).backward()
     return [logits.detach(), *(p.grad for p in model.parameters())]
 
@@ -245,7 +254,7 @@ def test_a_model_computes_what_it_computed(kind):
         assert (a.double() - right).norm() <= 1.15 * (b.double() - right).norm() + 1e-3 * scale
 
 
-def test_install_exchanges_every_layer_but_the_head(monkeypatch):
+def test_install_exchanges_every_layer_but_the_head(untouched, monkeypatch):
     model = build("llama")
     fused.install(model)
     called = []
@@ -256,13 +265,28 @@ def test_install_exchanges_every_layer_but_the_head(monkeypatch):
     assert "forward" not in vars(model.lm_head)
 
 
-def test_checkpointed_and_compiled():
+@pytest.mark.parametrize(("mode", "forwards"), [("none", 14), ("selective", 14), ("full", 28)])
+def test_checkpointing_keeps_what_it_says(mode, forwards, monkeypatch):
+    """selective: the outputs of matmuls are kept, not computed again. Full: all but what nothing needs."""
     wanted = step(exchanged(build("qwen2")))
-    again = step(exchanged(build("qwen2")), lambda f, t: checkpoint(f, t, use_reentrant=False))
-    assert all(torch.equal(a, b) for a, b in zip(wanted, again, strict=True))
+    model = exchanged(build("qwen2"))
+    if mode != "none":
+        for parent, name, block in parallel.transformer_blocks(model):
+            setattr(parent, name, parallel._checkpointed(block, mode))
+    called = []
+    call = native.call
+    monkeypatch.setattr(native, "call", lambda name, *rest: (called.append(name), call(name, *rest))[1])
+    assert all(torch.equal(a, b) for a, b in zip(wanted, step(model), strict=True))
+    assert called.count("strop_linear") == forwards
+
+
+def test_compiled(untouched):
+    models = [build("qwen2") for _ in range(2)]
+    for model in models:
+        fused.install(model)
+    wanted = step(models[0])
     torch._dynamo.reset()
-    layer = nn.Linear(8, 6).to(BF16)
-    layer.forward = types.MethodType(fused._linear, layer)
-    x = random(3, 8)
-    compiled = torch.compile(layer.forward, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x), layer(x))
+    for layer in models[1].model.layers:
+        layer.mlp.forward = torch.compile(layer.mlp.forward, backend="aot_eager")
+        layer.self_attn.q_proj.compile(fullgraph=True, backend="aot_eager")
+    assert all(torch.equal(a, b) for a, b in zip(wanted, step(models[1]), strict=True))
