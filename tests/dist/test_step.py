@@ -242,12 +242,12 @@ def test_hybrid_sharding_equals_plain(ranks, toy, tmp_path):
         assert torch.allclose(left[name], right[name], rtol=1e-3, atol=1e-5), name
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])  # other kernels
 @pytest.mark.parametrize("mode", ["selective", "full"])
-def test_activation_checkpointing_changes_no_gradient(ranks, toy, tmp_path, mode):
-    plain = run(ranks, toy, tmp_path, "dpo", "none", 2, train={"max_steps": 2})
-    other = run(
-        ranks, toy, tmp_path, "dpo", mode, 2, train={"max_steps": 2, "activation_checkpointing": mode}
-    )
+def test_activation_checkpointing_changes_no_gradient(ranks, toy, tmp_path, mode, precision):
+    common = {"max_steps": 2, "precision": precision}
+    plain = run(ranks, toy, tmp_path, "dpo", "none", 2, train=common)
+    other = run(ranks, toy, tmp_path, "dpo", mode, 2, train={**common, "activation_checkpointing": mode})
     t.assert_equal_checkpoints(plain, other, 2)
     assert (plain / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
 

@@ -21,6 +21,7 @@
 #include "cpu_avx512.h"
 #include "cpu_head_grad.h"
 #include "cpu_layers.h"
+#include "cpu_linear.h"
 #define VARIANTS __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define VARIANTS
@@ -456,6 +457,12 @@ int check_layer(int dtype, int64_t num_rows, int64_t size) {
     return num_rows < 0 || size <= 0 ? STROP_ESHAPE : STROP_OK;
 }
 
+int check_linear(int64_t num_tokens, int64_t num_in, int64_t num_out) {
+    const int status = check_layer(STROP_BF16, num_tokens, num_in);
+    if (status != STROP_OK) return status;
+    return num_out <= 0 || num_in % 2 || num_out % 2 ? STROP_ESHAPE : STROP_OK;
+}
+
 int check_attention(const strop_attention* a) {
     if (a == nullptr) return STROP_ENULL;
     const int status = check_layer(STROP_BF16, a->num_tokens, a->size);
@@ -534,6 +541,36 @@ int strop_turn(const void* x, int dtype, int64_t token_stride, int64_t head_stri
     return STROP_OK;
 }
 
+int strop_linear(const void* x, const void* weight, const void* bias, int64_t num_tokens, int64_t num_in,
+                 int64_t num_out, void* scratch, void* y) {
+    const int status = check_linear(num_tokens, num_in, num_out);
+    if (status != STROP_OK || num_tokens == 0) return status;
+    if (!x || !weight || !scratch || !y) return STROP_ENULL;
+    linear::forward((const uint16_t*)x, (const uint16_t*)weight, (const uint16_t*)bias, num_tokens, num_in, num_out,
+                    (uint16_t*)scratch, (uint16_t*)y);
+    return STROP_OK;
+}
+
+int strop_linear_d_input(const void* dy, const void* weight, int64_t num_tokens, int64_t num_in, int64_t num_out,
+                         void* scratch, void* dx) {
+    const int status = check_linear(num_tokens, num_in, num_out);
+    if (status != STROP_OK || num_tokens == 0) return status;
+    if (!dy || !weight || !scratch || !dx) return STROP_ENULL;
+    linear::input_gradient((const uint16_t*)dy, (const uint16_t*)weight, num_tokens, num_in, num_out,
+                           (uint16_t*)scratch, (uint16_t*)dx);
+    return STROP_OK;
+}
+
+int strop_linear_d_weight(const void* dy, const void* x, int64_t num_tokens, int64_t num_in, int64_t num_out,
+                          void* scratch, void* d_weight) {
+    const int status = check_linear(num_tokens, num_in, num_out);
+    if (status != STROP_OK) return status;
+    if (!d_weight || (num_tokens > 0 && (!dy || !x || !scratch))) return STROP_ENULL;
+    linear::weight_gradient((const uint16_t*)dy, (const uint16_t*)x, num_tokens, num_in, num_out, (uint16_t*)scratch,
+                            (uint16_t*)d_weight);
+    return STROP_OK;
+}
+
 int strop_attend(const strop_attention* a, void* out, float* lse) {
     const int status = check_attention(a);
     if (status != STROP_OK || a->num_tokens == 0) return status;
@@ -585,6 +622,11 @@ int strop_gate_grad(const void*, const void*, const void*, int, int64_t, void*, 
 int strop_turn(const void*, int, int64_t, int64_t, const void*, const void*, int64_t, int64_t, int64_t, int, void*) {
     return STROP_EDTYPE;
 }
+int strop_linear(const void*, const void*, const void*, int64_t, int64_t, int64_t, void*, void*) {
+    return STROP_EDTYPE;
+}
+int strop_linear_d_input(const void*, const void*, int64_t, int64_t, int64_t, void*, void*) { return STROP_EDTYPE; }
+int strop_linear_d_weight(const void*, const void*, int64_t, int64_t, int64_t, void*, void*) { return STROP_EDTYPE; }
 int strop_attend(const strop_attention*, void*, float*) { return STROP_EDTYPE; }
 int strop_attend_grad(const strop_attention*, const void*, const void*, const float*, void*, void*, void*) {
     return STROP_EDTYPE;
