@@ -115,7 +115,8 @@ def test_tool_that_does_not_end_is_killed(tmp_path, monkeypatch):
     """TERM in vain: the body does not wait longer than it has. Without Slurm; the waiting is made short."""
     monkeypatch.chdir(tmp_path)
     for name, text in {
-        "timeout": f'#!/usr/bin/env bash\necho "$1" >patience\nshift\nexec {shutil.which("timeout")} 1 "$@"\n',
+        "timeout": '#!/usr/bin/env bash\necho "$1" >patience\nshift\n'
+        f'exec {shutil.which("timeout")} 1 "$@"\n',
         "scontrol": "#!/usr/bin/env bash\necho 'JobId=7 JobState=RUNNING Requeue=1 Restarts=0'\n"
         '[[ $1 == show ]] || echo "$@" >asked\n',
     }.items():
@@ -134,6 +135,6 @@ def test_tool_that_does_not_end_is_killed(tmp_path, monkeypatch):
     wait_until(lambda: len(starts()) == 1)
     body.send_signal(signal.SIGUSR1)
     _, told = body.communicate(timeout=20)
-    assert told.splitlines() == ["strop: time limit near; what is finished is kept: back into the queue"]
+    assert told.endswith("strop: time limit near; what is finished is kept: back into the queue\n")
     assert Path("asked").read_text() == "requeue 7\n"
     assert int(Path("patience").read_text()) < 60 - 20  # of the minute between USR1 and the end of the job
