@@ -90,6 +90,7 @@ def advance(pipeline: spec.Pipeline, options: argparse.Namespace) -> tuple[Graph
     """Submit what is to be submitted; without Slurm, run it. (the graph, an exit code)"""
     graph, found, changed = begin.plan(pipeline, options.executor, options.allow_config_change)
     if options.executor == "slurm":
+        jobs.settle(graph, say)
         for line in jobs.adopt(graph):
             say(line)
     standings = standing.look(graph)

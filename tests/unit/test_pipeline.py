@@ -173,7 +173,9 @@ def test_mistakes_of_the_command_line():
     assert refused(body, "stf.optim.lr=1") == (
         "command line: stf.optim.lr: expected name=, dir= or STAGE.KEY=; did you mean sft?"
     )
-    assert refused(body, "sft.optim.lrr=1") == ("command line: unknown key optim.lrr; did you mean optim.lr?")
+    assert refused(body, "sft.optim.lrr=1") == (
+        "command line, stage sft: unknown key optim.lrr; did you mean optim.lr?"
+    )
 
 
 def test_a_reward_model_is_no_language_model():

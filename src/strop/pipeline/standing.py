@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from strop import files
+from strop.errors import EXIT_TERM, EXIT_YIELD
 from strop.obs import run_files, status
 from strop.obs.status import RUNNING, Status
 from strop.pipeline import exports
@@ -29,6 +30,8 @@ WAITING = ("queued", "waiting", "held")
 ACTIVE = (*WORKING, *WAITING)
 TAIL_BYTES = 20_000
 DEADLINE_S = 4.0
+ON_REQUEST = "on request"
+"""How the detail of a part begins that its owner has stopped."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,7 @@ def judge(graph: Graph, facts: Mapping[str, Facts]) -> dict[str, Standing]:
         state, detail = _state(node, f)
         cause = None
         broken = next((found[up.name] for up in graph.above(node) if found[up.name].bad), None)
-        if broken is not None and state in ("not submitted", "cancelled", "failed") and _never_began(f):
+        if broken is not None and node.jobs and state in ("cancelled", "failed") and _never_began(f):
             root = found[broken.cause] if broken.cause else broken
             state, cause = "cancelled", root.name
             detail = f"{root.name} {told(root)}"
@@ -204,6 +207,8 @@ def _state(node: Node, f: Facts) -> tuple[str, str]:
     if s is not None:
         return ("failed", f.words) if _was_refused(s, job) else (s.state, _message(s))
     if node.jobs[-1].startswith("local-"):
+        if f.exit_code in (EXIT_TERM, EXIT_YIELD):
+            return "stopped", f"{ON_REQUEST}; what is finished is kept"
         return ("failed", f.words) if f.exit_code is not None else ("dead", "its process is gone")
     if f.job is None:
         return "unknown", f"job {node.jobs[-1]}: Slurm does not answer"
@@ -213,6 +218,8 @@ def _state(node: Node, f: Facts) -> tuple[str, str]:
         return "cancelled", "" if _never_began(f) else f.words
     if job["JobState"] == "COMPLETED":
         return "failed", f"it ended with exit code 0, but {node.result} is not there"
+    if _exit_code(job) == EXIT_YIELD:
+        return "stopped", f.words
     return "failed", f.words or job["JobState"]
 
 
@@ -260,12 +267,16 @@ def _exit_code(job: Optional[Mapping[str, str]]) -> Optional[int]:
 def _message(s: Status) -> str:
     last = s.attempts[-1].summary if s.attempts else ""
     lines = last.splitlines()
+    if s.attempts and s.attempts[-1].cause == "cancelled":
+        done = s.checkpoints.committed
+        return f"{ON_REQUEST}, " + (f"committed up to step {done[-1]}" if done else "nothing committed yet")
     return " ... ".join(dict.fromkeys([lines[0], lines[-1]])) if lines else s.detail
 
 
 def told(s: Standing) -> str:
-    """ "failed (exit 78): optim.lr is ..." """
-    code = f" (exit {s.exit_code})" if s.exit_code is not None else ""
+    """ "failed (exit 78): optim.lr is ..."; the code of what somebody has stopped tells nothing more."""
+    asked = s.detail.startswith(ON_REQUEST)
+    code = f" (exit {s.exit_code})" if s.exit_code is not None and not asked else ""
     return f"{s.state}{code}" + (f": {s.detail}" if s.detail else "")
 
 
@@ -275,6 +286,9 @@ def _next(node: Node, state: str, cause: Optional[str], graph: Graph) -> str:
     if state == "held":
         return f"see to the cause, then: scontrol release {node.jobs[-1] if node.jobs else ''}".rstrip()
     again = f"python -m tools.pipeline {shlex.quote(graph.source)}"
+    again += " --executor local" if graph.executor == "local" else ""
+    if state == "stopped" or (node.kind == "run" and state == "cancelled"):
+        return f"to go on: {again}"
     if node.kind == "run" and state in ("failed", "dead", "stopped", "pending"):
         run = Path(node.result)
         shown = run.relative_to(graph.cwd) if run.is_relative_to(graph.cwd) else run
@@ -284,12 +298,14 @@ def _next(node: Node, state: str, cause: Optional[str], graph: Graph) -> str:
 
 
 def overall(standings: Mapping[str, Standing]) -> str:
-    """done, failed (something will not go on by itself), running, waiting or unknown."""
+    """done; where something will not go on by itself failed, or cancelled or stopped, where somebody wanted
+    it so; running, waiting, unknown."""
     states = list(standings.values())
     if all(s.state == "done" for s in states):
         return "done"
-    if any(s.bad for s in states):
-        return "failed"
+    ended = {s.state for s in states if s.bad and s.cause is None}
+    if ended:
+        return "failed" if ended - {"cancelled", "stopped"} else min(ended)
     if any(s.state in WORKING for s in states):
         return "running"
     return next((s.state for s in states if s.state != "done"), "done")
