@@ -48,6 +48,9 @@ class Facts:
     exit_code: Optional[int] = None
     words: str = ""
     """What it said last, in one line."""
+    refused: bool = False
+    """Of a run: the newest job could not begin an attempt (the code was changed, say), so the records tell of
+    others."""
 
 
 @dataclass(frozen=True)
@@ -114,12 +117,12 @@ def _facts(node: Node, job: Optional[Mapping[str, str]]) -> Facts:
         if not run_files.is_run(result):
             return Facts(False, None, job, is_alive(node), node.exit_code, _last_words(node))
         standing = status.assess(run_files.read(result, quick=True, slurm_deadline_s=DEADLINE_S))
-        code = (attempts.read_all(result) or [{}])[-1].get("exit_code")
+        newest = (attempts.read_all(result) or [{}])[-1]
         done = standing.state == "finished" and not node.again
-        if _was_refused(standing, job):
-            code = _exit_code(job)
-        told = "" if done else _last_words(node)
-        return Facts(done, standing, job, is_alive(node), node.exit_code if code is None else code, told)
+        refused = _was_refused(node, newest, job)
+        code = _exit_code(job) if refused else newest.get("exit_code")
+        code = node.exit_code if code is None else code
+        return Facts(done, standing, job, is_alive(node), code, "" if done else _last_words(node), refused)
     if node.kind == "prepare":
         done = stores_are_there(result)
     else:
@@ -205,7 +208,7 @@ def _state(node: Node, f: Facts) -> tuple[str, str]:
     if node.again or not node.jobs:
         return "not submitted", "its configuration has changed" if node.again else ""
     if s is not None:
-        return ("failed", f.words) if _was_refused(s, job) else (s.state, _message(s))
+        return ("failed", f.words) if f.refused else (s.state, _message(s))
     if node.jobs[-1].startswith("local-"):
         if f.exit_code in (EXIT_TERM, EXIT_YIELD):
             return "stopped", f"{ON_REQUEST}; what is finished is kept"
@@ -239,11 +242,12 @@ def _never_began(f: Facts) -> bool:
     return not f.words and (not f.job or _unstarted(f.job))
 
 
-def _was_refused(s: Status, job: Optional[Mapping[str, str]]) -> bool:
-    """The newest job could not begin an attempt (the code was changed, say): the records tell of others."""
-    if not job or job.get("JobState") != "FAILED" or not s.attempts:
+def _was_refused(node: Node, newest: Mapping[str, Any], job: Optional[Mapping[str, str]]) -> bool:
+    if node.jobs and node.jobs[-1].startswith("local-"):
+        return bool(node.exit_code) and node.jobs[-1] != f"local-{newest.get('pid')}"
+    if not job or job.get("JobState") != "FAILED":
         return False
-    before = s.attempts[-1].job_id or ""
+    before = newest.get("target") or newest.get("job_id") or ""
     return before.isdigit() and int(job["JobId"]) > int(before)
 
 
