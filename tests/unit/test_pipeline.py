@@ -299,6 +299,21 @@ def test_dry_run(monkeypatch, capsys):
     assert not Path("runs").exists()
 
 
+def test_dry_run_without_slurm(monkeypatch, capsys):
+    Path("p.yaml").write_text("name: x\nstages: {cpt: {}}\n")
+    monkeypatch.setattr("sys.argv", ["pipeline", "p.yaml", "--dry-run", "--executor", "local"])
+    tool.main()
+    here = Path.cwd()
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "",
+        "# cpt",
+        f"bash {ROOT}/sbatch/lib.sh cpt --config {here}/runs/x.pipeline/cpt.yaml",
+        "# cpt.export",
+        f"python -m tools.convert_dcp_to_hf --run {here}/runs/x-cpt --step latest "
+        f"--out {here}/runs/x-cpt/export/latest --finished --update",
+    ]
+
+
 def test_templates_of_the_tools_differ_in_the_tool_only():
     """Both find the body as the trainers' templates find theirs."""
     tails = [
@@ -396,6 +411,90 @@ def test_what_is_submitted():
         asked(cpt=broken, sft=running)
     with pytest.raises(UserError, match="Slurm does not answer"):
         asked(cpt=standing.Facts(False, job=None))
+
+
+def test_a_deleted_export_is_made_again_and_nothing_else():
+    """What has trained from it needs it no more; what is still to train waits for it."""
+    graph = planned("name: x\nstages: {cpt: {}, sft: {}, dpo: {}}\n")
+    done = dict.fromkeys(graph.nodes, standing.Facts(True))
+    gone = {**done, "cpt.export": standing.Facts(False, job=job("COMPLETED"))}
+    assert jobs.to_submit(graph, standing.judge(graph, gone)) == (["cpt.export"], [])
+    waiting = {**gone, "sft": standing.Facts(False, job=PENDING)}
+    assert jobs.to_submit(graph, standing.judge(graph, waiting)) == (
+        ["cpt.export", "sft", "sft.export", "dpo", "dpo.export"],
+        ["9"],
+    )
+    longer = {**done, "dpo": standing.Facts(False, job=job("COMPLETED"))}
+    graph.nodes["dpo"].again = True
+    assert jobs.to_submit(graph, standing.judge(graph, longer)) == (["dpo", "dpo.export"], [])
+    shown = [s.detail for s in standing.judge(graph, gone).values() if s.bad]
+    assert shown == [f"it ended with exit code 0, but {graph.nodes['cpt.export'].result} is not there"]
+
+
+def stopped_without_slurm(kind: str) -> tuple[graph_module.Graph, dict[str, standing.Facts]]:
+    """A pipeline on this machine whose first part was asked to end. kind: prepare, run."""
+    graph = planned("name: x\nstages: {t: {algo: prepare}, cpt: {}}\n")
+    graph.executor = "local"
+    for node in graph.nodes.values():
+        node.jobs, node.outputs = [], []
+    facts = dict.fromkeys(graph.nodes, standing.Facts(False))
+    if kind == "prepare":
+        graph.nodes["t"].jobs = ["local-5"]
+        return graph, {**facts, "t": standing.Facts(False, exit_code=143)}
+    run = Path(graph.nodes["cpt"].run or "")
+    (run / "attempts").mkdir(parents=True)
+    record = {"attempt": 1, "began": 1.0, "launcher": "local", "job_id": None, "pid": 5, "host": "h"}
+    record |= {"state": "YIELD", "action": "stop", "cause": "cancelled", "exit_code": 75, "step": 0}
+    record |= {"summary": "cancelled (step 0)\nnothing is committed yet\nnot requeued: it was cancelled"}
+    (run / "attempts" / "0001.json").write_text(json.dumps(record))
+    graph.nodes["cpt"].jobs = ["local-5"]
+    return graph, {**standing.gather(graph), "t": standing.Facts(True)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "detail"),
+    [("prepare", "t", "what is finished is kept"), ("run", "cpt", "nothing committed yet")],
+)
+def test_who_has_stopped_it_is_told_how_it_goes_on(kind, name, detail):
+    graph, facts = stopped_without_slurm(kind)
+    found = standing.judge(graph, facts)
+    assert found[name].state == standing.overall(found) == "stopped"
+    assert re.fullmatch(rf"stopped: on request[,;] {detail}", standing.told(found[name]))
+    assert found[name].next_action == "to go on: python -m tools.pipeline p.yaml --executor local"
+    assert found["cpt.export"].state == "not submitted"
+    assert found["cpt.export"].cause is None
+
+
+def test_a_run_that_could_not_begin_without_slurm():
+    """Its newest process ended with 78 and left no attempt: the old attempt's words are not its own."""
+    graph, _ = stopped_without_slurm("run")
+    node = graph.nodes["cpt"]
+    node.jobs, node.exit_code, node.outputs = ["local-5", "local-6"], 78, [str(Path("o").absolute())]
+    Path("o").write_text("strop: the code has changed since the last attempt\n")
+    s = standing.look(graph)["cpt"]
+    assert standing.told(s) == "failed (exit 78): strop: the code has changed since the last attempt"
+
+
+def test_jobs_that_are_just_ending_are_waited_for(monkeypatch):
+    """Cancelled a moment ago: neither taken up again nor waited for by the new ones."""
+    graph = planned()
+    states = ["COMPLETING", "COMPLETING", "CANCELLED"]
+
+    def slurm(words, **_):
+        if words[0] == "squeue":
+            return "1 x-cpt\n" if states else ""
+        text = f"JobId=1 JobState={states.pop(0)} NodeList=n1\n   StdOut={graph.directory}/x-cpt-1.out"
+        return text
+
+    monkeypatch.setattr(command, "slurm", slurm)
+    monkeypatch.setattr(jobs, "POLL_S", 0.0)
+    said: list[str] = []
+    jobs.settle(graph, said.append)
+    assert (said, states) == (["waiting until Slurm has ended x-cpt (job 1)"], [])
+    states[:] = ["COMPLETING"] * 3
+    monkeypatch.setattr(jobs, "SETTLE_S", -1.0)
+    with pytest.raises(UserError, match=r"x-cpt \(job 1\): Slurm has not come to its end"):
+        jobs.settle(graph, said.append)
 
 
 def test_tree():

@@ -75,12 +75,15 @@ def _output(graph: Graph, part: str, number: str) -> str:
 
 def to_submit(graph: Graph, standings: Mapping[str, Standing]) -> tuple[list[str], list[str]]:
     """(parts to submit, jobs to take out of the queue before): what is not done and not under way, and what
-    waits for such a part. UserError for one that runs already, though what it needs is not there."""
+    waits for such a part. What is done stays, unless a run before it goes on: an export or a store that was
+    deleted is made again as it was. UserError for a part that runs already, though what it needs is not
+    there."""
     wanted: list[str] = []
+    other_than_before: set[str] = set()
     to_cancel: list[str] = []
     for node in graph.nodes.values():
         s = standings[node.name]
-        anew = set(node.after) & set(wanted)
+        anew = set(node.after) & (other_than_before if s.state == "done" else set(wanted))
         if (s.state == "done" or s.active) and not anew:
             continue
         if s.state == "unknown":
@@ -92,6 +95,8 @@ def to_submit(graph: Graph, standings: Mapping[str, Standing]) -> tuple[list[str
         if s.active and s.job_id is not None:
             to_cancel.append(s.job_id)
         wanted.append(node.name)
+        if node.kind == "run" or other_than_before.intersection(node.after):
+            other_than_before.add(node.name)
     return wanted, to_cancel
 
 

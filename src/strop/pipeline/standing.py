@@ -212,11 +212,14 @@ def _state(node: Node, f: Facts) -> tuple[str, str]:
     if node.jobs[-1].startswith("local-"):
         if f.exit_code in (EXIT_TERM, EXIT_YIELD):
             return "stopped", f"{ON_REQUEST}; what is finished is kept"
+        if f.exit_code == 0:
+            return "failed", f"it ended with exit code 0, but {node.result} is not there"
         return ("failed", f.words) if f.exit_code is not None else ("dead", "its process is gone")
     if f.job is None:
         return "unknown", f"job {node.jobs[-1]}: Slurm does not answer"
     if not job:
-        return "failed", f.words or f"job {node.jobs[-1]} has left no result, and Slurm has forgotten it"
+        told = f"{node.result} is not there, and Slurm has forgotten job {node.jobs[-1]}"
+        return "failed", f"{told}; it said: {f.words}" if f.words else told
     if job["JobState"] == "CANCELLED":
         return "cancelled", "" if _never_began(f) else f.words
     if job["JobState"] == "COMPLETED":
