@@ -384,6 +384,10 @@ def test_states_of_jobs():
         (standing.Facts(False, job=job("RUNNING")), ("starting", "", None)),
         (standing.Facts(False, job=job("FAILED", "0:9")), ("failed", "FAILED", 137)),
         (standing.Facts(False, job=job("CANCELLED", "0:15")), ("cancelled", "", 143)),
+        (
+            standing.Facts(False, job=job("CANCELLED", node="(null)")),
+            ("cancelled", "on request, before it began", 0),
+        ),
         (standing.Facts(False, job=None), ("unknown", "job 1: Slurm does not answer", None)),
     ):
         assert judged({"cpt": facts})["cpt"] == expected

@@ -221,7 +221,7 @@ def _state(node: Node, f: Facts) -> tuple[str, str]:
         told = f"{node.result} is not there, and Slurm has forgotten job {node.jobs[-1]}"
         return "failed", f"{told}; it said: {f.words}" if f.words else told
     if job["JobState"] == "CANCELLED":
-        return "cancelled", "" if _never_began(f) else f.words
+        return "cancelled", f"{ON_REQUEST}, before it began" if _never_began(f) else f.words
     if job["JobState"] == "COMPLETED":
         return "failed", f"it ended with exit code 0, but {node.result} is not there"
     if _exit_code(job) == EXIT_YIELD:
