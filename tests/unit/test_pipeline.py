@@ -426,7 +426,7 @@ def test_a_deleted_export_is_made_again_and_nothing_else():
     waiting = {**gone, "sft": standing.Facts(False, job=PENDING)}
     assert jobs.to_submit(graph, standing.judge(graph, waiting)) == (
         ["cpt.export", "sft", "sft.export", "dpo", "dpo.export"],
-        ["9"],
+        ["3"],
     )
     longer = {**done, "dpo": standing.Facts(False, job=job("COMPLETED"))}
     graph.nodes["dpo"].again = True
