@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
-from typing import Callable
+from types import FrameType
+from typing import Callable, NoReturn, Optional
 
-from strop.errors import StorageError, UserError
+from strop.errors import EXIT_TERM, StorageError, UserError
 
 LINE_EVERY_S = 5.0
 
@@ -39,6 +41,17 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def end_on_term(exit_code: Callable[[], int] = lambda: EXIT_TERM) -> None:
+    """TERM ends the tool as Ctrl-C does: half-written files are removed, finished ones stay. A second one (of
+    Slurm, behind that of the job's body) must not disturb this."""
+
+    def end(number: int, frame: Optional[FrameType]) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.exit(exit_code())
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def command_parser(doc: str | None) -> argparse.ArgumentParser:

@@ -31,7 +31,7 @@ from strop.data.tokenise import load_tokenizer, tokenizer_digest
 from strop.dist import Dist
 from strop.dist import start as start_dist
 from strop.errors import UserError
-from strop.models import hf, lora, reward
+from strop.models import hf, local, lora, reward
 from strop.models.policy import Policy
 from strop.report import Report
 from strop.run import Position, Run
@@ -53,7 +53,7 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
     """A trainer at the newest committed step; not `ready` if asked to stop on the way."""
     algo = algos.load(config.algo)
     assert config.model.path is not None
-    hf.check_model(config.model.path)
+    local.check_model(config.model.path)
     position.enter("preflight")
     preflight.check_machine(run, config.dist)
     position.enter("data")
@@ -185,7 +185,7 @@ def _check_names(config: Config, algo: Algorithm) -> None:
         hf.check_hub("model.tokenizer", model.tokenizer, model.revision, "tokenizer_config.json")
     if algo.needs_reference(config) and (other := algo.reference_model(config)):
         key = f"{config.algo}.reference"
-        hf.check_model(other, key)
+        local.check_model(other, key)
         hf.check_hub(key, other, None, "config.json")
         other_config = hf.read_config(dataclasses.replace(model, path=other, revision=None), key)
         hf.check_causal(other_config, other, key)

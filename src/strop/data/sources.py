@@ -126,7 +126,7 @@ def find_one(name: str, key: str, split: str, config: DataConfig, kind: str) -> 
                 f"{key}: {name} has none of {', '.join(_wanted(split))}\n  it holds: {_listing(path)}"
             )
         return source
-    if _looks_like_path(name):
+    if looks_like_path(name):
         raise UserError(f"{key}: no such file or directory: {name}{_nearest(path)}")
     use = adapt.of_name(name, key, config, kind)
     repository = adapt.TABLE[name].repository if name in adapt.TABLE else name
@@ -143,7 +143,7 @@ def beside(name: str, config: DataConfig, kind: str) -> Source | None:
     path = Path(name).expanduser()
     if path.is_dir():
         return directory(path, name, "validation", config, kind)
-    if path.exists() or _looks_like_path(name):
+    if path.exists() or looks_like_path(name):
         return None
     if _split_of(config, "validation", adapt.of_name(name, "data.train", config, kind)) is None:
         return None
@@ -204,7 +204,7 @@ def _split_of(config: DataConfig, split: str, use: adapt.Use | None) -> str | No
     return config.hub_validation_split or (form.validation if form is not None else None)
 
 
-def _looks_like_path(name: str) -> bool:
+def looks_like_path(name: str) -> bool:
     """A hub name is `name` or `owner/name`; it has no data ending and no directory here starts it."""
     parts = name.split("/")
     return (

@@ -235,7 +235,8 @@ def _place_word(entry: Entry, common: _Raw, raws: Mapping[str, _Raw]) -> None:
         common.values[head] = entry.text
         common.lines[head] = entry.where
     elif dot and head in raws:
-        raws[head].settings.append(_setting(entry, key))
+        own = Entry(entry.key, entry.value, entry.text, f"{entry.where}, stage {head}")
+        raws[head].settings.append(_setting(own, key))
     else:
         text = f"{entry.where}: {entry.key}: expected name=, dir= or STAGE.KEY="
         raise UserError(f"{text}{_nearest(head, list(raws))}")
