@@ -122,7 +122,23 @@ def test_sft_watches_other_sets_too(ranks, toy, tmp_path):
     assert line["eval_again_loss"] == line["eval_loss"]
     config = t.config(toy, "dpo", tmp_path / "d.yaml", validation=watch)
     code, text = ranks.fail("dpo", config, f"{tmp_path.name}-dpo")
-    assert (code, "validation.watch: not for DPO" in text) == (78, True)
+    assert (code, "validation.watch: not for DPO with dpo.loss=sigmoid" in text) == (78, True)
+
+
+@pytest.mark.parametrize("loss", ["simpo", "orpo"])
+def test_dpo_without_a_reference_watches_other_sets_too(ranks, toy, tmp_path, loss):
+    """With prompts shared and not: the same metrics of the same rows under both names."""
+    for shared in (True, False):
+        config = t.config(
+            toy, "dpo", tmp_path / f"{shared}.yaml",
+            train={"max_steps": 1, "shared_prefix": shared},
+            dpo={"loss": loss},
+            validation={"at_start": True, "watch": {"again": str(toy / "preference" / "validation.jsonl")}},
+        )  # fmt: skip
+        line = t.metrics(ranks.run("dpo", config, f"{tmp_path.name}-{loss}-{shared}", world_size=2).run_dir)[0]
+        again = {name.replace("again_", ""): value for name, value in line.items() if "again_" in name}
+        assert again == {name: line[name] for name in again}
+        assert again.keys() >= {"eval_loss", "eval_rewards/accuracies"}
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Union
 
-from strop.config import SCORING, Config, DataConfig
+from strop.config import Config, DataConfig
+from strop.config_check import REFERENCE_FREE
 from strop.data import corpus, documents, noise, overlap, plan, prepare_text, sources
 from strop.data.blocks import Blocks
 from strop.data.corpus import Corpus, Range
@@ -44,8 +45,8 @@ class Maker:
     def names(self) -> list[str]:
         """train, validation where there is one, and the names of `validation.watch`."""
         c = self.config
-        if c.validation.watch and self.kind in ("preference", "unpaired") and c.algo not in SCORING:
-            algo = c.algo.upper()
+        if c.validation.watch and _has_reference(c):
+            algo = c.algo.upper() + (f" with dpo.loss={c.dpo.loss}" if c.algo == "dpo" else "")
             raise UserError(
                 f"validation.watch: not for {algo}, which would need reference log-probs of each set"
             )
@@ -153,6 +154,10 @@ class Maker:
     def _share_of_validation(self) -> float:
         split = self.config.data.split
         return sources.shares(split)[1] if split is not None else 0.0
+
+
+def _has_reference(config: Config) -> bool:
+    return config.algo == "kto" or (config.algo == "dpo" and config.dpo.loss not in REFERENCE_FREE)
 
 
 def data_train(data: DataConfig) -> list[str]:
