@@ -135,7 +135,9 @@ def test_dpo_without_a_reference_watches_other_sets_too(ranks, toy, tmp_path, lo
             dpo={"loss": loss},
             validation={"at_start": True, "watch": {"again": str(toy / "preference" / "validation.jsonl")}},
         )  # fmt: skip
-        line = t.metrics(ranks.run("dpo", config, f"{tmp_path.name}-{loss}-{shared}", world_size=2).run_dir)[0]
+        line = t.metrics(ranks.run("dpo", config, f"{tmp_path.name}-{loss}-{shared}", world_size=2).run_dir)[
+            0
+        ]
         again = {name.replace("again_", ""): value for name, value in line.items() if "again_" in name}
         assert again == {name: line[name] for name in again}
         assert again.keys() >= {"eval_loss", "eval_rewards/accuracies"}

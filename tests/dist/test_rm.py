@@ -291,6 +291,8 @@ GOOD = {"prompt": "the fox", "chosen": "jumps", "rejected": "sleeps"}
         (GOOD | {"margin": math.nan}, "margin is nan, not a finite number"),
         (GOOD | {"margin": True}, "margin is True, not a finite number"),
         (GOOD | {"margin": 1e39}, "margin is 1e+39, not a finite number"),
+        (GOOD | {"margin": 65537}, "margin is 65537; scores would not count beside more than 65,536"),
+        (GOOD | {"margin": -1e30}, "margin is -1e+30; scores would not count beside more than 65,536"),
     ],
 )
 def test_bad_rows(ranks, toy, tmp_path, row, message):

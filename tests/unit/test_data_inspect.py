@@ -34,11 +34,12 @@ def pair(question, chosen, rejected):
 def look_at(tmp_path):
     """look_at(kind, {train: rows, validation: rows}, tokenizer, data keys ...) -> (report, config)."""
 
-    def look(kind, rows, tokenizer=None, train=None, watch=None, **keys):
+    def look(kind, rows, tokenizer=None, train=None, watch=None, algo="sft", **keys):
         for name, own in rows.items():
             write_jsonl(tmp_path / f"{name}.jsonl", own)
         paths = {name: str(tmp_path / f"{name}.jsonl") for name in rows}
         config = Config(
+            algo=algo,
             data=DataConfig(**paths, **keys),
             train=train or TrainConfig(),
             validation=ValidationConfig(watch=watch or {}),
@@ -477,3 +478,13 @@ def test_all_rows_of_a_line(look_at):
     )
     shown = looking.pick(report, config, "unpaired", tiny_tokenizer(), "train", n=1, rows=["train.jsonl:2"])
     assert [(sample.row, sample.value) for sample in shown] == [(3, 1.0), (4, 0.0)]
+
+
+def test_negative_margins_are_told_to_a_reward_model_alone(look_at):
+    rows = [pair(f"Is {i}?", "Yes.", "No.") | {"margin": m} for i, m in enumerate((1, -2, None, 0, -0.5))]
+    report, _ = look_at("preference", {"train": rows}, algo="rm")
+    [concern] = [own for own in report.concerns["train"] if own.name == "negative_margin"]
+    assert concern.text.startswith("2 of 5 rows (40%) have a negative margin")
+    assert [example[-6:] for example in concern.examples] == ["line 2", "line 5"]
+    report, _ = look_at("preference", {"train": rows}, algo="dpo")
+    assert "negative_margin" not in told(report, "train")
