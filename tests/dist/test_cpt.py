@@ -195,9 +195,11 @@ def test_a_store_made_beforehand_and_one_of_another_tokenizer(ranks, toy, tmp_pa
     assert t.metrics(first) == t.metrics(again)
     meta = json.loads((store / "store.json").read_text())
     (store / "store.json").write_text(json.dumps({**meta, "tokenizer": "0" * 64}))
+    ours = meta["tokenizer"][:12]
     config = t.config(toy, "cpt", tmp_path / "other.yaml", data=data)
     code, text = ranks.fail("cpt", config, f"{tmp_path.name}-other")
     assert code == 78
-    assert f"data.train: {store} was prepared with another tokenizer than that of {toy / 'model'}" in text
+    assert f"data.train: {store} was prepared with another tokenizer (digest 000000000000) than" in text
+    assert f"that of {toy / 'model'} ({ours}): prepare it again" in text
     code, text = ranks.fail("sft", config, f"{tmp_path.name}-sft")
     assert code == 78

@@ -143,11 +143,13 @@ class Maker:
         for entry in data_train(self.config.data):
             if corpus.is_corpus(Path(entry).expanduser()):
                 stores[entry] = Corpus.open(Path(entry).expanduser())
-                if stores[entry].tokenizer != self.tokenizer_digest:
+                theirs, ours = stores[entry].tokenizer, self.tokenizer_digest
+                if theirs != ours:
                     model = self.config.model.tokenizer or self.config.model.path
                     raise UserError(
-                        f"data.train: {entry} was prepared with another tokenizer than that of {model}: "
-                        "prepare it again with this one (tools.prepare), or set model.tokenizer"
+                        f"data.train: {entry} was prepared with another tokenizer (digest {theirs[:12]}) than "
+                        f"that of {model} ({ours[:12]}): prepare it again with this one (tools.prepare), or "
+                        "set model.tokenizer"
                     )
         return stores
 
@@ -194,9 +196,8 @@ def _ledger(name: str, made: list[tuple[Corpus, str]]) -> Ledger:
     """The ledgers of several corpora as one."""
     ledger = Ledger(name)
     for one, split in made:
-        path = one.path / f"ledger-{split}.json"
-        if path.exists():
-            ledger.sources |= Ledger.load(path).sources
+        if split == "train" or any(r.split == split for r in one.ranges):
+            ledger.sources |= Ledger.load(one.path / f"ledger-{split}.json").sources
     return ledger
 
 
