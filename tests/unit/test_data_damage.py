@@ -1,4 +1,4 @@
-"""Stores of which a file is missing, cut off or overwritten: it is named, with what to do, by every reader."""
+"""Stores with a file that is missing, cut off or overwritten: it is named by every reader, with what to do."""
 
 from __future__ import annotations
 
