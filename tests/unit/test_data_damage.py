@@ -1,4 +1,4 @@
-"""Stores with a file that is missing, cut off or overwritten: it is named by every reader, with what to do."""
+"""Stores with a file that is missing, cut off or overwritten: every reader names it, with what to do."""
 
 from __future__ import annotations
 

@@ -148,8 +148,8 @@ class Maker:
                     model = self.config.model.tokenizer or self.config.model.path
                     raise UserError(
                         f"data.train: {entry} was prepared with another tokenizer (digest {theirs[:12]}) "
-                        f"than that of {model} ({ours[:12]}): prepare it again with this one (tools.prepare), "
-                        "or set model.tokenizer"
+                        f"than that of {model} ({ours[:12]}): prepare it again with this one "
+                        "(tools.prepare), or set model.tokenizer"
                     )
         return stores
 
