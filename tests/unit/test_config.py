@@ -132,7 +132,7 @@ WORD_MISTAKES = [
         "optim.decay_steps=1.5",
         "optim.decay_steps is 1.5; it must be a number of steps, or a share of them above 0 and below 1",
     ),
-    ("data.weights=[0]", "data.weights is [0.0]; it must hold numbers above 0 only"),
+    ("data.weights=[0]", "data.weights is [0.0]; it must hold numbers above 0 only, below 1e100"),
     ("data.weights=[1e100]", "data.weights is [1e+100]; it must hold numbers above 0 only, below 1e100"),
     (
         "data.weights=[1, 2]",
