@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from data_helpers import tiny_tokenizer, write_jsonl
+from tests.unit.data_helpers import tiny_tokenizer, write_jsonl
 
 from strop.config import Config, DataConfig
 from strop.data import prepare as prepare_module
