@@ -7,13 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tests.unit.data_helpers import tiny_tokenizer, write_jsonl
 
 from strop.config import Config, DataConfig
 from strop.data import prepare as prepare_module
 from strop.data import sets
 from strop.data.store import TokenStore
 from strop.errors import UserError
+from tests.unit.data_helpers import tiny_tokenizer, write_jsonl
 
 TOKENIZER = tiny_tokenizer()
 ROWS = {
