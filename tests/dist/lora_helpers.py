@@ -29,8 +29,7 @@ OPTIM = {"lr": 2e-2, "schedule": "constant"}
 
 def run(ranks, toy, tmp_path, algo, name, world_size=1, words=(), **sections):
     sections = {"lora": LORA, "optim": OPTIM, **sections}
-    config = t.config(toy, algo, tmp_path / f"{name}.yaml", **sections)
-    return ranks.run(algo, config, f"{tmp_path.name}-{name}", *words, world_size=world_size).run_dir
+    return t.run(ranks, toy, tmp_path, algo, name, world_size, words, **sections)
 
 
 # ------------------------------------------------------------------------------------------- the truth

@@ -63,8 +63,7 @@ def truth(model, sequences):
 
 
 def run(ranks, toy, tmp_path, name, world_size=1, words=(), **sections):
-    config = t.config(toy, "cpt", tmp_path / f"{name}.yaml", **sections)
-    return ranks.run("cpt", config, f"{tmp_path.name}-{name}", *words, world_size=world_size).run_dir
+    return t.run(ranks, toy, tmp_path, "cpt", name, world_size, words, **sections)
 
 
 @pytest.mark.parametrize("case", ["masked", "padded", "crossing", "whole"])
@@ -91,10 +90,7 @@ def test_loss_and_gradient_of_a_step_equal_plain_fp64(ranks, toy, tmp_path, case
     loss.backward()
     line = t.metrics(run_dir)[0]
     assert line["loss"] == pytest.approx(loss.item(), rel=1e-6)
-    saved = t.checkpoint(run_dir, 1)
-    for name, p in model.named_parameters():
-        ours = saved[f"optim.{name}.exp_avg"].double() / 0.1
-        assert torch.allclose(ours, p.grad, rtol=1e-4, atol=1e-5 * float(p.grad.abs().max())), name
+    t.assert_gradients(model, run_dir)
 
 
 def test_evaluation_sets_and_perplexity(ranks, toy, tmp_path):
