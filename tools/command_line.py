@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
-from typing import Callable
+from pathlib import Path
+from typing import Any, Callable
 
 from strop.errors import StorageError, UserError
 
@@ -39,6 +41,18 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def write_json(record: Any, path: str) -> None:
+    """What --json asks for: a file, or stdout for "-"."""
+    text = json.dumps(record, ensure_ascii=False, indent=1) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--json {path}: {error.strerror}") from error
 
 
 def command_parser(doc: str | None) -> argparse.ArgumentParser:
