@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 import time
+from pathlib import Path
 from types import FrameType
-from typing import Callable, NoReturn, Optional
+from typing import Any, Callable, NoReturn, Optional
 
 from strop.errors import EXIT_TERM, StorageError, UserError
 
@@ -52,6 +54,18 @@ def end_on_term(exit_code: Callable[[], int] = lambda: EXIT_TERM) -> None:
         sys.exit(exit_code())
 
     signal.signal(signal.SIGTERM, end)
+
+
+def write_json(record: Any, path: str) -> None:
+    """What --json asks for: a file, or stdout for "-"."""
+    text = json.dumps(record, ensure_ascii=False, indent=1) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--json {path}: {error.strerror}") from error
 
 
 def command_parser(doc: str | None) -> argparse.ArgumentParser:

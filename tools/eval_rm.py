@@ -33,14 +33,13 @@ GPU. Exit code 0; 78: your error (the message names option, file or row).
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 from strop.errors import UserError
-from tools.command_line import Progress, command_parser, run
+from tools.command_line import Progress, command_parser, run, write_json
 
 
 def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -59,6 +58,8 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     for name in ("max_length", "batch_tokens"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be greater than 0")
+    if options.json and not Path(options.json).absolute().parent.is_dir():  # before hours go into scores
+        raise UserError(f"--json {options.json}: there is no directory {Path(options.json).parent}")
     return options
 
 
@@ -116,10 +117,8 @@ def main() -> None:
 
         raise UserError(for_the_tool(str(error))) from error
     print(text, file=sys.stderr if options.json == "-" else sys.stdout)
-    if options.json == "-":
-        print(json.dumps(report, indent=1))
-    elif options.json:
-        Path(options.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if options.json:
+        write_json(report, options.json)
 
 
 if __name__ == "__main__":

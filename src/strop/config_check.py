@@ -104,8 +104,8 @@ RANGES: dict[str, Range] = {
     "validation.min_delta": NOT_NEGATIVE,
     "checkpoint.keep_last": (lambda v: v >= 2, "must be at least 2, so that there is one to fall back to"),
     "data.weights": (
-        lambda v: bool(v) and all(0 < w < math.inf for w in v),
-        "must hold numbers above 0 only",
+        lambda v: bool(v) and all(0 < w < 1e100 for w in v),  # times the rows of an epoch they are finite
+        "must hold numbers above 0 only, below 1e100",
     ),
     "sft.neftune_alpha": POSITIVE,
     "dpo.beta": POSITIVE,

@@ -301,6 +301,9 @@ def _set_layout(t: Trainer, choices: dict[str, Any]) -> None:
         t.train_store = t.train_store.sharing_prompts()
         if isinstance(t.val_store, TokenStore):
             t.val_store = t.val_store.sharing_prompts()
+        for name, store in t.watched.items():
+            if isinstance(store, TokenStore):
+                t.watched[name] = store.sharing_prompts()
     if t.algo.needs_reference(t.config) and "reference" not in choices:
         choices["reference"] = t.dist.broadcast(references.files(t) if t.dist.is_main else None)
         choices["reference_of"] = references.identity(t)

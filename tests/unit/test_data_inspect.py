@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,49 +10,12 @@ from data_helpers import CHATML, tiny_tokenizer, write_jsonl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from strop.config import Config, DataConfig, TrainConfig, ValidationConfig
-from strop.data import concerns, ends, inspect, inspect_text, looking, repeats, samples, units
+from strop.config import TrainConfig
+from strop.data import ends, inspect, looking, repeats, samples, units
 from strop.data.repeats import Hashes, Repeats
-from strop.data.spans import Span, spans, special_mask
+from strop.data.spans import spans
 from strop.errors import UserError
-
-
-def turn(role, content):
-    return {"role": role, "content": content}
-
-
-def dialogue(question, answer):
-    return {"messages": [turn("user", question), turn("assistant", answer)]}
-
-
-def pair(question, chosen, rejected):
-    return {"prompt": question, "chosen": chosen, "rejected": rejected}
-
-
-@pytest.fixture
-def look_at(tmp_path):
-    """look_at(kind, {train: rows, validation: rows}, tokenizer, data keys ...) -> (report, config)."""
-
-    def look(kind, rows, tokenizer=None, train=None, watch=None, **keys):
-        for name, own in rows.items():
-            write_jsonl(tmp_path / f"{name}.jsonl", own)
-        paths = {name: str(tmp_path / f"{name}.jsonl") for name in rows}
-        config = Config(
-            data=DataConfig(**paths, **keys),
-            train=train or TrainConfig(),
-            validation=ValidationConfig(watch=watch or {}),
-        )
-        tokenizer = tokenizer or tiny_tokenizer()
-        report = looking.look(config, kind, tokenizer, tmp_path / "cache", 1, lambda what, done, total: None)
-        return report, config
-
-    return look
-
-
-def told(report, name):
-    """{name of a concern: how many rows} of a set."""
-    return {concern.name: concern.count for concern in report.concerns[name]}
-
+from tests.unit.look_helpers import GOOD, dialogue, pair, told, turn
 
 # --- spans
 
@@ -182,11 +144,6 @@ def test_chunks_change_nothing(look_at, monkeypatch):
     a, b = looking.as_json(whole), looking.as_json(pieces)
     assert a == b
     assert told(pieces, "train")["duplicates"] == 2
-
-
-# --- defects put there on purpose
-
-GOOD = [dialogue(f"What is {i}?", f"It is {i}, as you see.") for i in range(6)]
 
 
 def test_nothing_to_warn_of(look_at):
@@ -356,104 +313,6 @@ def test_documents_of_a_block_whatever_attention_does(texts):
         assert sum(num for _, _, num, _ in crossing.documents(row)) == len(crossing.sequences(row)[0][0])
 
 
-# --- which rows
-
-
-def test_rows_by_name(look_at, tmp_path):
-    rows = [GOOD[0], {"messages": []}, GOOD[1]]
-    report, config = look_at("sft", {"train": rows}, on_bad_row="skip", max_dropped_fraction=0.5)
-    own, tokenizer = report.looks["train"].rows, tiny_tokenizer()
-    assert samples.by_name(own, "2", "train") == samples.by_name(own, "train.jsonl:3", "train") == [1]
-    with pytest.raises(UserError, match="the train set has the rows 1 to 2"):
-        samples.by_name(own, "3", "train")
-    with pytest.raises(UserError, match=r"train.jsonl, line 2 is not used: wrong_fields: neither text"):
-        looking.pick(report, config, "sft", tokenizer, "train", n=1, rows=["train.jsonl:2"])
-    with pytest.raises(UserError, match=r"the train set has no line 9 of train.jsonl"):
-        looking.pick(report, config, "sft", tokenizer, "train", n=1, rows=["train.jsonl:9"])
-    with pytest.raises(UserError, match="expected a row's number, or SOURCE:LINE"):
-        looking.pick(report, config, "sft", tokenizer, "train", n=1, rows=["train.jsonl"])
-    with pytest.raises(UserError, match="the sets of this run are train"):
-        looking.pick(report, config, "sft", tokenizer, "test", n=1)
-
-
-def test_spread_and_longest(look_at):
-    assert samples.spread(9, 3, None) == [0, 4, 8]
-    assert samples.spread(2, 5, None) == [0, 1]
-    assert samples.spread(5, 0, None) == []
-    drawn = samples.spread(1000, 5, 7)
-    assert drawn == samples.spread(1000, 5, 7) == sorted(set(drawn)) != samples.spread(1000, 5, 8)
-    report, _ = look_at("sft", {"train": [dialogue("Q", "a" * n) for n in (1, 9, 5)]})
-    assert samples.longest(report.looks["train"].rows, 2) == [1, 2]
-
-
-def test_a_pair_shows_its_prompt_once(look_at):
-    report, _ = look_at("preference", {"train": [pair("Is it? ", "Yes, it is.", "Yes, no.")]})
-    sample = samples.sample(report.looks["train"].rows, 0, tiny_tokenizer())
-    texts = {part.title: "".join(s.text for s in part.spans) for part in sample.parts}
-    assert texts == {"prompt": "Is it? ", "chosen": "Yes, it is.</s>", "rejected": "Yes, no.</s>"}
-    assert [part.trained for part in sample.parts] == [0, sample.parts[1].tokens, sample.parts[2].tokens]
-    assert sample.value is None
-
-
-# --- text of it
-
-PLAIN = inspect_text.Paper(colour=False)
-COLOUR = inspect_text.Paper(colour=True)
-
-
-def test_what_cannot_be_seen():
-    assert inspect_text.visible("  a  b \n\tc\r ") == "··a  b·⏎\n→\tc␍·"
-    assert inspect_text.visible("a\x1b[31m\u200b\u00a0é🙂") == "a\\x1b[31m‹U+200B›‹U+00A0›é🙂"
-
-
-def test_marks_and_colours():
-    tokenizer = tiny_tokenizer()
-    ids = np.array(tokenizer("Ask:\nOne\ntwo.</s>", add_special_tokens=False)["input_ids"])
-    boundary = len(tokenizer("Ask:\n", add_special_tokens=False)["input_ids"])
-    found = spans(ids, np.arange(len(ids)) >= boundary, tokenizer)
-    assert inspect_text.spans_text(found, PLAIN) == "Ask:⏎\n⟦One⏎\ntwo.</s>⟧"
-    text = inspect_text.spans_text(found, COLOUR)
-    assert text == "Ask:⏎\n\x1b[32mOne⏎\x1b[0m\n\x1b[32mtwo.\x1b[0m\x1b[1;7;32m</s>\x1b[0m"
-
-
-def test_long_spans_are_shortened():
-    long = [Span("a" * 1000 + "b" * 700, False, False, 9)]
-    text = inspect_text.spans_text(long, PLAIN)
-    assert (
-        text == "a" * 1000 + "b" * 200 + " [... 100 characters left out, --full shows them ...] " + "b" * 400
-    )
-    assert len(inspect_text.spans_text(long, dataclasses.replace(PLAIN, full=True))) == 1700
-
-
-def test_everything_but_data_fits_the_width(look_at):
-    """With what makes lines long: names, messages, numbers."""
-    report, config = look_at("sft", {"train": [*GOOD * 2, {"messages": []}], "validation": GOOD[:1]})
-    for width in (80, 120):
-        paper = dataclasses.replace(PLAIN, width=width)
-        lines = "\n".join(inspect_text.report_text(report, config, "train", paper)).split("\n")
-        paths = [line for line in lines if len(line) > width and "/" in line]
-        assert [line for line in lines if len(line) > width and line not in paths] == []
-        assert all(len(line.split()) <= 3 for line in paths)  # a path that is too long stands alone
-
-
-def test_special_mask_covers_the_vocabulary():
-    tokenizer = tiny_tokenizer()
-    marked = np.flatnonzero(special_mask(tokenizer)).tolist()
-    assert tokenizer.convert_ids_to_tokens(marked) == ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-
-
-def test_shares_in_few_digits():
-    told = {0.0: "0%", 0.00034: "0.03%", 0.05: "5.0%", 0.5: "50%", 1.0: "100%"}
-    assert {share: concerns.percent(share) for share in told} == told
-
-
-def test_the_ledger_is_in_the_text(look_at, tmp_path: Path):
-    report, config = look_at("sft", {"train": [*GOOD, {"x": 1}]})
-    text = "\n".join(inspect_text.report_text(report, config, "train", PLAIN))
-    row = next(line for line in text.split("\n") if "wrong_fields" in line).split()
-    assert row == ["wrong_fields", "1", "0"]
-
-
 def test_labels_out_of_balance_are_told_before_training(look_at):
     def judged(*labels):
         return [{"prompt": f"Is {i}?", "completion": f"{i}.", "label": one} for i, one in enumerate(labels)]
@@ -470,10 +329,11 @@ def test_labels_out_of_balance_are_told_before_training(look_at):
     assert "label_imbalance" not in names
 
 
-def test_all_rows_of_a_line(look_at):
-    """A pair is two rows where answers are judged alone."""
-    report, config = look_at(
-        "unpaired", {"train": [pair("Is it?", "Yes.", "No."), pair("Was it?", "So.", "Never.")]}
-    )
-    shown = looking.pick(report, config, "unpaired", tiny_tokenizer(), "train", n=1, rows=["train.jsonl:2"])
-    assert [(sample.row, sample.value) for sample in shown] == [(3, 1.0), (4, 0.0)]
+def test_negative_margins_are_told_to_a_reward_model_alone(look_at):
+    rows = [pair(f"Is {i}?", "Yes.", "No.") | {"margin": m} for i, m in enumerate((1, -2, None, 0, -0.5))]
+    report, _ = look_at("preference", {"train": rows}, algo="rm")
+    [concern] = [own for own in report.concerns["train"] if own.name == "negative_margin"]
+    assert concern.text.startswith("2 of 5 rows (40%) have a negative margin")
+    assert [example[-6:] for example in concern.examples] == ["line 2", "line 5"]
+    report, _ = look_at("preference", {"train": rows}, algo="dpo")
+    assert "negative_margin" not in told(report, "train")

@@ -271,6 +271,8 @@ def fail(model, file, *words):
 
 def test_mistakes_are_named(model_dir, tmp_path):
     file = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    nowhere = tmp_path / "nowhere" / "report.json"
+    assert fail(model_dir, file, "--json", str(nowhere)).endswith(f"no directory {nowhere.parent}")
     lm = tmp_path / "lm"
     AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES)).save_pretrained(lm)
     assert fail(lm, file).startswith(f"--model: {lm} is no reward model but LlamaForCausalLM. Train one")

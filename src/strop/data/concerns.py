@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from strop.config import Config
+from strop.config import SCORING, Config
 from strop.data import labels, noise, repeats
 from strop.data.inspect import Look
 from strop.data.ledger import BadRow, Ledger, place
@@ -62,8 +62,20 @@ def of_set(look: Look, config: Config, tokenizer: Any, templated: bool) -> list[
         out += _length_bias(look)
     if look.name == "train" and isinstance(look.rows, TokenStore) and look.rows.kind == "unpaired":
         out += _labels(look.rows, config)
+    if look.name == "train" and isinstance(look.rows, TokenStore) and config.algo in SCORING:
+        out += _margins(look, look.rows)
     out += _repeated(look)
     return out
+
+
+def _margins(look: Look, store: TokenStore) -> list[Concern]:
+    """Pairs that allow the rejected answer the higher score."""
+    rows = np.flatnonzero(store.values_R < 0)
+    if not len(rows):
+        return []
+    text = "have a negative margin: their rejected answer may score higher, by as much"
+    advice = "exchange chosen and rejected if these are the wrong way round, else leave the margin out"
+    return [_concern(look, "warn", "negative_margin", text, advice, count=len(rows), rows=rows[:3].tolist())]
 
 
 def _labels(store: TokenStore, config: Config) -> list[Concern]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from strop.config import DataConfig
+from strop.data import intact
 from strop.data.store import TokenisedRow
 from strop.errors import UserError
 
@@ -209,7 +210,7 @@ class Ledger:
 
     @classmethod
     def load(cls, path: Path) -> Ledger:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = intact.record(path)
         ledger = cls(split=record["split"])
         for entry in record["sources"]:
             del entry["read"]

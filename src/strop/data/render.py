@@ -24,7 +24,7 @@ from strop.data.fields import (
     conversation,
     known,
     label_of,
-    number,
+    margin_of,
     tools_of,
     weight,
     wrong_fields,
@@ -116,7 +116,7 @@ class Renderer:
             tools = tools_of(row.fields)
             if self.kind == "preference":
                 texts, templated = self._preference(row.fields, tools)
-                value = number(row.fields, "margin")
+                value = margin_of(row.fields)
             elif self.kind == "unpaired":
                 texts, templated, value = self._unpaired(row.fields, tools)
             else:

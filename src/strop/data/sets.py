@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Union
 
-from strop.config import SCORING, Config, DataConfig
+from strop.config import Config, DataConfig
+from strop.config_check import REFERENCE_FREE
 from strop.data import corpus, documents, noise, overlap, plan, prepare_text, sources
 from strop.data.blocks import Blocks
 from strop.data.corpus import Corpus, Range
@@ -44,8 +45,8 @@ class Maker:
     def names(self) -> list[str]:
         """train, validation where there is one, and the names of `validation.watch`."""
         c = self.config
-        if c.validation.watch and self.kind in ("preference", "unpaired") and c.algo not in SCORING:
-            algo = c.algo.upper()
+        if c.validation.watch and _has_reference(c):
+            algo = c.algo.upper() + (f" with dpo.loss={c.dpo.loss}" if c.algo == "dpo" else "")
             raise UserError(
                 f"validation.watch: not for {algo}, which would need reference log-probs of each set"
             )
@@ -142,17 +143,23 @@ class Maker:
         for entry in data_train(self.config.data):
             if corpus.is_corpus(Path(entry).expanduser()):
                 stores[entry] = Corpus.open(Path(entry).expanduser())
-                if stores[entry].tokenizer != self.tokenizer_digest:
+                theirs, ours = stores[entry].tokenizer, self.tokenizer_digest
+                if theirs != ours:
                     model = self.config.model.tokenizer or self.config.model.path
                     raise UserError(
-                        f"data.train: {entry} was prepared with another tokenizer than that of {model}: "
-                        "prepare it again with this one (tools.prepare), or set model.tokenizer"
+                        f"data.train: {entry} was prepared with another tokenizer (digest {theirs[:12]}) "
+                        f"than that of {model} ({ours[:12]}): prepare it again with this one "
+                        "(tools.prepare), or set model.tokenizer"
                     )
         return stores
 
     def _share_of_validation(self) -> float:
         split = self.config.data.split
         return sources.shares(split)[1] if split is not None else 0.0
+
+
+def _has_reference(config: Config) -> bool:
+    return config.algo == "kto" or (config.algo == "dpo" and config.dpo.loss not in REFERENCE_FREE)
 
 
 def data_train(data: DataConfig) -> list[str]:
@@ -189,9 +196,8 @@ def _ledger(name: str, made: list[tuple[Corpus, str]]) -> Ledger:
     """The ledgers of several corpora as one."""
     ledger = Ledger(name)
     for one, split in made:
-        path = one.path / f"ledger-{split}.json"
-        if path.exists():
-            ledger.sources |= Ledger.load(path).sources
+        if split == "train" or any(r.split == split for r in one.ranges):
+            ledger.sources |= Ledger.load(one.path / f"ledger-{split}.json").sources
     return ledger
 
 

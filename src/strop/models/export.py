@@ -20,7 +20,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,20 @@ Reader = Callable[[dict[str, torch.dtype]], dict[str, torch.Tensor]]
 """Tensors of these names in these types."""
 
 
+@contextmanager
+def _still_there(directory: Path) -> Iterator[None]:
+    """UserError where what fails inside does so because a run that goes on has removed its checkpoint."""
+    try:
+        yield
+    except (OSError, dcp.CheckpointException) as error:
+        if directory.is_dir():
+            raise
+        raise UserError(
+            f"{directory} was removed while it was exported: its run goes on, and keeps "
+            "checkpoint.keep_last checkpoints; export again, or when it has ended"
+        ) from error
+
+
 def export_checkpoint(
     directory: Path,
     base: ModelConfig,
@@ -76,11 +91,27 @@ def export_checkpoint(
     model with them added in, or with `adapter` PEFT's files of them.
 
     `dtype` is a name of DTYPES, or None for the base model's own (of adapters: fp32). Raises UserError if the
-    checkpoint does not fit the base model, if `out` exists without `replace`, or if a weight is not finite in
-    `dtype`; StorageError if the checkpoint is damaged.
+    checkpoint does not fit the base model or is removed meanwhile, if `out` exists without `replace`, or if a
+    weight is not finite in `dtype`; StorageError if the checkpoint is damaged.
     """
     if out.exists() and not replace:
         raise UserError(f"--out {out} exists; add --force to replace it, or name another directory")
+    with _still_there(directory):
+        _export(directory, base, out, lora, adapter, dtype, max_shard_bytes, replace, say)
+
+
+def _export(
+    directory: Path,
+    base: ModelConfig,
+    out: Path,
+    lora: LoraConfig | None,
+    adapter: bool,
+    dtype: str | None,
+    max_shard_bytes: int,
+    replace: bool,
+    say: Callable[[str], None],
+) -> None:
+    """As `export_checkpoint`."""
     say(f"verifying {directory}")
     stored = _stored(directory)
     scores = PREFIX + reward.HEAD in stored
