@@ -25,7 +25,8 @@ from strop.algos import Algorithm
 from strop.config import Config
 from strop.data import labels, plan
 from strop.data.mismatched import Mismatched
-from strop.data.sets import Maker, RowSet, find_overlap, open_set
+from strop.data.repeats import find_overlap
+from strop.data.sets import Maker, RowSet, open_set
 from strop.data.store import TokenStore
 from strop.data.tokenise import load_tokenizer, tokenizer_digest
 from strop.dist import Dist
