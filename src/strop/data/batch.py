@@ -58,9 +58,6 @@ class Batch:
     """int32 [S + 1], where prompts are shared: the same sums as cu_seqlens with the shared prompts counted.
     A sequence with more keys than tokens goes on where the prompt of the one before it ends."""
 
-    keys_S: Tensor | None = None
-    """int64 [S, 2]: what the random draws of each sequence hang on; None: nothing is drawn (validation)."""
-
     @property
     def num_tokens(self) -> int:
         """Tokens of its rows, a shared prompt counted for each of its sequences."""
