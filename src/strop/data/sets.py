@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Union
 
-from strop.config import SCORING, Config, DataConfig
+from strop.config import Config, DataConfig, trains_reward_model
 from strop.data import corpus, documents, noise, plan, prepare_text, sources
 from strop.data.blocks import Blocks
 from strop.data.corpus import Corpus, Range
@@ -44,7 +44,8 @@ class Maker:
     def names(self) -> list[str]:
         """train, validation where there is one, and the names of `validation.watch`."""
         c = self.config
-        if c.validation.watch and self.kind in ("preference", "unpaired") and c.algo not in SCORING:
+        has_reference = self.kind in ("preference", "unpaired") and not trains_reward_model(c.algo)
+        if c.validation.watch and has_reference:
             algo = c.algo.upper()
             raise UserError(
                 f"validation.watch: not for {algo}, which would need reference log-probs of each set"
