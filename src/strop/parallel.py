@@ -7,8 +7,11 @@ the global count already.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, Optional
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
@@ -49,10 +52,31 @@ def shard(policy: Policy, config: TrainConfig, dist: Dist) -> None:
         fully_shard(block, mesh=dist.mesh, mp_policy=mp, reshard_after_forward=frees)
     fully_shard(policy, mesh=dist.mesh, mp_policy=mp)
     for module in policy.modules():
-        if isinstance(module, FSDPModule) and dist.world_size > 1:  # of one rank it would make copies
-            module.set_gradient_divide_factor(1.0)
+        if not isinstance(module, FSDPModule):
+            continue
+        if dist.world_size == 1:
+            module.set_custom_reduce_scatter(_SumOfOne())  # type: ignore[arg-type]
+        else:
+            module.set_gradient_divide_factor(1.0)  # of one rank it would make copies
             # gloo knows plain sums only.
             module.set_force_sum_reduction_for_comms(True)
+
+
+class _SumOfOne:
+    """The reduction of a gradient over one rank. fully_shard asks for an input and then for an output; given
+    the same tensor for both, its copy of the one to the other costs nothing."""
+
+    def __init__(self) -> None:
+        self._input: Optional[Tensor] = None
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        given, self._input = self._input, None
+        if given is None:
+            given = self._input = torch.empty(*size, dtype=dtype, device=device)
+        return given
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, *args: Any, **kwargs: Any) -> None:
+        assert output_tensor is input_tensor
 
 
 def transformer_blocks(model: PreTrainedModel) -> list[tuple[nn.Module, str, nn.Module]]:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from strop import ops
 from strop.ops import functional, head, native, reference
+from strop.ops.head_products import Products
 
 HEADS = {
     "plain": {},
@@ -171,7 +172,8 @@ def test_the_products_of_the_backward(monkeypatch, num_tokens, hidden, vocab):
     padded = -num_tokens // head.TILE * -head.TILE
     d_words = torch.zeros(vocab, padded, dtype=torch.bfloat16)
     d_words[:, :num_tokens] = torch.randn(vocab, num_tokens, generator=torch.Generator().manual_seed(1))
-    products = head._Products(x, w, True, True)
+    fused = head.engine(x, w) == "fused"
+    products = Products(x, w, True, True, fused, head.chunk_words(x, vocab))
     for start, end in head.chunks(x, vocab):
         products.add(d_words[start:end, :num_tokens], start)
     wide = d_words[:, :num_tokens].double()

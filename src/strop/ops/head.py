@@ -18,7 +18,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from strop.ops import native
+from strop.ops import native, workspace
+from strop.ops.head_products import Products
 from strop.ops.native import DTYPES, PANEL, SEGMENT, TILE, call
 from strop.ops.reference import Scalings, Walked
 
@@ -119,8 +120,8 @@ def forward(
     """Log-probs with statistics, and what is kept. Raises ValueError for a target outside the vocabulary."""
     hidden, rows = hidden.contiguous(), _Rows(hidden, scalings)
     shape, tops_shape = kept_shape(hidden, weight, keep)
-    kept = hidden.new_empty(shape)
-    tops = hidden.new_empty(tops_shape, dtype=torch.float32)
+    kept = workspace.empty(shape, hidden.dtype, hidden.device)
+    tops = workspace.empty(tops_shape, torch.float32, hidden.device)
     fused = engine(hidden, weight) == "fused"
     if keep == FROZEN and not (fused and scalings.softcap):
         kept.copy_((_frozen_fused if fused else _frozen_chunked)(hidden, weight, target, rows))
@@ -171,7 +172,7 @@ def _frozen_fused(hidden: Tensor, weight: Tensor, target: Tensor, rows: _Rows) -
     exps, out = hidden.new_empty(2, width, padded)
     tops = hidden.new_empty(width // PANEL, padded, dtype=torch.float32)
     scratch, minus = _scratch(hidden, width), hidden.new_full((num_tokens,), -1.0, dtype=torch.float32)
-    mean = _Products(hidden, weight, True, False)
+    mean = Products(hidden, weight, True, False, True, width)
     for start, end in chunks(hidden, vocab):
         before, num_words = rows.top.clone(), end - start
         call(
@@ -288,7 +289,7 @@ def backward(
     """
     hidden, grad, vocab = hidden.contiguous(), grad.contiguous(), len(weight)
     rows, fused = _Rows(hidden, scalings), engine(hidden, weight) == "fused"
-    products = _Products(hidden, weight, needs[0], needs[1])
+    products = Products(hidden, weight, needs[0], needs[1], fused, chunk_words(hidden, vocab))
     d_bias = hidden.new_zeros(vocab, dtype=torch.float32) if needs[2] else None
     gradients = _Fused(hidden, weight, target, rows) if fused else _Chunked(hidden, weight, target, rows)
     for start, end in chunks(hidden, vocab):
@@ -301,61 +302,6 @@ def backward(
         products.by_weight,
         None if d_bias is None or bias is None else d_bias.to(bias.dtype),
     )
-
-
-class _Products:
-    """Gradients by hidden and weight, whichever are wanted, summed up from d_words [words, N] of chunks.
-
-    Beside the fused head bf16 has kernels of its own: torch's take 10 to 15 % longer, and would round every
-    chunk's part of hidden's gradient to bf16.
-    """
-
-    def __init__(self, hidden: Tensor, weight: Tensor, by_hidden: bool, by_weight: bool) -> None:
-        self.hidden, self.weight = hidden, weight
-        num_tokens, size = hidden.shape
-        padded, columns = -num_tokens // TILE * -TILE, -size // PANEL * -PANEL
-        self.own = hidden.dtype == torch.bfloat16 and engine(hidden, weight) == "fused"
-        shape = (columns, padded) if self.own else (num_tokens, size)
-        self.sum = hidden.new_zeros(shape, dtype=torch.float32) if by_hidden else None
-        self.by_weight = weight.new_empty(weight.shape) if by_weight else None
-        if self.own and by_hidden:
-            self.scratch = hidden.new_empty((columns + padded) * (chunk_words(hidden, len(weight)) + 1))
-        if self.own and self.by_weight is not None:
-            # A fault for each 4 KiB of fresh memory would cost a tenth of the product that fills it.
-            call("strop_huge_pages", hidden, self.by_weight, self.by_weight.nbytes)
-            self.turned = hidden.new_empty(padded * (-size // TILE * -TILE))
-            call("strop_head_turn", hidden, hidden, num_tokens, size, hidden.stride(0), self.turned)
-
-    def add(self, d_words: Tensor, start: int) -> None:
-        """d_words [words, N], whose rows are padded to the tile where the fused head made them."""
-        num_words, (num_tokens, size) = len(d_words), self.hidden.shape
-        weight = self.weight[start : start + num_words]
-        block = None if self.by_weight is None else self.by_weight[start : start + num_words]
-        if self.own:
-            if self.sum is not None:
-                call(
-                    "strop_head_d_hidden", d_words, d_words, weight, num_tokens, size, weight.stride(0),
-                    num_words, self.scratch, self.sum,
-                )  # fmt: skip
-            if block is not None:
-                call("strop_head_d_weight", d_words, d_words, self.turned, num_tokens, size, num_words, block)
-            return
-        if self.sum is not None:
-            self.sum += torch.mm(d_words.t(), weight)
-        if block is not None:
-            torch.mm(d_words, self.hidden, out=block)
-
-    def shrink(self, factor: Tensor) -> None:
-        """What is summed so far of hidden's gradient, times factor [N]."""
-        assert self.sum is not None
-        view = self.sum[:, : len(factor)] if self.own else self.sum.t()
-        view *= factor
-
-    def by_hidden(self) -> Tensor:
-        """fp32 [N, H]."""
-        assert self.sum is not None
-        num_tokens, size = self.hidden.shape
-        return self.sum[:size, :num_tokens].t() if self.own else self.sum
 
 
 class _Fused:

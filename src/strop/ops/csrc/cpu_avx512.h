@@ -25,6 +25,7 @@ namespace head {
 
 constexpr int64_t TILE = STROP_TILE, PANEL = STROP_PANEL, SEGMENT = STROP_SEGMENT;
 constexpr int64_t MAX_GROUP = 256, GROUP_BYTES = 768 * 1024;  // tokens of a group, and what L2 holds of them
+constexpr int64_t CACHED_BYTES = 16 << 20;                    // more than that is read from memory when its turn comes
 constexpr int64_t PANELS_PER_ITEM = 16;                       // of the backward
 
 struct Head {
@@ -167,10 +168,10 @@ struct Partial {  // [segments][n] each
     float *top, *total, *weighted, *plain;
 };
 
-// One panel of one half tile into the running sums at `at`.
+// One panel of one half tile into the running sums at `at`; its exponentials go to exps [12][32], unless NULL.
 template <class T>
 AVX512 INLINE void walk_half(__m512 (&z)[PANEL][2], int half, int64_t words, const Partial& sums, int64_t at,
-                             void* exps, int64_t exps_at, int64_t padded, float* panel_top) {
+                             void* exps, float* panel_top) {
     __m512 old = _mm512_loadu_ps(sums.top + at), top = old;
     for (int64_t i = 0; i < words; i++) top = _mm512_max_ps(top, z[i][half]);  // NaN in z wins
     __m512 safe = _mm512_max_ps(_mm512_set1_ps(-FLT_MAX), top);
@@ -183,13 +184,27 @@ AVX512 INLINE void walk_half(__m512 (&z)[PANEL][2], int half, int64_t words, con
         total = _mm512_add_ps(total, e);
         weighted = _mm512_mask3_fmadd_ps(e, z[i][half], weighted, some);
         plain = _mm512_add_ps(plain, z[i][half]);
-        if (exps != nullptr) T::store(exps, exps_at + i * padded, e);
+        if (exps != nullptr) T::store(exps, i * TILE + 16 * half, e);
     }
     if (exps != nullptr) _mm512_storeu_ps(panel_top, safe);
     _mm512_storeu_ps(sums.top + at, top);
     _mm512_storeu_ps(sums.total + at, _mm512_fmadd_ps(_mm512_loadu_ps(sums.total + at), shrink, total));
     _mm512_storeu_ps(sums.weighted + at, _mm512_fmadd_ps(_mm512_loadu_ps(sums.weighted + at), shrink, weighted));
     _mm512_storeu_ps(sums.plain + at, _mm512_add_ps(_mm512_loadu_ps(sums.plain + at), plain));
+}
+
+// The lines of a tile's exponentials, whole, to where they are kept: many are not read before they have left
+// the caches (`stream`), and fetching what is overwritten would cost as much as writing it.
+AVX512 INLINE void keep_tile(const char* lines, int64_t words, int64_t bytes, char* to, int64_t stride, bool stream) {
+    for (int64_t i = 0; i < words; i++, to += stride) {
+        for (int64_t at = 0; at < bytes; at += 64) {
+            __m512i line = _mm512_load_si512(lines + i * bytes + at);
+            if (stream)
+                _mm512_stream_si512((__m512i*)(to + at), line);
+            else
+                _mm512_storeu_si512(to + at, line);
+        }
+    }
 }
 
 inline void load_targets(const Head& h, int64_t begin, int64_t end, int32_t* out) {
@@ -210,6 +225,8 @@ AVX512 void walk_item(const Head& h, int64_t segment, int64_t begin, int64_t end
         sums.total[n] = sums.weighted[n] = sums.plain[n] = 0.0f;
     }
     const bool plain_head = is_plain(h.head);
+    const bool stream = h.num_words * h.padded * T::bytes > CACHED_BYTES && (uintptr_t)exps % 64 == 0;
+    alignas(64) char lines[PANEL * TILE * T::bytes];
     for (int64_t w = from; w < to; w += PANEL) {
         const int64_t word = h.first + w, words = std::min(PANEL, to - w);
         for (int64_t n = begin; n < end; n += TILE) {
@@ -223,8 +240,11 @@ AVX512 void walk_item(const Head& h, int64_t segment, int64_t begin, int64_t end
                 for (int lane = 0; hits; lane++, hits >>= 1)
                     if (hits & 1) at_target[at + lane] = ((float*)&z[target[at - begin + lane] - word][half])[lane];
                 float* panel_top = tops == nullptr ? nullptr : tops + w / PANEL * h.padded + at;
-                walk_half<T>(z, half, words, sums, at, exps, w * h.padded + at, h.padded, panel_top);
+                walk_half<T>(z, half, words, sums, at, exps == nullptr ? nullptr : lines, panel_top);
             }
+            if (exps != nullptr)
+                keep_tile(lines, words, TILE * T::bytes, (char*)exps + (w * h.padded + n) * T::bytes,
+                          h.padded * T::bytes, stream);
         }
     }
 }

@@ -44,6 +44,7 @@ AVX512 inline void pack_turned(const uint16_t* hidden, int64_t num_rows, int64_t
 // Words from .. to - 1 of out [words, H], columns of the tiles first .. last - 1.
 AVX512 inline void weight_item(const Head& h, int64_t from, int64_t to, int64_t first, int64_t last, int64_t size,
                                uint16_t* out) {
+    const bool whole_lines = size % TILE == 0 && (uintptr_t)out % 64 == 0;
     for (int64_t w = from; w < to; w += PANEL) {
         const int64_t words = std::min(PANEL, to - w);
         for (int64_t tile = first; tile < last; tile++) {
@@ -53,7 +54,11 @@ AVX512 inline void weight_item(const Head& h, int64_t from, int64_t to, int64_t 
             const __mmask32 there = left >= TILE ? ~0u : (1u << left) - 1;
             for (int64_t i = 0; i < words; i++) {
                 __m512i both = (__m512i)_mm512_cvtne2ps_pbh(z[i][1], z[i][0]);
-                _mm512_mask_storeu_epi16(out + (w + i) * size + tile * TILE, there, both);
+                uint16_t* const line = out + (w + i) * size + tile * TILE;
+                if (whole_lines)  // not read again before it has left the caches
+                    _mm512_stream_si512((__m512i*)line, both);
+                else
+                    _mm512_mask_storeu_epi16(line, there, both);
             }
         }
     }
