@@ -262,7 +262,7 @@ BROKEN = [
     (
         ["data.adapter=hlpsteer3"],
         "train data",
-        "data.adapter: no adapter is called 'hlpsteer3': did you",
+        "data.adapter: no adapter is called 'hlpsteer3'; did you",
     ),
     (["data.train=gsm8k"], "train data", "data.train: gsm8k holds answers to be learnt and text, and this"),
     (
