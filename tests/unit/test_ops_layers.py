@@ -88,6 +88,38 @@ def test_silu_of_numbers_without_bounds():
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_silu_mul_linear_is_both_to_the_bit_and_keeps_their_inputs_alone(dtype, frozen):
+    def run(function):
+        tensors = [
+            random(1, 37, 50, dtype=dtype, scale=4), random(1, 37, 50, dtype=dtype, seed=1),
+            random(20, 50, dtype=dtype, seed=2),
+        ]  # fmt: skip
+        for x in tensors[: 2 if frozen else 3]:
+            x.requires_grad_()
+        kept: dict[int, int] = {}
+
+        def pack(x):
+            kept[x.data_ptr()] = x.nbytes
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            y = function(*tensors)
+        y.backward(random(1, 37, 20, dtype=dtype, seed=3))
+        own = {x.data_ptr() for x in tensors}
+        return [y, *(x.grad for x in tensors if x.requires_grad)], sum(
+            n for at, n in kept.items() if at not in own
+        )
+
+    found, beside = run(layers.silu_mul_linear)
+    wanted, product = run(lambda gate, up, weight: F.linear(layers.silu_mul(gate, up), weight))
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
+    assert beside == 0
+    assert product == (0 if frozen else 37 * 50 * dtype.itemsize)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("size", [2, 30, 64])
 def test_rotate(dtype, size):
     angles = random(1, 7, size // 2, dtype=FP32).repeat(1, 1, 2)
@@ -203,6 +235,10 @@ def test_shapes_that_do_not_fit():
         layers.rms_norm(q, torch.ones(16), 1e-5)
     with pytest.raises(ValueError, match="gate"):
         layers.silu_mul(q, q[:, :2])
+    with pytest.raises(ValueError, match="gate"):
+        layers.silu_mul_linear(q, q[:, :2], q)
+    with pytest.raises(ValueError, match="weight"):
+        layers.silu_mul_linear(q, q, q[0, 0, :, :5])
     with pytest.raises(ValueError, match="cosine"):
         layers.rotate(q, q[0], q[0])
 
@@ -213,6 +249,8 @@ def test_opcheck():
     x, weight = random(3, 20, dtype=FP32).requires_grad_(), random(20, dtype=FP32).requires_grad_()
     torch.library.opcheck(torch.ops.strop.rms_norm.default, (x, weight, 1e-5))
     torch.library.opcheck(torch.ops.strop.silu_mul.default, (x, x.detach().clone().requires_grad_()))
+    both = (x, x.detach().clone().requires_grad_(), random(7, 20, dtype=FP32).requires_grad_())
+    torch.library.opcheck(torch.ops.strop.silu_mul_linear.default, both)
     cosine = random(1, 6, 16, dtype=BF16)
     torch.library.opcheck(torch.ops.strop.rotate.default, (q, cosine, cosine, False))
     arguments = (q, q.detach().clone().requires_grad_(), q.detach(), edges, edges, 0.5, 0)

@@ -16,7 +16,8 @@ MIB = 2**20
 
 
 @pytest.fixture(autouse=True)
-def nothing_idle():
+def nothing_idle(monkeypatch):
+    monkeypatch.setattr(workspace, "_allocator_keeps_memory", lambda: False)
     workspace._idle.clear()
     yield
     workspace._idle.clear()
@@ -100,6 +101,13 @@ def test_many_threads():
         thread.join()
     assert not wrong
     assert len(workspace._idle) <= workspace.MOST_IDLE
+
+
+def test_where_the_allocator_keeps_memory_nothing_is_kept_beside_it(monkeypatch):
+    monkeypatch.setattr(workspace, "_allocator_keeps_memory", lambda: True)
+    x = of(16)
+    del x
+    assert not workspace._idle
 
 
 def test_a_tensor_that_outlives_everything_is_no_trouble_at_exit():

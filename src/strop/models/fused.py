@@ -94,9 +94,12 @@ def _is_mlp(module: nn.Module) -> bool:
 
 
 def _mlp(self: nn.Module, x: Tensor) -> Tensor:
-    gate, up = self.gate_proj(x), self.up_proj(x)  # type: ignore[operator]
-    y = layers.silu_mul(gate, up) if layers.supports(gate) else self.act_fn(gate) * up  # type: ignore[operator]
-    return self.down_proj(y)  # type: ignore[operator]
+    gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj  # type: ignore[operator]
+    if not layers.supports(gate):
+        return down(self.act_fn(gate) * up)  # type: ignore[operator]
+    if type(down) is nn.Linear and down.bias is None and down.weight.dtype == gate.dtype:
+        return layers.silu_mul_linear(gate, up, down.weight)
+    return down(layers.silu_mul(gate, up))  # type: ignore[operator]
 
 
 def _install_rotary(module: types.ModuleType) -> None:

@@ -107,8 +107,7 @@ torch.library.register_autograd("strop::rms_norm", _norm_autograd, setup_context
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up, of one shape and dtype; silu(gate) is rounded to it first (SwiGLU; Shazeer 2020)."""
-    if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(f"gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype}")
+    _check_gate(gate, up)
     return torch.ops.strop.silu_mul(gate, up)
 
 
@@ -119,11 +118,32 @@ def _gate(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-def _gate_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def silu_mul_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+    """(silu(gate) · up) @ weight.T: a gated MLP's last two steps, which keep gate and up alone for the
+    backward. Their product, a third of what the MLP would keep, is made again there by the same pass.
+
+    gate and up [..., I], weight [O, I], all of one dtype -> [..., O].
+    """
+    _check_gate(gate, up)
+    if weight.dtype != gate.dtype or weight.shape[1:] != gate.shape[-1:]:
+        raise ValueError(f"weight {tuple(weight.shape)} {weight.dtype} for {tuple(gate.shape)} {gate.dtype}")
+    return torch.ops.strop.silu_mul_linear(gate, up, weight)
+
+
+def _check_gate(gate: Tensor, up: Tensor) -> None:
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(f"gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype}")
+
+
+def _gate_backward(dy: Tensor, gate: Tensor, up: Tensor, product: bool) -> tuple[Tensor, Tensor, Tensor]:
     gate, up, dy = gate.contiguous(), up.contiguous(), dy.contiguous()
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-    native.call("strop_gate_grad", gate, gate, up, dy, _code(gate), gate.numel(), d_gate, d_up)
-    return d_gate, d_up
+    made = torch.empty_like(gate) if product else gate.new_empty(0)
+    native.call(
+        "strop_gate_grad", gate, gate, up, dy, _code(gate), gate.numel(), d_gate, d_up,
+        made if product else None,
+    )  # fmt: skip
+    return d_gate, d_up, made
 
 
 def _gate_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -131,16 +151,42 @@ def _gate_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gate_autograd(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.strop.silu_mul_backward(dy, *ctx.saved_tensors)
+    d_gate, d_up, _ = torch.ops.strop.silu_mul_backward(dy, *ctx.saved_tensors, False)
+    return d_gate, d_up
+
+
+def _gate_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+    return torch.nn.functional.linear(_gate(gate, up), weight)
+
+
+def _gate_linear_autograd(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+    gate, up, weight = ctx.saved_tensors
+    train = ctx.needs_input_grad[2]
+    d_product = dy @ weight
+    d_gate, d_up, product = torch.ops.strop.silu_mul_backward(d_product, gate, up, train)
+    d_weight = dy.flatten(0, -2).t() @ product.flatten(0, -2) if train else None
+    return d_gate, d_up, d_weight
 
 
 define("silu_mul(Tensor gate, Tensor up) -> Tensor", _gate, lambda gate, up: torch.empty_like(gate))
 define(
-    "silu_mul_backward(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)",
+    "silu_mul_backward(Tensor dy, Tensor gate, Tensor up, bool product) -> (Tensor, Tensor, Tensor)",
     _gate_backward,
-    lambda dy, gate, up: (torch.empty_like(gate), torch.empty_like(up)),
+    lambda dy, gate, up, product: (
+        torch.empty_like(gate),
+        torch.empty_like(up),
+        torch.empty_like(gate) if product else gate.new_empty(0),
+    ),
+)
+define(
+    "silu_mul_linear(Tensor gate, Tensor up, Tensor weight) -> Tensor",
+    _gate_linear,
+    lambda gate, up, weight: gate.new_empty(*gate.shape[:-1], weight.shape[0]),
 )
 torch.library.register_autograd("strop::silu_mul", _gate_autograd, setup_context=_gate_setup, lib=LIB)
+torch.library.register_autograd(
+    "strop::silu_mul_linear", _gate_linear_autograd, setup_context=_gate_setup, lib=LIB
+)
 
 
 # ---- Rotary embedding

@@ -21,7 +21,7 @@ from strop import libraries
 
 log = logging.getLogger(__name__)
 
-ABI = 2
+ABI = 3
 DTYPES = {
     "cpu": {torch.float32: 0, torch.bfloat16: 1},
     "cuda": {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2},
@@ -64,7 +64,7 @@ CPU_SIGNATURES: dict[str, tuple[Any, ...]] = {
     "strop_norm": (_P, _P, _I, _N, _N, _F, _P, _P),
     "strop_norm_grad": (_P, _P, _P, _P, _I, _N, _N, _P, _P, _P),
     "strop_gate": (_P, _P, _I, _N, _P),
-    "strop_gate_grad": (_P, _P, _P, _I, _N, _P, _P),
+    "strop_gate_grad": (_P, _P, _P, _I, _N, _P, _P, _P),
     "strop_turn": (_P, _I, _N, _N, _P, _P, _N, _N, _N, _I, _P),
     "strop_attend": (_P, _P, _P),
     "strop_attend_grad": (_P, _P, _P, _P, _P, _P, _P),

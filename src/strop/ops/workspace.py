@@ -1,16 +1,19 @@
 """Large tensors that come back every step, on the CPU: their memory is kept from one to the next.
 
 Fresh memory of hundreds of MiB costs a page fault for each 4 KiB, a tenth of the head's forward and backward
-under glibc's allocator, which gives such memory back to the system whenever a tensor dies.
+under glibc's allocator, which gives such memory back to the system whenever a tensor dies. tcmalloc keeps it
+for any tensor, which is better still: where it is loaded (strop.slurm.env.allocator), nothing is done here.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import mmap
 import threading
 import weakref
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,7 +33,7 @@ def empty(shape: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised tensor, contiguous. On the CPU its memory is used again after its death; of the
     memory that lies idle the largest MOST_IDLE pieces are kept."""
     size = math.prod(shape) * dtype.itemsize
-    if size < LEAST or device.type != "cpu":  # torch keeps a GPU's memory itself
+    if size < LEAST or device.type != "cpu" or _allocator_keeps_memory():  # as torch's own does on a GPU
         return torch.empty(shape, dtype=dtype, device=device)
     with _lock:
         fits = [i for i, memory in enumerate(_idle) if len(memory) >= size]
@@ -42,6 +45,12 @@ def empty(shape: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     window = (ctypes.c_char * size).from_buffer(memory)
     weakref.finalize(window, _came_back, memory).atexit = False
     return torch.frombuffer(window, dtype=dtype).view(shape)
+
+
+@functools.cache
+def _allocator_keeps_memory() -> bool:
+    maps = Path("/proc/self/maps")
+    return maps.exists() and "tcmalloc" in maps.read_text()
 
 
 def _came_back(memory: mmap.mmap) -> None:

@@ -499,12 +499,12 @@ int strop_gate(const void* gate, const void* up, int dtype, int64_t n, void* out
 }
 
 int strop_gate_grad(const void* gate, const void* up, const void* dy, int dtype, int64_t n, void* d_gate,
-                    void* d_up) {
+                    void* d_up, void* product) {
     const int status = check_layer(dtype, n, 1);
     if (status != STROP_OK || n == 0) return status;
     if (!gate || !up || !dy || !d_gate || !d_up) return STROP_ENULL;
-    dtype == STROP_F32 ? layers::gate_grad<layers::F32>(gate, up, dy, n, d_gate, d_up)
-                       : layers::gate_grad<layers::Bf16>(gate, up, dy, n, d_gate, d_up);
+    dtype == STROP_F32 ? layers::gate_grad<layers::F32>(gate, up, dy, n, d_gate, d_up, product)
+                       : layers::gate_grad<layers::Bf16>(gate, up, dy, n, d_gate, d_up, product);
     return STROP_OK;
 }
 
@@ -566,7 +566,7 @@ int strop_norm_grad(const void*, const void*, const void*, const float*, int, in
     return STROP_EDTYPE;
 }
 int strop_gate(const void*, const void*, int, int64_t, void*) { return STROP_EDTYPE; }
-int strop_gate_grad(const void*, const void*, const void*, int, int64_t, void*, void*) { return STROP_EDTYPE; }
+int strop_gate_grad(const void*, const void*, const void*, int, int64_t, void*, void*, void*) { return STROP_EDTYPE; }
 int strop_turn(const void*, int, int64_t, int64_t, const void*, const void*, int64_t, int64_t, int64_t, int, void*) {
     return STROP_EDTYPE;
 }

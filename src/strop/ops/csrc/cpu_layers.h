@@ -141,15 +141,17 @@ AVX512 void gate_block(const typename T::Element* gate, const typename T::Elemen
 template <class T>
 AVX512 void gate_block_grad(const typename T::Element* gate, const typename T::Element* up,
                             const typename T::Element* dy, int64_t n, typename T::Element* d_gate,
-                            typename T::Element* d_up) {
+                            typename T::Element* d_up, typename T::Element* product) {
     for (int64_t i = 0; i < n; i += 16) {
         const __mmask16 m = lanes(n - i);
         const __m512 g = T::load(gate + i, m), y = T::load(dy + i, m), s = sigmoid16(g);
         const __m512 silu = _mm512_mul_ps(g, s), one = _mm512_set1_ps(1.0f);
         // silu' = s (1 + g (1 - s)) = s + silu (1 - s)
         const __m512 slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(one, s), s);
-        T::store(d_gate + i, m, _mm512_mul_ps(_mm512_mul_ps(y, T::load(up + i, m)), slope));
+        const __m512 u = T::load(up + i, m);
+        T::store(d_gate + i, m, _mm512_mul_ps(_mm512_mul_ps(y, u), slope));
         T::store(d_up + i, m, _mm512_mul_ps(y, silu));
+        if (product != nullptr) T::store(product + i, m, _mm512_mul_ps(T::round(silu), u));
     }
 }
 
@@ -164,12 +166,12 @@ void gate(const void* g, const void* up, int64_t n, void* out) {
 }
 
 template <class T>
-void gate_grad(const void* g, const void* up, const void* dy, int64_t n, void* d_gate, void* d_up) {
+void gate_grad(const void* g, const void* up, const void* dy, int64_t n, void* d_gate, void* d_up, void* product) {
     using E = typename T::Element;
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < n; i += CHUNK)
         gate_block_grad<T>((const E*)g + i, (const E*)up + i, (const E*)dy + i, std::min(CHUNK, n - i),
-                           (E*)d_gate + i, (E*)d_up + i);
+                           (E*)d_gate + i, (E*)d_up + i, product == nullptr ? nullptr : (E*)product + i);
 }
 
 // ---- Rotary embedding: y = x cos + (-x2, x1) sin over the halves of a head; the inverse turns back.

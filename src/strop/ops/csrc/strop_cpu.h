@@ -69,10 +69,10 @@ int strop_norm(const void* x, const void* weight, int dtype, int64_t num_rows, i
 int strop_norm_grad(const void* x, const void* weight, const void* dy, const float* inverse, int dtype,
                     int64_t num_rows, int64_t size, void* dx, float* partial, void* d_weight);
 
-// out = silu(gate) * up, n elements, and the gradients of both.
+// out = silu(gate) * up, n elements; the gradients of both, and out again into product unless it is NULL.
 int strop_gate(const void* gate, const void* up, int dtype, int64_t n, void* out);
 int strop_gate_grad(const void* gate, const void* up, const void* dy, int dtype, int64_t n, void* d_gate,
-                    void* d_up);
+                    void* d_up, void* product);
 
 // Rotary embedding of x (token, head, size at two strides) by cosine, sine [T, size] -> y [T, heads, size]; the
 // inverse is its gradient.
