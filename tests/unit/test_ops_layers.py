@@ -1,7 +1,8 @@
 """The layers' kernels and what they take the place of, against formulas in fp64 and transformers' own code.
 
-Sizes: below, at and above 16 lanes, 32 queries, 128 keys; heads shared by three, by one; windows that end
-inside a block of keys; sequences of one token; prompts shared in part and whole.
+Sizes: below, at and above 16 lanes, 8 and 128 keys, 32 lanes of queries times the heads that share keys (one
+to three, seven, more than lanes), 32 tiles of a work item; windows that end inside a block of keys; sequences
+of one token; prompts shared in part and whole.
 """
 
 from __future__ import annotations
@@ -80,9 +81,10 @@ def test_silu_mul(dtype, count):
     )
 
 
-def test_silu_of_numbers_without_bounds():
-    gate = torch.tensor([-math.inf, -200.0, -1e30, 200.0, 1e30, 0.0, math.nan])
-    found, wanted = layers.silu_mul(gate, torch.ones(7)), F.silu(gate)
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_silu_of_numbers_without_bounds(dtype):
+    gate = torch.tensor([-math.inf, -200.0, -1e30, 200.0, 1e30, 0.0, math.nan], dtype=dtype)
+    found, wanted = layers.silu_mul(gate, torch.ones(7, dtype=dtype)), F.silu(gate)
     # -inf * 0 is NaN in torch too
     torch.testing.assert_close(found, wanted, equal_nan=True)
 
@@ -160,6 +162,9 @@ def attention_formula(cu_queries, cu_keys, scale, window):
         (2, 1, 16, [5, 300, 150], None, 50),
         (4, 4, 128, [129, 128, 1], [0, 129, 0], None),
         (6, 3, 32, [150, 1, 40], [0, 149, 1], 64),
+        (7, 1, 32, [45, 90], [0, 30], None),
+        (40, 1, 16, [3, 60], None, None),
+        (6, 1, 16, [300, 200], [0, 210], 37),
         (1, 1, 48, [3, 0, 4], None, 1),  # a sequence without tokens, a window of the token itself
     ],
 )

@@ -113,4 +113,9 @@ def _metrics(ratio: Tensor, logp: Tensor, beta: float, out: Output, batch: Batch
 def _of_chosen(batch: Batch) -> Tensor:
     """bool [T]: the token is in a chosen sequence (the prompt's part of it is not trained)."""
     lengths = batch.cu_seqlens.diff().long()
-    return torch.arange(len(lengths), device=lengths.device).remainder(2).eq(0).repeat_interleave(lengths)
+    return (
+        torch.arange(len(lengths), device=lengths.device)
+        .remainder(2)
+        .eq(0)
+        .repeat_interleave(lengths, output_size=len(batch.tokens_T))
+    )

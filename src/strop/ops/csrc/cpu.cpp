@@ -330,6 +330,15 @@ int strop_head_supported(int dtype) {
     return 0;
 }
 
+int strop_head_uses_amx(void) {
+#ifdef STROP_AMX
+    static const bool granted = strop_head_supported(STROP_BF16) && tiles::start();  // asked once in the process
+    return granted;
+#else
+    return 0;
+#endif
+}
+
 #ifdef STROP_FUSED
 namespace {
 
@@ -370,8 +379,10 @@ int strop_head_walk(const void* packed, const void* weight, int dtype, int64_t n
     if (status != STROP_OK) return status;
     const head::Head h = {packed, weight, num_rows, head::pad(num_rows), hidden_size, stride, first, num_words,
                           target, *head};
-    dtype == STROP_F32 ? head::walk<head::F32>(h, *walk, exps, tops, partial)
-                       : head::walk<head::Bf16>(h, *walk, exps, tops, partial);
+    const auto run = dtype == STROP_F32      ? head::walk<head::F32>
+                     : strop_head_uses_amx() ? head::walk<head::Amx>
+                                             : head::walk<head::Bf16>;
+    run(h, *walk, exps, tops, partial);
     return STROP_OK;
 }
 
@@ -385,7 +396,10 @@ int strop_head_grad(const void* packed, const void* weight, int dtype, int64_t n
     if (status != STROP_OK) return status;
     const head::Head h = {packed, weight, num_rows, head::pad(num_rows), hidden_size, stride, first, num_words,
                           target, *head};
-    dtype == STROP_F32 ? head::grad<head::F32>(h, lse, grad, out) : head::grad<head::Bf16>(h, lse, grad, out);
+    const auto run = dtype == STROP_F32      ? head::grad<head::F32>
+                     : strop_head_uses_amx() ? head::grad<head::Amx>
+                                             : head::grad<head::Bf16>;
+    run(h, lse, grad, out);
     return STROP_OK;
 }
 
@@ -418,8 +432,8 @@ int strop_head_d_weight(const void* d_words, const void* turned, int64_t num_row
     if (status != STROP_OK) return status;
     if (num_words < 0) return STROP_ESHAPE;
     if (num_words > 0 && num_rows > 0 && (!d_words || !turned || !d_weight)) return STROP_ENULL;
-    head::weight_product(d_words, (const uint16_t*)turned, head::pad(num_rows), hidden_size, num_words,
-                         (uint16_t*)d_weight);
+    const auto run = strop_head_uses_amx() ? head::weight_product<head::Amx> : head::weight_product<head::Bf16>;
+    run(d_words, (const uint16_t*)turned, head::pad(num_rows), hidden_size, num_words, (uint16_t*)d_weight);
     return STROP_OK;
 }
 
@@ -429,8 +443,9 @@ int strop_head_d_hidden(const void* d_words, const void* weight, int64_t num_row
     if (status != STROP_OK || num_rows == 0) return status;
     if (num_words < 0) return STROP_ESHAPE;
     if (!d_words || !weight || !scratch || !d_hidden) return STROP_ENULL;
-    head::hidden_product((const uint16_t*)d_words, (const uint16_t*)weight, head::pad(num_rows), hidden_size, stride,
-                         num_words, (uint16_t*)scratch, d_hidden);
+    const auto run = strop_head_uses_amx() ? head::hidden_product<head::Amx> : head::hidden_product<head::Bf16>;
+    run((const uint16_t*)d_words, (const uint16_t*)weight, head::pad(num_rows), hidden_size, stride, num_words,
+        (uint16_t*)scratch, d_hidden);
     return STROP_OK;
 }
 

@@ -14,14 +14,24 @@
 namespace layers {
 
 using head::exp16;
+using head::exp2_16;
 
 constexpr int64_t ROWS = STROP_NORM_ROWS;  // rows of a norm whose weight gradients are summed by one thread
 
 // Lanes of the last, incomplete 16: loads give 0 there, stores leave memory alone.
 inline __mmask16 lanes(int64_t left) { return left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1); }
+struct Whole {};  // in a mask's place: all lanes
+
+// What a loop over memory reads or writes a little later. Tensors of a step lie in no cache, and a core's own
+// prefetching halves its speed where several of them are walked at once.
+constexpr int64_t AHEAD = 2048;  // bytes
+INLINE void fetch(const void* at) { __builtin_prefetch((const char*)at + AHEAD); }
+INLINE void fetch_for_write(const void* at) { __builtin_prefetch((const char*)at + AHEAD, 1); }
 
 struct Bf16 {
     using Element = uint16_t;
+    AVX512 static INLINE __m512 load(const uint16_t* at, Whole) { return head::Bf16::load(at, 0); }
+    AVX512 static INLINE void store(uint16_t* at, Whole, __m512 x) { head::Bf16::store(at, 0, x); }
     AVX512 static INLINE __m512 load(const uint16_t* at, __mmask16 m) {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, at)), 16));
     }
@@ -31,13 +41,17 @@ struct Bf16 {
     AVX512 static INLINE __m512 round(__m512 x) {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16));
     }
+    AVX512 static INLINE __m512 exp(__m512 x) { return exp2_16(_mm512_mul_ps(x, _mm512_set1_ps(head::LOG2_E))); }
 };
 
 struct F32 {
     using Element = float;
+    AVX512 static INLINE __m512 load(const float* at, Whole) { return _mm512_loadu_ps(at); }
+    AVX512 static INLINE void store(float* at, Whole, __m512 x) { _mm512_storeu_ps(at, x); }
     AVX512 static INLINE __m512 load(const float* at, __mmask16 m) { return _mm512_maskz_loadu_ps(m, at); }
     AVX512 static INLINE void store(float* at, __mmask16 m, __m512 x) { _mm512_mask_storeu_ps(at, m, x); }
     AVX512 static INLINE __m512 round(__m512 x) { return x; }
+    AVX512 static INLINE __m512 exp(__m512 x) { return exp16(x); }
 };
 
 // ---- y = weight * x / sqrt(mean(x²) + eps)
@@ -47,6 +61,7 @@ AVX512 void norm_row(const typename T::Element* x, const typename T::Element* we
                      typename T::Element* y, float* inverse) {
     __m512 sum = _mm512_setzero_ps();
     for (int64_t i = 0; i < size; i += 16) {
+        fetch(x + i), fetch_for_write(y + i);
         const __m512 v = T::load(x + i, lanes(size - i));
         sum = _mm512_fmadd_ps(v, v, sum);
     }
@@ -67,6 +82,7 @@ AVX512 void norm_row_grad(const typename T::Element* x, const typename T::Elemen
     __m512 sum = _mm512_setzero_ps();
     for (int64_t i = 0; i < size; i += 16) {
         const __mmask16 m = lanes(size - i);
+        fetch(x + i), fetch(dy + i), fetch_for_write(dx + i);
         const __m512 n = _mm512_mul_ps(T::load(x + i, m), inv), g = T::load(dy + i, m);
         sum = _mm512_fmadd_ps(_mm512_mul_ps(g, T::load(weight + i, m)), n, sum);
         if (d_weight)
@@ -120,39 +136,59 @@ void norm_grad(const void* x, const void* weight, const void* dy, const float* i
 
 // ---- silu(gate) * up, silu(x) = x / (1 + exp(-x))
 
+template <class T>
 AVX512 INLINE __m512 sigmoid16(__m512 x) {
     // exp of what is not positive only: no overflow on either side
     const __m512 one = _mm512_set1_ps(1.0f);
-    const __m512 e = exp16(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(x)));
+    const __m512 e = T::exp(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(x)));
     const __m512 low = _mm512_div_ps(e, _mm512_add_ps(one, e));
     return _mm512_mask_sub_ps(low, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GE_OQ), one, low);
+}
+
+template <class T, class Mask>
+AVX512 INLINE void gate_lanes(const typename T::Element* gate, const typename T::Element* up, Mask m,
+                              typename T::Element* out) {
+    const __m512 g = T::load(gate, m);
+    T::store(out, m, _mm512_mul_ps(T::round(_mm512_mul_ps(g, sigmoid16<T>(g))), T::load(up, m)));
 }
 
 template <class T>
 AVX512 void gate_block(const typename T::Element* gate, const typename T::Element* up, int64_t n,
                        typename T::Element* out) {
-    for (int64_t i = 0; i < n; i += 16) {
-        const __mmask16 m = lanes(n - i);
-        const __m512 g = T::load(gate + i, m);
-        T::store(out + i, m, _mm512_mul_ps(T::round(_mm512_mul_ps(g, sigmoid16(g))), T::load(up + i, m)));
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        fetch(gate + i), fetch(up + i), fetch_for_write(out + i);
+        gate_lanes<T>(gate + i, up + i, Whole(), out + i);
     }
+    if (i < n) gate_lanes<T>(gate + i, up + i, lanes(n - i), out + i);
+}
+
+template <class T, class Mask>
+AVX512 INLINE void gate_lanes_grad(const typename T::Element* gate, const typename T::Element* up,
+                                   const typename T::Element* dy, Mask m, typename T::Element* d_gate,
+                                   typename T::Element* d_up, typename T::Element* product) {
+    const __m512 g = T::load(gate, m), u = T::load(up, m), y = T::load(dy, m), s = sigmoid16<T>(g);
+    const __m512 silu = _mm512_mul_ps(g, s), one = _mm512_set1_ps(1.0f);
+    // silu' = s (1 + g (1 - s)) = s + silu (1 - s)
+    const __m512 slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(one, s), s);
+    T::store(d_gate, m, _mm512_mul_ps(_mm512_mul_ps(y, u), slope));
+    T::store(d_up, m, _mm512_mul_ps(y, silu));
+    if (product != nullptr) T::store(product, m, _mm512_mul_ps(T::round(silu), u));
 }
 
 template <class T>
 AVX512 void gate_block_grad(const typename T::Element* gate, const typename T::Element* up,
                             const typename T::Element* dy, int64_t n, typename T::Element* d_gate,
                             typename T::Element* d_up, typename T::Element* product) {
-    for (int64_t i = 0; i < n; i += 16) {
-        const __mmask16 m = lanes(n - i);
-        const __m512 g = T::load(gate + i, m), y = T::load(dy + i, m), s = sigmoid16(g);
-        const __m512 silu = _mm512_mul_ps(g, s), one = _mm512_set1_ps(1.0f);
-        // silu' = s (1 + g (1 - s)) = s + silu (1 - s)
-        const __m512 slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(one, s), s);
-        const __m512 u = T::load(up + i, m);
-        T::store(d_gate + i, m, _mm512_mul_ps(_mm512_mul_ps(y, u), slope));
-        T::store(d_up + i, m, _mm512_mul_ps(y, silu));
-        if (product != nullptr) T::store(product + i, m, _mm512_mul_ps(T::round(silu), u));
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        fetch(gate + i), fetch(up + i), fetch(dy + i), fetch_for_write(d_gate + i), fetch_for_write(d_up + i);
+        if (product) fetch_for_write(product + i);
+        gate_lanes_grad<T>(gate + i, up + i, dy + i, Whole(), d_gate + i, d_up + i, product ? product + i : nullptr);
     }
+    if (i < n)
+        gate_lanes_grad<T>(gate + i, up + i, dy + i, lanes(n - i), d_gate + i, d_up + i,
+                           product ? product + i : nullptr);
 }
 
 constexpr int64_t CHUNK = 4096;  // elements of a thread's turn
@@ -182,6 +218,7 @@ AVX512 void turn_head(const typename T::Element* x, const typename T::Element* c
     const int64_t half = size / 2;
     for (int64_t i = 0; i < half; i += 16) {
         const __mmask16 m = lanes(half - i);
+        fetch(x + i), fetch(x + half + i), fetch_for_write(y + i), fetch_for_write(y + half + i);
         const __m512 a = T::load(x + i, m), b = T::load(x + half + i, m);
         const __m512 c1 = T::load(cosine + i, m), c2 = T::load(cosine + half + i, m);
         __m512 s1 = T::load(sine + i, m), s2 = T::load(sine + half + i, m);

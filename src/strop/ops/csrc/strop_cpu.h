@@ -1,5 +1,5 @@
 // What libstrop_cpu.so has beyond strop_ops.h: the head's matmul and the walk over its logits in one kernel,
-// for CPUs with AVX-512 (fp32) and its bf16 dot product (bf16). Logits live in registers only, in fp32; one
+// for CPUs with AVX-512 (fp32) and its bf16 dot product or AMX beside it (bf16). Logits live in registers only, in fp32; one
 // row's sums never depend on the rows beside it, nor on the number of threads.
 //
 // Legend: N tokens, padded to n = ceil(N / STROP_TILE) * STROP_TILE; H hidden size; words are rows of the
@@ -21,6 +21,11 @@ int strop_huge_pages(void* memory, int64_t bytes);
 
 // Whether this CPU runs these kernels for dtype. H must be even for bf16.
 int strop_head_supported(int dtype);
+
+// Whether the head multiplies bf16 by AMX in this process; if not, by AVX-512's dot product. The first call asks
+// the CPU and the system (Linux gives AMX's registers to processes that ask for them). No function below needs to
+// be told; sums are in another order, so bits differ.
+int strop_head_uses_amx(void);
 
 // hidden [N, H], rows `stride` elements apart -> packed, n * H elements, as the functions below want it.
 int strop_head_pack(const void* hidden, int dtype, int64_t num_rows, int64_t hidden_size, int64_t stride,
