@@ -77,7 +77,7 @@ def main() -> None:
     end_on_term(lambda: EXIT_YIELD if finished.any else EXIT_TERM)
     # Workers are processes: threads of the tokenizer beside them would only be in each other's way.
     os.environ["TOKENIZERS_PARALLELISM"] = "false" if workers > 1 else "true"
-    from strop.data import sets
+    from strop.data import repeats, sets
     from strop.data.lengths import describe
     from strop.data.tokenise import load_tokenizer, tokenizer_digest
 
@@ -107,7 +107,7 @@ def main() -> None:
         if train is None:
             train = place
         else:
-            sets.find_overlap(ledger, place, train)
+            repeats.find_overlap(ledger, place, train)
         print(ledger.table())
         print(describe(sets.open_set(place, config, name), config.data.max_length))
         paths = [place] if isinstance(place, str) else list(dict.fromkeys(path for path, _, _ in place))

@@ -18,6 +18,8 @@ from strop.slurm import naming
 
 REFERENCE_FREE = ("simpo", "orpo")
 """Of dpo.loss; they know no reference model, and take means over tokens."""
+NEEDS_SMOOTHING = ("robust", "exo_pair")
+"""Of dpo.loss; without label smoothing they are another one, or not defined."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention": ("auto", "packed", "padded"),
@@ -148,7 +150,7 @@ def _is_interval(every: Any) -> bool:
 def _check_dpo(flat: Mapping[str, Any], fail: Callable[..., None]) -> None:
     """What the losses of DPO need, and what would be of no use to them."""
     loss = flat["dpo.loss"]
-    if loss in ("robust", "exo_pair") and flat["dpo.label_smoothing"] == 0:
+    if loss in NEEDS_SMOOTHING and flat["dpo.label_smoothing"] == 0:
         fail("dpo.label_smoothing", f"must be greater than 0 for dpo.loss={loss}", "dpo.loss")
     if loss in REFERENCE_FREE and flat["dpo.reference"] is not None:
         fail("dpo.reference", f"must be null for dpo.loss={loss}, which knows no reference model")

@@ -11,8 +11,6 @@ from typing import Any, Optional
 KINDS = {"cpt": "text", "sft": "sft", "kto": "unpaired", "dpo": "preference", "rm": "preference"}
 """What a row of each algorithm's data is: a block of text, an answer, one with a label, a pair of answers."""
 ALGOS = tuple(KINDS)
-SCORING = ("rm",)
-"""Those that train a model with a scalar head in place of the language model's."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from strop.data.sets import RowSet
 from strop.data.store import TokenStore
 from strop.dist import Dist
 from strop.errors import Diverged, UserError
-from strop.models import flops, neftune
+from strop.models import flops
 from strop.models.policy import PartLoss
 from strop.report import Report
 from strop.run import Position, Run
@@ -140,19 +140,12 @@ def _batches(t: Trainer) -> Iterator[tuple[list[Batch], list[Batch]]]:
     """Of each step what is trained on, and what its baseline is measured on."""
     for step in range(t.state.step, t.max_steps):
         own = trainer.step_bins(t, step)[t.dist.rank]
-        draw = (t.config.train.seed, step) if t.config.lora.dropout else None
-        batches = [_keyed(t, step, make_batch(t.train_store, rows, t.train_ref, draw)) for rows in own]
+        draw = (t.config.train.seed, step) if t.policy.draws_at_random else None
+        batches = [make_batch(t.train_store, rows, t.train_ref, draw) for rows in own]
         mismatched = list(baseline.batches(t, step))
         if t.dist.device.type == "cuda":
             batches, mismatched = [b.pin() for b in batches], [b.pin() for b in mismatched]
         yield batches, mismatched
-
-
-def _keyed(t: Trainer, step: int, batch: Batch) -> Batch:
-    """The batch with what its random draws hang on, where there are any: never its place among ranks."""
-    if t.policy.neftune_alpha is None or batch.is_dummy:
-        return batch
-    return dataclasses.replace(batch, keys_S=neftune.keys(t.config.train.seed, step, batch.rows))
 
 
 def _step(t: Trainer, batches: list[Batch], mismatched: list[Batch], data_s: float) -> bool:

@@ -25,7 +25,8 @@ from strop.algos import Algorithm
 from strop.config import Config
 from strop.data import labels, plan
 from strop.data.mismatched import Mismatched
-from strop.data.sets import Maker, RowSet, find_overlap, open_set
+from strop.data.repeats import find_overlap
+from strop.data.sets import Maker, RowSet, open_set
 from strop.data.store import TokenStore
 from strop.data.tokenise import load_tokenizer, tokenizer_digest
 from strop.dist import Dist
@@ -109,7 +110,7 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
 def _empty_policy(config: Config) -> Policy:
     """What the algorithm trains, without its weights: a language model, or one with a scalar head."""
     policy: Policy
-    if config.algo in config_module.SCORING:
+    if config_module.trains_reward_model(config.algo):
         policy = reward.RewardModel(reward.build_empty(config.model))
     else:
         policy = Policy(hf.build_empty(config.model))
@@ -179,7 +180,7 @@ def _check_names(config: Config, algo: Algorithm) -> None:
     model = config.model
     assert model.path is not None
     hf.check_hub("model.path", model.path, model.revision, "config.json")
-    if config.algo not in config_module.SCORING:
+    if not config_module.trains_reward_model(config.algo):
         hf.check_causal(hf.read_config(model), model.path)
     if model.tokenizer:
         hf.check_hub("model.tokenizer", model.tokenizer, model.revision, "tokenizer_config.json")
@@ -230,7 +231,7 @@ def _load(t: Trainer) -> bool:
     adapters = t.policy.adapters
     if step is None or needs_pass or not choices or adapters is not None:
         with t.report.phase("loading weights"):
-            scores = t.config.algo in config_module.SCORING
+            scores = config_module.trains_reward_model(t.config.algo)
             read = reward.reader(t.config.train.seed) if scores else hf.read_weights
             hf.scatter_weights(t.policy.lm, t.config.model, t.dist, read=read)
     if adapters is not None:
@@ -264,7 +265,7 @@ def _forbid_silent_restart(run: Run) -> None:
         told.append(record.get("committed_step") or 0)  # when it began
         if record["state"] in ("DONE", "YIELD"):
             told.append(record.get("step") or 0)
-    if max(told, default=0) > 0 and not checkpoint.committed_steps(run.checkpoints):
+    if max(told, default=0) > 0 and not attempts.committed_steps(run.checkpoints):
         raise UserError(
             f"{run.checkpoints} holds no committed checkpoint, but step {max(told)} had been reached: "
             "give the run another name to begin anew"

@@ -8,7 +8,6 @@ import re
 import pytest
 import torch
 
-from strop import checkpoint
 from strop.slurm import attempts
 from tests import toy as t
 from tests.dist.lora_helpers import (
@@ -96,7 +95,7 @@ def test_other_frozen_weights_or_other_adapters_are_refused(ranks, toy, tmp_path
     content[-1] ^= 1
     file.write_bytes(content)
     ranks.run("sft", config, name)
-    assert checkpoint.committed_steps(job.run_dir / "checkpoints")[-1] == 6
+    assert attempts.committed_steps(job.run_dir / "checkpoints")[-1] == 6
 
 
 def test_a_full_run_cannot_go_on_with_adapters(ranks, toy, tmp_path):

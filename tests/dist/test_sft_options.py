@@ -26,7 +26,7 @@ def noisy_logprobs(model, tokens, trained, row, step):
     embeddings = model.get_input_embeddings()(ids)
     n, hidden = embeddings.shape
     size = ALPHA / math.sqrt(n * hidden)
-    noise = [[size * draw(42, step, row, p, h, hidden) for h in range(hidden)] for p in range(n)]
+    noise = [[size * draw(42, step, row, p, h) for h in range(hidden)] for p in range(n)]
     where = torch.from_numpy(np.array(trained)).nonzero()[:, 0]
     logits = model(inputs_embeds=(embeddings + torch.tensor(noise, dtype=torch.float64))[None]).logits[0]
     return torch.log_softmax(logits[where - 1], dim=-1).gather(1, ids[where][:, None])[:, 0]

@@ -11,8 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from strop.config import TrainConfig
-from strop.data import ends, inspect, looking, repeats, samples, units
-from strop.data.repeats import Hashes, Repeats
+from strop.data import ends, inspect, looking, samples, units
 from strop.data.spans import spans
 from strop.errors import UserError
 from tests.unit.look_helpers import GOOD, dialogue, pair, told, turn
@@ -77,34 +76,6 @@ def test_ends_by_a_loop():
         assert seen.double_bos_S[s] == (own[:2] == [0, 0])
         assert seen.last_S[s] == (marks[-1] if marks else -1)
         assert seen.double_end_S[s] == (len(marks) > 1 and marks[-1] == marks[-2])
-
-
-# --- repeats
-
-
-def test_repeats_by_hand():
-    hashes = Hashes(
-        rows_R=np.array([5, 7, 5, 9, 5, 8], dtype=np.uint64),
-        prompts_R=np.array([1, 1, 1, 0, 1, 0], dtype=np.uint64),
-    )
-    assert repeats.repeated_rows(hashes) == Repeats(2, [(2, 0), (4, 0)])
-    # Row 1 has row 0's prompt; rows 2 and 4 are row 0 again; 3 and 5 have no prompt.
-    assert repeats.repeated_prompts(hashes) == Repeats(1, [(1, 0)])
-
-
-def test_leakage_by_hand():
-    """3 is no training row; 7 is one, at row 1 first; 4 has the prompt of row 2, 6 has none."""
-    train = Hashes(np.array([9, 7, 2, 7], dtype=np.uint64), np.array([30, 20, 10, 20], dtype=np.uint64))
-    other = Hashes(np.array([3, 7, 4, 6], dtype=np.uint64), np.array([40, 20, 10, 0], dtype=np.uint64))
-    assert repeats.leakage(train, other) == (Repeats(1, [(1, 1)]), Repeats(1, [(2, 2)]))
-    empty = Hashes(np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.uint64))
-    assert repeats.leakage(empty, other) == (Repeats(0, []), Repeats(0, []))
-
-
-def test_halves_of_a_pair_are_told_apart():
-    a, b, c = (np.array(ids, dtype=np.int32) for ids in ([1, 2], [3], [2, 3]))
-    assert repeats.row_hash([a, b]) != repeats.row_hash([a[:1], c])
-    assert repeats.prompt_hash(b) == repeats.NO_PROMPT != repeats.prompt_hash(a)
 
 
 # --- lengths

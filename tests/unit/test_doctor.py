@@ -148,7 +148,7 @@ BROKEN = [
     (
         ["data.adapter=hlpsteer3"],
         "train data",
-        "data.adapter: no adapter is called 'hlpsteer3': did you",
+        "data.adapter: no adapter is called 'hlpsteer3'; did you",
     ),
     (["data.train=gsm8k"], "train data", "data.train: gsm8k holds answers to be learnt and text, and this"),
     (
@@ -241,11 +241,12 @@ def test_only_the_first_rows_are_read(ask, tmp_path):
 
 
 def test_rows_in_both_sets(ask, tmp_path):
-    both = [pair("Is 7 a number?"), pair("Is 8 a number?"), pair("new?")]
+    both = [pair("Is 7 a number?"), pair("Is 8 a number?"), pair("new?"), pair("Is 8 a number?")]
     write_jsonl(tmp_path / "data" / "validation.jsonl", both)
-    [text] = [text for name, text in found(ask(), "warn") if name == "validation data"]
-    assert text.startswith("2 of 3 validation rows are training rows too")
+    twice, text = (text for name, text in found(ask(), "warn") if name == "validation data")
+    assert text.startswith("3 of 4 validation rows are training rows too")
     assert text.endswith("data/validation.jsonl, line 1 is data/training.jsonl, line 8")
+    assert twice == "1 rows are equal to an earlier one"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from torch import Tensor
 from strop import ops
 from strop.algos import Metrics
 from strop.config import Config
+from strop.config_check import REFERENCE_FREE
 from strop.data.batch import Batch
 from strop.models.policy import Output
 from strop.ops import preference
@@ -21,7 +22,7 @@ from strop.ops import preference
 
 def needs_reference(cfg: Config) -> bool:
     """Whether batches carry the log-probs of a reference model."""
-    return cfg.dpo.loss not in preference.REFERENCE_FREE
+    return cfg.dpo.loss not in REFERENCE_FREE
 
 
 def count(batch: Batch) -> int:

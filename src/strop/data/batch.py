@@ -60,8 +60,6 @@ class Batch:
 
     known_N: Tensor | None = None
     """int64 [N]: where trained_T is True, made in host memory: looking for it on a GPU would wait for it."""
-    keys_S: Tensor | None = None
-    """int64 [S, 2]: what the random draws of each sequence hang on; None: nothing is drawn (validation)."""
 
     @property
     def num_tokens(self) -> int:
@@ -110,7 +108,6 @@ class Batch:
             known_N=None,
             draw_T=None,
             cu_keys=None,
-            keys_S=None,
         )
 
     def part(self, tokens: slice, rows: slice) -> Batch:

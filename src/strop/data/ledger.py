@@ -118,7 +118,7 @@ class Ledger:
     split: str
     sources: dict[str, SourceLedger] = field(default_factory=dict)
     overlap: dict[str, Any] | None = None
-    """What this set shares with the training set (strop.data.overlap); None: not looked for."""
+    """What this set shares with the training set (strop.data.repeats); None: not looked for."""
 
     def of(self, source: str) -> SourceLedger:
         return self.sources.setdefault(source, SourceLedger(source))
@@ -240,11 +240,11 @@ class Ledger:
 
     def _overlap_text(self) -> str:
         found = self.overlap
-        if not found or not found["prompts"]:
+        if not found or not found["rows"] + found["prompts"]:
             return ""
         text = (
-            f"\nwarning: {found['prompts']:,} of {found['of']:,} rows have a prompt of the training set "
-            f"({found['rows']:,} are equal as a whole); nothing was taken out. The first:"
+            f"\nwarning: {found['rows']:,} of {found['of']:,} rows are training rows, too, and "
+            f"{found['prompts']:,} others have a prompt of one; nothing was taken out. The first:"
         )
         return text + "".join(f"\n  {example}" for example in found["examples"])
 

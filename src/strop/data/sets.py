@@ -14,7 +14,7 @@ from typing import Any, Union
 
 from strop.config import Config, DataConfig
 from strop.config_check import REFERENCE_FREE
-from strop.data import corpus, documents, noise, overlap, plan, prepare_text, sources
+from strop.data import corpus, documents, noise, plan, prepare_text, sources
 from strop.data.blocks import Blocks
 from strop.data.corpus import Corpus, Range
 from strop.data.ledger import Ledger
@@ -209,19 +209,6 @@ def _check_parts(store: TokenStore, config: Config) -> None:
             raise UserError(f"data.train names {name} twice; data.weights can give one entry more")
         if name not in store.sources:
             raise UserError(f"data.train: no row of {name} is left, which data.weights counts on")
-
-
-def find_overlap(
-    ledger: Ledger, place: Place, train_place: Place, known: dict[str, Any] | None = None
-) -> None:
-    """Tell the ledger of a set of rows what the set shares with the training set. known: what was told
-    before, which is told again if it is of the same stores."""
-    if not isinstance(place, str) or not isinstance(train_place, str):
-        return
-    stores = [Path(train_place).name, Path(place).name]
-    if known is None or known["stores"] != stores:
-        known = {"stores": stores, **overlap.record(TokenStore.open(train_place), TokenStore.open(place))}
-    ledger.overlap = known
 
 
 def open_set(place: Place, config: Config, name: str) -> RowSet:

@@ -11,7 +11,6 @@ on the same side, whatever file they are in.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import gzip
 import hashlib
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from strop import similar
 from strop.config import DataConfig
 from strop.data import adapt, hub
 from strop.data.ledger import BadRow
@@ -220,10 +220,8 @@ def _nearest(path: Path) -> str:
     parent, missing = path.parent, path.name
     while not parent.is_dir():
         parent, missing = parent.parent, parent.name
-    close = difflib.get_close_matches(missing, [entry.name for entry in parent.iterdir()], n=3)
-    if close:
-        return f"\n  in {parent} there is: {', '.join(close)}"
-    return f"\n  {parent} holds: {_listing(parent)}"
+    close = similar.names(missing, (entry.name for entry in parent.iterdir()))
+    return similar.asked(str(parent / name) for name in close) or f"\n  {parent} holds: {_listing(parent)}"
 
 
 def _listing(path: Path) -> str:

@@ -47,6 +47,7 @@ from strop.models import hf, reward
 from strop.models.adapter_export import PREFIX, Merged, Trained, read_tensors, write_adapter
 from strop.models.hf import distinct_state
 from strop.parallel import DTYPES
+from strop.slurm import attempts
 
 
 @dataclass(frozen=True)
@@ -314,23 +315,18 @@ def _page_out(tensor: torch.Tensor) -> None:
 
 def find_checkpoint(run: Path, which: str) -> Path:
     """The committed checkpoint that "latest", "best" or a step number means. Raises UserError."""
+    if which not in ("latest", "best") and not which.isdecimal():
+        raise UserError(f"--step {which}: expected a step number, latest or best")
+    found = attempts.find_checkpoint(run, which)
+    if found is not None:
+        return found
     root = run / "checkpoints"
-    steps = checkpoint.committed_steps(root)
+    steps = attempts.committed_steps(root)
     if not steps:
         raise UserError(f"{run}: no committed checkpoint in {root}")
-    if which == "latest":
-        step = steps[-1]
-    elif which == "best":
-        best = root / "BEST.json"
-        if not best.is_file():
-            raise UserError(
-                f"{run}: no best checkpoint (set checkpoint.best_metric in the run); have steps {steps}"
-            )
-        step = json.loads(best.read_text())["step"]
-    elif which.isdecimal():
-        step = int(which)
-    else:
-        raise UserError(f"--step {which}: expected a step number, latest or best")
-    if step not in steps:
-        raise UserError(f"{run}: step {step} has no committed checkpoint; have steps {steps}")
-    return checkpoint.step_dir(root, step)
+    if which == "best" and not (root / "BEST.json").is_file():
+        raise UserError(
+            f"{run}: no best checkpoint (set checkpoint.best_metric in the run); have steps {steps}"
+        )
+    name = f"step {which}" if which.isdecimal() else f"the {which} step"
+    raise UserError(f"{run}: {name} has no committed checkpoint; have steps {steps}")

@@ -105,6 +105,11 @@ class Policy(nn.Module):
         self.neftune_alpha: Optional[float] = None
         self.adapters: Optional[Adapters] = None
 
+    @property
+    def draws_at_random(self) -> bool:
+        """Whether training needs the keys of random draws in its batches (`draw_T`)."""
+        return self.neftune_alpha is not None or (self.adapters is not None and self.adapters.dropout > 0)
+
     def set_layout(self, layout: str, device: torch.device) -> None:
         self.layout = layout
         if layout == "packed":

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
+from strop.config_check import NEEDS_SMOOTHING
 from strop.ops import head, native, preference, registered
 
 assert registered.LIB is not None  # importing it defines torch.ops.strop
@@ -137,7 +138,7 @@ def dpo_loss(
 ) -> Tensor:
     """Preference loss of each pair, by `preference.KINDS`; value and derivative in one pass.
 
-    ratio [P, 2]: log p_policy - log p_reference of chosen and rejected (`preference.REFERENCE_FREE`: log
+    ratio [P, 2]: log p_policy - log p_reference of chosen and rejected (`REFERENCE_FREE`: log
     p_policy), summed over the completion, or averaged (`preference.AVERAGED`) -> [P]. delta: bco_pair's
     running mean of rewards, simpo's γ.
 
@@ -149,8 +150,8 @@ def dpo_loss(
         raise ValueError(f"kind must be one of {', '.join(preference.KINDS)}, not {kind}")
     if not (beta > 0 and math.isfinite(beta)):
         raise ValueError(f"beta must be above 0, not {beta}")
-    if not 0 <= label_smoothing < 0.5 or (kind in preference.NEEDS_SMOOTHING and label_smoothing == 0):
-        least = "above 0" if kind in preference.NEEDS_SMOOTHING else "at least 0"
+    if not 0 <= label_smoothing < 0.5 or (kind in NEEDS_SMOOTHING and label_smoothing == 0):
+        least = "above 0" if kind in NEEDS_SMOOTHING else "at least 0"
         raise ValueError(f"label_smoothing must be {least} and below 0.5 for {kind}, not {label_smoothing}")
     if ratio_P2.dtype == torch.float32 and native.is_loaded(ratio_P2.device.type):
         return torch.ops.strop.dpo_loss(ratio_P2, kind, beta, label_smoothing, delta)[0]
