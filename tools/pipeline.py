@@ -103,6 +103,8 @@ def advance(pipeline: spec.Pipeline, options: argparse.Namespace) -> tuple[Graph
     wanted, to_cancel = jobs.to_submit(graph, standings)
     inputs.check(pipeline, {graph.nodes[name].stage for name in wanted})
     begin.write(pipeline, graph, changed)
+    for line in jobs.unchanged(graph, standings):
+        say(line)
     jobs.check(graph, found, wanted)
     if to_cancel:
         command.slurm(["scancel", *to_cancel])

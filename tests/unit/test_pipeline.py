@@ -555,7 +555,7 @@ def test_a_changed_stage_is_refused_unless_asked():
         begin.plan(changed, "slurm", False)
     graph, found, again = begin.plan(changed, "slurm", True)
     assert (again, graph.nodes["sft"].again, graph.nodes["cpt"].again) == ({"sft"}, True, False)
-    assert found[2].args[-1] == "run.allow_config_change=true"
+    assert parts.local_command(found[2], "python")[-1] == "run.allow_config_change=true"
     graph, _, again = begin.plan(load(THREE, "sft.log.every=2"), "slurm", False)  # trains the same
     assert (again, graph.nodes["sft"].again) == ({"sft"}, False)
 
@@ -572,6 +572,48 @@ def test_only_the_last_stage_can_be_extended():
         begin.refuse_conflicts(graph, standing.judge(graph, facts))
     graph, _, _ = begin.plan(load(THREE, "cpt.max_steps=3"), "slurm", False)
     assert not graph.nodes["cpt"].again  # it has come further already
+
+
+def submitted(body: str, *words: str) -> graph_module.Graph:
+    """Of a call that has written down what it has submitted, job 1 for the first part and so on."""
+    pipeline = load(body, *words)
+    graph, found, changed = begin.plan(pipeline, "slurm", False)
+    graph.directory.mkdir(parents=True, exist_ok=True)
+    for number, node in enumerate(graph.nodes.values(), 1):
+        node.jobs, node.outputs, node.submitted = [str(number)], ["o"], node.words
+    begin.write(pipeline, graph, changed)
+    return graph
+
+
+def test_a_stage_that_waits_may_be_changed_freely():
+    """Its job reads the new configuration when it begins, so nothing of it has to be done once more."""
+    submitted(THREE)
+    graph, _, changed = begin.plan(load(THREE, "sft.optim.lr=0.5", "sft.max_steps=9"), "slurm", False)
+    assert (changed, graph.nodes["sft"].again) == ({"sft"}, False)
+    facts = dict.fromkeys(graph.nodes, standing.Facts(False, job=PENDING))
+    assert jobs.to_submit(graph, standing.judge(graph, facts)) == ([], [])
+    # One that has begun is another matter; and what an older version wrote down does not stay.
+    graph.nodes["sft"].again = True
+    graph.write()
+    graph, _, _ = begin.plan(load(THREE), "slurm", False)
+    assert not graph.nodes["sft"].again
+
+
+def test_changed_options_of_a_job_that_waits():
+    """It is submitted again with them, and what waits for it; one that runs goes on, and that is said."""
+    submitted(THREE)
+    body = "name: x\nstages: {cpt: {}, sft: {slurm: {mem: 8G}, export: {dtype: bf16}}}\n"
+    graph, _, _ = begin.plan(load(body), "slurm", False)
+    of = dict.fromkeys(graph.nodes, standing.Facts(False, job=PENDING))
+    waiting = standing.judge(graph, of)
+    assert jobs.to_submit(graph, waiting) == (["sft", "sft.export"], ["3", "4"])
+    assert jobs.unchanged(graph, waiting) == []
+    runs = standing.judge(graph, {**of, "sft": standing.Facts(False, job=job("RUNNING"))})
+    assert jobs.to_submit(graph, runs) == (["sft.export"], ["4"])
+    assert jobs.unchanged(graph, runs) == ["sft: job 3 has begun and goes on as it was submitted"]
+    # A word for one call only is no change of what waits.
+    graph, _, _ = begin.plan(load(THREE), "slurm", True)
+    assert jobs.to_submit(graph, standing.judge(graph, of)) == ([], [])
 
 
 def test_runs_of_somebody_else_are_left_alone(monkeypatch):

@@ -65,8 +65,10 @@ def plan(pipeline: Pipeline, executor: str, allow_change: bool) -> tuple[Graph, 
     graph = Graph(pipeline.name, directory, str(pipeline.file), cwd, executor, {})
     graph = graph_module.merged(old, graph, found)
     for node in graph.nodes.values():
-        if node.kind == "run" and node.stage in extended:
-            node.again = True
+        if node.run is not None and node.kind == "run":
+            # A job that waits for its first attempt reads the new configuration when it begins.
+            begun = bool(attempts.read_all(Path(node.run)))
+            node.again = begun and (node.again or node.stage in extended)
     return graph, found, changed
 
 

@@ -17,12 +17,13 @@ import fcntl
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
 from strop import files
 from strop.errors import UserError
+from strop.pipeline import parts as parts_module
 from strop.pipeline.parts import Part
 
 SUFFIX = ".pipeline"
@@ -52,6 +53,15 @@ class Node:
     """pid and start of a local process that has not ended."""
     again: bool = False
     """Its configuration was changed or extended: what it has done does not count until it has run again."""
+    words: list[str] = field(default_factory=list)
+    """Of sbatch, without what holds for one call only (dependencies)."""
+    submitted: Optional[list[str]] = None
+    """The words of its newest job; None if that is not known."""
+
+    @property
+    def outdated(self) -> bool:
+        """Its newest job was submitted for something else than what is wanted now."""
+        return self.again or (self.submitted is not None and self.submitted != self.words)
 
 
 @dataclass
@@ -109,11 +119,12 @@ def merged(old: Optional[Graph], new: Graph, parts: Sequence[Part]) -> Graph:
             run=None if part.run is None else str(part.run),
             step=part.step,
             dtype=dtype,
+            words=parts_module.sbatch(new.name, new.directory, replace(part, once=()), ""),
         )
         before = old.nodes.get(part.name) if old else None
         if before is not None:
             node.jobs, node.outputs, node.exit_code = before.jobs, before.outputs, before.exit_code
-            node.process, node.again = before.process, before.again
+            node.process, node.again, node.submitted = before.process, before.again, before.submitted
         new.nodes[part.name] = node
     return new
 

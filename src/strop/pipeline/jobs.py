@@ -15,7 +15,7 @@ from strop.errors import UserError
 from strop.pipeline import parts as parts_module
 from strop.pipeline.graph import Graph, Node
 from strop.pipeline.parts import Part
-from strop.pipeline.standing import Standing
+from strop.pipeline.standing import WAITING, WORKING, Standing
 from strop.slurm import attempts, command, dependants, env, successor
 
 SETTLE_S = 150.0
@@ -51,7 +51,7 @@ def adopt(graph: Graph) -> list[str]:
         if living and not (node.jobs and node.jobs[-1] in living):
             node.jobs.append(living[0])
             node.outputs.append(_output(graph, node.name, living[0]))
-            node.again = False
+            node.again, node.submitted = False, None
             lines.append(f"{node.name}: job {living[0]} is in the queue already")
     return lines
 
@@ -74,8 +74,8 @@ def _output(graph: Graph, part: str, number: str) -> str:
 
 
 def to_submit(graph: Graph, standings: Mapping[str, Standing]) -> tuple[list[str], list[str]]:
-    """(parts to submit, jobs to take out of the queue before): what is not done and not under way, and what
-    waits for such a part. What is done stays, unless a run before it goes on: an export or a store that was
+    """(parts to submit, jobs to take out of the queue before): what is not done and not under way, what waits
+    for such a part, and what waits in the queue with other options than are wanted now. What is done stays, unless a run before it goes on: an export or a store that was
     deleted is made again as it was. UserError for a part that runs already, though what it needs is not
     there."""
     wanted: list[str] = []
@@ -84,11 +84,12 @@ def to_submit(graph: Graph, standings: Mapping[str, Standing]) -> tuple[list[str
     for node in graph.nodes.values():
         s = standings[node.name]
         anew = set(node.after) & (other_than_before if s.state == "done" else set(wanted))
-        if (s.state == "done" or s.active) and not anew:
+        stale = s.state in WAITING and node.outdated
+        if (s.state == "done" or s.active) and not anew and not stale:
             continue
         if s.state == "unknown":
             raise UserError(f"{node.name}: {s.detail}; try again when it does")
-        if s.active and s.state not in ("waiting", "queued", "held"):
+        if s.active and s.state not in WAITING:
             raise UserError(
                 f"{node.name} is {s.state} (job {s.job_id}), but {', '.join(anew)} must run first"
             )
@@ -98,6 +99,15 @@ def to_submit(graph: Graph, standings: Mapping[str, Standing]) -> tuple[list[str
         if node.kind == "run" or other_than_before.intersection(node.after):
             other_than_before.add(node.name)
     return wanted, to_cancel
+
+
+def unchanged(graph: Graph, standings: Mapping[str, Standing]) -> list[str]:
+    """Lines about the jobs that have begun already with other options than are wanted now."""
+    return [
+        f"{node.name}: job {standings[node.name].job_id} has begun and goes on as it was submitted"
+        for node in graph.nodes.values()
+        if standings[node.name].state in WORKING and node.outdated
+    ]
 
 
 def check(graph: Graph, parts: Sequence[Part], wanted: Sequence[str]) -> None:
@@ -138,6 +148,7 @@ def submit(
         node.jobs.append(number)
         node.outputs.append(_output(graph, node.name, number))
         node.again, node.exit_code, node.process = False, None, None
+        node.submitted = node.words
         graph.write()
         for other in before:
             if other.kind == "run":

@@ -112,6 +112,7 @@ def _start(graph: Graph, node: Node, part: Part) -> subprocess.Popen[bytes]:
     node.jobs.append(f"local-{process.pid}")
     node.outputs.append(str(output))
     node.process, node.exit_code, node.again = _process(process.pid), None, False
+    node.submitted = None
     graph.write()
     return process
 

@@ -40,6 +40,8 @@ class Part:
     """export: which checkpoint."""
     run: Optional[Path] = None
     """run and export."""
+    once: tuple[str, ...] = ()
+    """Words behind `args` for a job of this call only."""
 
 
 def config_file(pipeline: Pipeline, stage: str) -> Path:
@@ -63,8 +65,21 @@ def of(pipeline: Pipeline, run_words: Sequence[str] = ()) -> list[Part]:
         assert stage.config is not None
         slurm = {"nodes": stage.config.cluster.nodes, "gpus_per_node": stage.config.cluster.gpus_per_node}
         slurm = {k: v for k, v in slurm.items() if v is not None} | stage.slurm
-        words: tuple[str, ...] = ("--config", str(config_file(pipeline, stage.name)), *run_words)
-        found.append(Part(stage.name, stage.name, "run", before, stage.algo, words, slurm, run, run=run))
+        words: tuple[str, ...] = ("--config", str(config_file(pipeline, stage.name)))
+        found.append(
+            Part(
+                stage.name,
+                stage.name,
+                "run",
+                before,
+                stage.algo,
+                words,
+                slurm,
+                run,
+                run=run,
+                once=tuple(run_words),
+            )
+        )
         words = ("--run", str(run), "--step", stage.step, "--out", str(out), "--finished", "--update")
         words += ("--dtype", stage.dtype) if stage.dtype else ()
         name, step = f"{stage.name}.export", stage.step
@@ -114,13 +129,13 @@ def sbatch(pipeline: str, directory: Path, part: Part, dependency: str) -> list[
         **{key.replace("_", "-"): value for key, value in part.slurm.items()},
     }
     words = [f"--{key}" if value is True else f"--{key}={value}" for key, value in options.items()]
-    return ["sbatch", "--parsable", *words, str(SBATCH / f"{part.template}.sh"), *part.args]
+    return ["sbatch", "--parsable", *words, str(SBATCH / f"{part.template}.sh"), *part.args, *part.once]
 
 
 def local_command(part: Part, python: str) -> list[str]:
     """What runs a part on this machine."""
     if part.kind == "run":
-        return ["bash", str(SBATCH / "lib.sh"), part.template, *part.args]
+        return ["bash", str(SBATCH / "lib.sh"), part.template, *part.args, *part.once]
     return [python, "-m", TOOLS[part.template], *part.args]
 
 
