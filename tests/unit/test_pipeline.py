@@ -577,7 +577,7 @@ def test_only_the_last_stage_can_be_extended():
 def submitted(body: str, *words: str) -> graph_module.Graph:
     """Of a call that has written down what it has submitted, job 1 for the first part and so on."""
     pipeline = load(body, *words)
-    graph, found, changed = begin.plan(pipeline, "slurm", False)
+    graph, _, changed = begin.plan(pipeline, "slurm", False)
     graph.directory.mkdir(parents=True, exist_ok=True)
     for number, node in enumerate(graph.nodes.values(), 1):
         node.jobs, node.outputs, node.submitted = [str(number)], ["o"], node.words

@@ -75,9 +75,9 @@ def _output(graph: Graph, part: str, number: str) -> str:
 
 def to_submit(graph: Graph, standings: Mapping[str, Standing]) -> tuple[list[str], list[str]]:
     """(parts to submit, jobs to take out of the queue before): what is not done and not under way, what waits
-    for such a part, and what waits in the queue with other options than are wanted now. What is done stays, unless a run before it goes on: an export or a store that was
-    deleted is made again as it was. UserError for a part that runs already, though what it needs is not
-    there."""
+    for such a part, and what waits in the queue with other options than are wanted now. What is done stays,
+    unless a run before it goes on: an export or a store that was deleted is made again as it was. UserError
+    for a part that runs already, though what it needs is not there."""
     wanted: list[str] = []
     other_than_before: set[str] = set()
     to_cancel: list[str] = []
