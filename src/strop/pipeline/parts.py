@@ -7,6 +7,7 @@ kept in the pipeline's directory, so that nobody's editing changes a job that wa
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -101,19 +102,40 @@ def of(pipeline: Pipeline, run_words: Sequence[str] = ()) -> list[Part]:
 
 
 def _preparation(pipeline: Pipeline, stage: Stage, before: tuple[str, ...]) -> Part:
-    """With the tokenizer of the model that the chain of exports begins with: they hand it on."""
     assert stage.prepares is not None
-    user = first = pipeline.stage(stage.prepares)
-    while first.source is not None:
-        first = pipeline.stage(first.source)
-    assert first.config is not None
-    words: tuple[str, ...] = ("--algo", user.algo, "--config", str(config_file(pipeline, user.name)))
-    if first is not user:
-        words += (f"model.path={first.config.model.path}",)
-        words += (f"model.revision={first.config.model.revision}",) if first.config.model.revision else ()
+    user = pipeline.stage(stage.prepares)
+    words = ("--algo", user.algo, "--config", str(config_file(pipeline, user.name)))
+    words += _tokenizer_words(pipeline, user)
     record = pipeline.directory / f"{stage.name}.stores.json"
     words += ("--record", str(record))
     return Part(stage.name, stage.name, "prepare", before, "prepare", words, stage.slurm, record)
+
+
+def _tokenizer_words(pipeline: Pipeline, user: Stage) -> tuple[str, ...]:
+    """The tokenizer that the export which `user` starts from will have, though it is not there yet: of the
+    last stage of the chain that sets one, else of the model that the chain begins with. Likewise the chat
+    template; a tokenizer that is set brings its own, whatever the stages before had."""
+    if user.source is None:
+        return ()
+    tokenizer = template = None
+    chain = [user]
+    while chain[-1].source is not None:
+        chain.append(pipeline.stage(chain[-1].source))
+    for stage in chain:
+        assert stage.config is not None
+        template = template or stage.config.model.chat_template
+        tokenizer = stage.config.model.tokenizer
+        if tokenizer is not None:
+            break
+    first = chain[-1].config
+    assert first is not None
+    assert stage.config is not None
+    words = [f"model.path={first.model.path}"]
+    words += [f"model.tokenizer={tokenizer}"] if tokenizer else []
+    # One revision is for model and tokenizer; what starts from an export has none.
+    words += [f"model.revision={stage.config.model.revision}"] if stage.config.model.revision else []
+    words += [f"model.chat_template={json.dumps(template)}"] if template else []  # else YAML folds its lines
+    return tuple(words)
 
 
 def job_name(pipeline: str, part: str) -> str:
