@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from strop import config
 from strop.errors import UserError
-from strop.pipeline import begin, exports, inputs, jobs, local, parts, spec, standing, text
+from strop.pipeline import begin, exports, file, inputs, jobs, local, parts, spec, standing, text
 from strop.pipeline import graph as graph_module
 from strop.slurm import attempts, command
 from tools import pipeline as tool
@@ -159,6 +160,18 @@ MISTAKES = [
         "stages:\n  t: {algo: prepare}\n  sft: {model: t}\n",
         "p.yaml:3: model of sft is t, a preparation, which gives no model",
     ),
+    (
+        "stages:\n  sft: {}\n  dpo: {set: {model: {path: /x}}}\n",
+        "p.yaml:3: model.path: stage dpo starts from the export of sft; to start from another model,",
+    ),
+    (
+        "stages:\n  sft: {}\n  dpo: {set: {model.revision: r}}\n",
+        "p.yaml:3: model.revision: stage dpo starts from the export of sft",
+    ),
+    (
+        "stages:\n  sft: {model: /y, set: {model.path: /x}}\n",
+        "p.yaml:2: model.path: stage sft starts from /y",
+    ),
     ("stages:\n  sft: {}\n  cpt: {}\n  dpo: {after: [sft, cpt]}\n", "p.yaml:4: dpo comes after several runs"),
 ]
 
@@ -173,6 +186,12 @@ def test_mistakes_of_the_command_line():
     assert refused(body, "stf.optim.lr=1") == (
         "command line: stf.optim.lr: expected name=, dir= or STAGE.KEY=; did you mean sft?"
     )
+    assert refused("stages: {sft: {}, dpo: {}}", "dpo.model.path=/x").startswith(
+        "command line, stage dpo: model.path: stage dpo starts from the export of sft; "
+    )
+    assert load("stages: {sft: {}}", "sft.model.path=/x").stages[0].config.model.path == "/x"
+    body_of_all = "set: {model.path: /x}\nstages: {sft: {}, dpo: {}}"
+    assert load(body_of_all).stages[1].config.model.path.endswith("runs/p-sft/export/latest")
     assert refused(body, "sft.optim.lrr=1") == (
         "command line, stage sft: unknown key optim.lrr; did you mean optim.lr?"
     )
@@ -312,6 +331,43 @@ def test_dry_run_without_slurm(monkeypatch, capsys):
         f"python -m tools.convert_dcp_to_hf --run {here}/runs/x-cpt --step latest "
         f"--out {here}/runs/x-cpt/export/latest --finished --update",
     ]
+
+
+CHAIN = "stages: {cpt: {}, sft: {}, rows: {algo: prepare, prepares: dpo}, dpo: {}}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], ["path=base"]),
+        (["cpt.model.revision=r"], ["path=base", "revision=r"]),
+        (["cpt.model.tokenizer=t", "cpt.model.revision=r"], ["path=base", "tokenizer=t", "revision=r"]),
+        # The export of sft has its own tokenizer; of the hub's commit of the first model it knows nothing.
+        (["sft.model.tokenizer=t", "cpt.model.revision=r"], ["path=base", "tokenizer=t"]),
+        (["cpt.model.tokenizer=t", "sft.model.tokenizer=u"], ["path=base", "tokenizer=u"]),
+        (["cpt.model.chat_template={{a}}", "sft.model.tokenizer=u"], ["path=base", "tokenizer=u"]),
+        (["sft.model.chat_template={{b}}"], ["path=base", 'chat_template="{{b}}"']),
+        (
+            ["cpt.model.chat_template={{a}}", "sft.model.chat_template={{b}}", "cpt.model.tokenizer=t"],
+            ["path=base", "tokenizer=t", 'chat_template="{{b}}"'],
+        ),
+    ],
+)
+def test_a_preparation_has_the_tokenizer_that_the_run_will_find(words, expected):
+    """The last one on the way that is set, with the template that is set with it or behind it."""
+    pipeline = load(CHAIN, *words)
+    (part,) = [p for p in parts.of(pipeline) if p.kind == "prepare"]
+    assert [w.removeprefix("model.") for w in part.args if w.startswith("model.")] == expected
+
+
+def test_a_template_of_several_lines_reaches_the_preparation():
+    template = "a {{ x }}\n  b: '{% y %}' # c\n\n"
+    Path("configs/sft.yaml").write_text(
+        CONFIG.replace("model:", f"model:\n  chat_template: {json.dumps(template)}")
+    )
+    (part,) = [p for p in parts.of(load(CHAIN)) if p.kind == "prepare"]
+    words = [w for w in part.args if w.startswith("model.")]
+    assert config.load("dpo", Path("configs/dpo.yaml"), words).model.chat_template == template
 
 
 def test_templates_of_the_tools_differ_in_the_tool_only():
@@ -688,7 +744,7 @@ def test_the_graph_comes_back_as_it_was_written():
 
 def test_help_names_every_key():
     told = spec.__doc__ or ""
-    for key in {*spec.TOP, *spec.STAGE, *spec.EXPORT} - {"after"}:
+    for key in {*file.TOP, *file.STAGE, *file.EXPORT} - {"after"}:
         assert re.search(rf"\b{key}:", told), key
 
 

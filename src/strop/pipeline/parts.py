@@ -104,7 +104,7 @@ def of(pipeline: Pipeline, run_words: Sequence[str] = ()) -> list[Part]:
 def _preparation(pipeline: Pipeline, stage: Stage, before: tuple[str, ...]) -> Part:
     assert stage.prepares is not None
     user = pipeline.stage(stage.prepares)
-    words = ("--algo", user.algo, "--config", str(config_file(pipeline, user.name)))
+    words: tuple[str, ...] = ("--algo", user.algo, "--config", str(config_file(pipeline, user.name)))
     words += _tokenizer_words(pipeline, user)
     record = pipeline.directory / f"{stage.name}.stores.json"
     words += ("--record", str(record))
