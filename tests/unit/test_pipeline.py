@@ -386,6 +386,43 @@ def test_ranks_without_slurm():
     assert parts.local_ranks({"nodes": "2", "ntasks_per_node": "3", "gpus_per_node": "4"}) == 6
 
 
+@pytest.mark.parametrize(
+    ("options", "ranks"),
+    [
+        ({"gpus_per_node": "a100:4"}, 4),
+        ({"gpus_per_node": "a100:4,h100:2", "nodes": "2"}, 12),
+        ({"gpus_per_node": "0", "nodes": "2"}, 2),  # no GPUs: one rank a node
+        ({"nodes": "2-4"}, 2),  # what Slurm promises
+        ({"nodes": "2", "gpus": "8"}, 8),
+        ({"gres": "gpu:4"}, 4),
+        ({"gres": "scratch:1,gpu:a100:2", "nodes": "3"}, 6),
+        ({"gres": "gpu"}, 1),
+        ({"gres": "scratch:1"}, 1),
+        ({"ntasks": "1"}, 1),
+    ],
+)
+def test_ranks_of_the_options_as_sbatch_reads_them(options, ranks):
+    assert parts.local_ranks(options) == ranks
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("ntasks: 4", "slurm.ntasks is '4': it does not tell the ranks of a run; say ntasks_per_node"),
+        ("gpus_per_task: 1", "slurm.gpus_per_task is '1': it does not tell"),
+        ("nodes: 2k", "slurm.nodes is '2k'; how many ranks"),
+        ("ntasks_per_node: x", "slurm.ntasks_per_node is 'x'; how many"),
+        ("gpus_per_node: 'a:b:c'", "slurm.gpus_per_node is 'a:b:c', expected a number of GPUs, such as 4"),
+    ],
+)
+def test_options_that_do_not_tell_the_ranks_without_slurm(option, message):
+    """Of a run; preparations and exports have no ranks."""
+    body = f"stages: {{t: {{algo: prepare, slurm: {{ntasks: 4}}}}, sft: {{slurm: {{{option}}}}}}}"
+    with pytest.raises(UserError, match=rf"^stage sft: {re.escape(message)}"):
+        begin.plan(load(body), "local", False)
+    begin.plan(load(body), "slurm", False)
+
+
 # ----------------------------------------------------------------------------------------- how parts stand
 
 THREE = "name: x\nstages: {cpt: {}, sft: {}}\n"

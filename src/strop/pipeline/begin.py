@@ -8,7 +8,7 @@ leave the runs that began with its former export behind: that is refused too.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -62,6 +62,8 @@ def plan(pipeline: Pipeline, executor: str, allow_change: bool) -> tuple[Graph, 
         if lines or _is_longer(stage.config, kept):
             extended.add(stage.name)
     found = parts_module.of(pipeline, ["run.allow_config_change=true"] if allow_change else [])
+    if executor == "local":
+        _count_ranks(found)
     graph = Graph(pipeline.name, directory, str(pipeline.file), cwd, executor, {})
     graph = graph_module.merged(old, graph, found)
     for node in graph.nodes.values():
@@ -70,6 +72,15 @@ def plan(pipeline: Pipeline, executor: str, allow_change: bool) -> tuple[Graph, 
             begun = bool(attempts.read_all(Path(node.run)))
             node.again = begun and (node.again or node.stage in extended)
     return graph, found, changed
+
+
+def _count_ranks(found: Sequence[Part]) -> None:
+    for part in found:
+        try:
+            if part.kind == "run":
+                parts_module.local_ranks(part.slurm)
+        except UserError as error:
+            raise UserError(f"stage {part.stage}: {error}") from error
 
 
 def _kept(file: Path) -> Optional[dict[str, Any]]:

@@ -8,18 +8,29 @@ kept in the pipeline's directory, so that nobody's editing changes a job that wa
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
+from strop.errors import UserError
 from strop.pipeline.spec import Pipeline, Stage
 from strop.slurm import code
 
 SBATCH = code.REPOSITORY / "sbatch"
 TOOLS = {"prepare": "tools.prepare", "convert": "tools.convert_dcp_to_hf"}
 """What the templates that are not an algorithm's run."""
+NOT_TOLD = (
+    "ntasks",
+    "tasks_per_node",
+    "ntasks_per_gpu",
+    "ntasks_per_socket",
+    "gpus_per_task",
+    "gpus_per_socket",
+)
+"""Options by which the ranks of a job are not counted here."""
 
 
 @dataclass(frozen=True)
@@ -162,8 +173,40 @@ def local_command(part: Part, python: str) -> list[str]:
 
 
 def local_ranks(slurm: Mapping[str, Any]) -> int:
-    a_node = slurm.get("ntasks_per_node") or slurm.get("gpus_per_node") or 1
-    return int(slurm.get("nodes") or 1) * int(a_node)
+    """As many ranks as the job would have: one a GPU, without GPUs one a node (of `nodes: 2-4` two), but for
+    `ntasks_per_node`. UserError names the option that does not tell."""
+    nodes = _whole(slurm, "nodes", r"(\d+)(-\d+)?") or 1
+    if "ntasks_per_node" in slurm:
+        return nodes * (_whole(slurm, "ntasks_per_node", r"(\d+)") or 1)
+    if "gpus" in slurm:
+        return _gpus(slurm, "gpus", str(slurm["gpus"]).split(",")) or nodes
+    gres = [word[4:] or "1" for word in str(slurm.get("gres", "")).split(",") if re.match("gpu(:|$)", word)]
+    if "gpus_per_node" in slurm or gres:
+        key = "gpus_per_node" if "gpus_per_node" in slurm else "gres"
+        return nodes * (_gpus(slurm, key, gres if key == "gres" else str(slurm[key]).split(",")) or 1)
+    for key in slurm:
+        if key in NOT_TOLD and not (key == "ntasks" and str(slurm[key]) == str(nodes)):
+            raise UserError(
+                f"slurm.{key} is {slurm[key]!r}: it does not tell the ranks of a run; say ntasks_per_node"
+            )
+    return nodes
+
+
+def _whole(slurm: Mapping[str, Any], key: str, pattern: str) -> int:
+    found = re.fullmatch(pattern, str(slurm.get(key, "0")))
+    if found is None:
+        raise UserError(
+            f"slurm.{key} is {slurm[key]!r}; how many ranks that makes without Slurm is not known"
+        )
+    return int(found[1])
+
+
+def _gpus(slurm: Mapping[str, Any], key: str, kinds: Sequence[str]) -> int:
+    """Of "4", "a100:4", "a100" (one) and several of these."""
+    found = [re.fullmatch(r"(?:[A-Za-z][\w.-]*(?::(\d+))?|(\d+))(?:\(.*\))?", kind) for kind in kinds]
+    if None in found:
+        raise UserError(f"slurm.{key} is {slurm[key]!r}, expected a number of GPUs, such as 4 or a100:4")
+    return sum(int(match[1] or match[2] or 1) for match in found if match is not None)
 
 
 def shown(words: Sequence[str]) -> str:
