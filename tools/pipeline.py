@@ -103,11 +103,12 @@ def advance(pipeline: spec.Pipeline, options: argparse.Namespace) -> tuple[Graph
     wanted, to_cancel = jobs.to_submit(graph, standings)
     inputs.check(pipeline, {graph.nodes[name].stage for name in wanted})
     begin.write(pipeline, graph, changed)
-    for line in jobs.unchanged(graph, standings):
+    without_stage, lines = jobs.left_over(graph)
+    for line in [*lines, *jobs.unchanged(graph, standings)]:
         say(line)
     jobs.check(graph, found, wanted)
-    if to_cancel:
-        command.slurm(["scancel", *to_cancel])
+    if without_stage or to_cancel:
+        command.slurm(["scancel", *without_stage, *to_cancel])
     jobs.submit(graph, found, standings, wanted, say)
     if wanted and not options.wait:
         say(f"to see how it stands: python -m tools.status --pipeline {graph.name}")

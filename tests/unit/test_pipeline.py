@@ -594,6 +594,56 @@ def test_jobs_that_are_just_ending_are_waited_for(monkeypatch):
         jobs.settle(graph, said.append)
 
 
+def in_queue(monkeypatch, directory: Path, jobs_there: dict[str, tuple[str, str]]) -> list[list[str]]:
+    """A queue {number: (name, state)}, of somebody else's job too. What is asked of Slurm beside looking."""
+    asked: list[list[str]] = []
+
+    def slurm(words, **_):
+        if words[0] == "squeue":
+            named = [w[len("--name=") :].split(",") for w in words if w.startswith("--name=")]
+            names = named[0] if named else None
+            shown = [f"{n} {name}\n" for n, (name, _) in jobs_there.items() if not names or name in names]
+            return "".join(shown)
+        if words[:2] == ["scontrol", "show"]:
+            name, state = jobs_there[words[-1]]
+            where = "/other.pipeline" if name.endswith("-other") else directory
+            return f"JobId={words[-1]} JobState={state} NodeList=n1\n   StdOut={where}/{name}.out"
+        asked.append(list(words))
+        return ""
+
+    monkeypatch.setattr(command, "slurm", slurm)
+    return asked
+
+
+def test_jobs_of_stages_that_were_taken_out(monkeypatch):
+    """Cancelled while they wait; one that runs is told of; others' jobs of a like name are left alone."""
+    graph = planned()
+    there = {
+        "1": ("x-cpt", "RUNNING"),
+        "2": ("x-gone", "RUNNING"),
+        "3": ("x-gone.export", "PENDING"),
+        "4": ("x-other", "PENDING"),
+    }
+    asked = in_queue(monkeypatch, graph.directory, there)
+    assert jobs.left_over(graph) == (
+        ["3"],
+        [
+            "x-gone: no such stage any more; job 2 goes on (scancel 2 ends it)",
+            "x-gone.export: no such stage any more; job 3 is cancelled",
+        ],
+    )
+    assert jobs.cancel(graph) == ["3", "2", "1"]
+    assert asked == [["scancel", "3", "2", "1"]]
+
+
+def test_what_waited_for_a_stage_that_was_taken_out():
+    """Its job would be cancelled with what it waits for."""
+    submitted("name: x\nstages: {cpt: {}, sft: {}, dpo: {}}\n")
+    graph, _, _ = begin.plan(load("name: x\nstages: {cpt: {}, dpo: {}}\n"), "slurm", False)
+    of = dict.fromkeys(graph.nodes, standing.Facts(False, job=PENDING))
+    assert jobs.to_submit(graph, standing.judge(graph, of)) == (["dpo", "dpo.export"], ["5", "6"])
+
+
 def test_tree():
     """A fork, and the reason under the stage that it belongs to."""
     body = "name: x\nstages: {sft: {}, a: {algo: dpo}, b: {algo: dpo, after: sft}}\n"

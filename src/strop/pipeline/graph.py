@@ -54,7 +54,7 @@ class Node:
     again: bool = False
     """Its configuration was changed or extended: what it has done does not count until it has run again."""
     words: list[str] = field(default_factory=list)
-    """Of sbatch, without what holds for one call only (dependencies)."""
+    """Of sbatch, with the parts that it waits for in place of their jobs; not those of one call only."""
     submitted: Optional[list[str]] = None
     """The words of its newest job; None if that is not known."""
 
@@ -119,7 +119,9 @@ def merged(old: Optional[Graph], new: Graph, parts: Sequence[Part]) -> Graph:
             run=None if part.run is None else str(part.run),
             step=part.step,
             dtype=dtype,
-            words=parts_module.sbatch(new.name, new.directory, replace(part, once=()), ""),
+            words=parts_module.sbatch(
+                new.name, new.directory, replace(part, once=()), f"afterok:{':'.join(part.after)}"
+            ),
         )
         before = old.nodes.get(part.name) if old else None
         if before is not None:

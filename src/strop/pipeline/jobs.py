@@ -56,12 +56,28 @@ def adopt(graph: Graph) -> list[str]:
     return lines
 
 
+def left_over(graph: Graph) -> tuple[list[str], list[str]]:
+    """(jobs that wait for stages that are in the file no more, lines that say so). Those that have begun have
+    a run to lose, and are only told of."""
+    own = {parts_module.job_name(graph.name, part) for part in graph.nodes}
+    numbers, lines = [], []
+    for number, name, state in _queue(graph):
+        if name not in own and state == "PENDING":
+            numbers.append(number)
+            lines.append(f"{name}: no such stage any more; job {number} is cancelled")
+        elif name not in own:
+            lines.append(f"{name}: no such stage any more; job {number} goes on (scancel {number} ends it)")
+    return numbers, lines
+
+
 def _queue(graph: Graph) -> list[tuple[str, str, str]]:
-    """(number, name, state) of this pipeline's jobs that have not ended, by number."""
-    names = {parts_module.job_name(graph.name, part) for part in graph.nodes}
-    text = command.slurm(["squeue", "--me", "--noheader", f"--name={','.join(names)}", "--format=%i %j"])
+    """(number, name, state) of this pipeline's jobs that have not ended, by number; those of stages that were
+    taken out of the file too."""
+    text = command.slurm(["squeue", "--me", "--noheader", "--format=%i %j"])
     found = []
     for number, _, name in (line.strip().partition(" ") for line in text.splitlines()):
+        if not name.startswith(parts_module.job_name(graph.name, "")):
+            continue
         record = command.show_job(number)
         own = record is not None and record["JobState"] not in command.ENDED
         if own and record is not None and Path(record.get("StdOut", "")).parent == graph.directory:
