@@ -759,6 +759,21 @@ def test_changed_options_of_a_job_that_waits():
     assert jobs.to_submit(graph, standing.judge(graph, of)) == ([], [])
 
 
+def test_who_comes_after_a_stage_need_not_start_from_it():
+    """dpo2 waits for dpo and starts from sft: dpo may be trained further, sft may not."""
+    body = "name: x\nstages: {sft: {}, dpo: {}, dpo2: {algo: dpo, after: dpo, model: sft}}\n"
+    begun(body)
+    graph, _, _ = begin.plan(load(body, "dpo.max_steps=9"), "slurm", False)
+    facts = {name: standing.Facts(not node.again) for name, node in graph.nodes.items()}
+    found = standing.judge(graph, facts)
+    begin.refuse_conflicts(graph, found)
+    assert jobs.to_submit(graph, found) == (["dpo", "dpo.export"], [])
+    graph, _, _ = begin.plan(load(body, "sft.max_steps=9"), "slurm", False)
+    facts = {name: standing.Facts(not node.again) for name, node in graph.nodes.items()}
+    with pytest.raises(UserError, match="sft has to train, but dpo has trained from its former export"):
+        begin.refuse_conflicts(graph, standing.judge(graph, facts))
+
+
 def test_runs_of_somebody_else_are_left_alone(monkeypatch):
     begun()
     for path in Path("runs/x.pipeline").iterdir():

@@ -101,7 +101,7 @@ def refuse_conflicts(graph: Graph, standings: Mapping[str, Standing]) -> None:
         if node.kind != "run" or standings[node.name].state in ("done", *ACTIVE):
             continue
         for other in graph.nodes.values():
-            if other.kind == "run" and node in graph.above(other):
+            if other.kind == "run" and node in graph.starts_from(other):
                 assert other.run is not None
                 if attempts.committed_step(Path(other.run)) is not None:
                     raise UserError(

@@ -53,6 +53,8 @@ class Node:
     """pid and start of a local process that has not ended."""
     again: bool = False
     """Its configuration was changed or extended: what it has done does not count until it has run again."""
+    source: Optional[str] = None
+    """Of a run: the part whose export it starts from."""
     words: list[str] = field(default_factory=list)
     """Of sbatch, with the parts that it waits for in place of their jobs; not those of one call only."""
     submitted: Optional[list[str]] = None
@@ -92,6 +94,15 @@ class Graph:
                 waiting += self.nodes[name].after
         return list(found.values())
 
+    def starts_from(self, node: Node) -> list[Node]:
+        """The parts of the runs whose exports a run starts from, one from the other, nearest first."""
+        found: list[Node] = []
+        while node.source is not None:
+            export = self.nodes[node.source]
+            node = self.nodes[export.stage]
+            found += [export, node]
+        return found
+
 
 def read(directory: Path) -> Optional[Graph]:
     """None if nothing was submitted yet."""
@@ -119,6 +130,7 @@ def merged(old: Optional[Graph], new: Graph, parts: Sequence[Part]) -> Graph:
             run=None if part.run is None else str(part.run),
             step=part.step,
             dtype=dtype,
+            source=part.source,
             words=parts_module.sbatch(
                 new.name, new.directory, replace(part, once=()), f"afterok:{':'.join(part.after)}"
             ),

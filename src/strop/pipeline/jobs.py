@@ -99,7 +99,9 @@ def to_submit(graph: Graph, standings: Mapping[str, Standing]) -> tuple[list[str
     to_cancel: list[str] = []
     for node in graph.nodes.values():
         s = standings[node.name]
-        anew = set(node.after) & (other_than_before if s.state == "done" else set(wanted))
+        # What is done needs to be done again for its model's sake only, not for the order of the stages.
+        made_from = {node.stage if node.kind == "export" else node.source or ""}
+        anew = made_from & other_than_before if s.state == "done" else set(node.after) & set(wanted)
         stale = s.state in WAITING and node.outdated
         if (s.state == "done" or s.active) and not anew and not stale:
             continue

@@ -54,6 +54,8 @@ class Part:
     """run and export."""
     once: tuple[str, ...] = ()
     """Words behind `args` for a job of this call only."""
+    source: Optional[str] = None
+    """run: the part whose export it starts from."""
 
 
 def config_file(pipeline: Pipeline, stage: str) -> Path:
@@ -90,6 +92,7 @@ def of(pipeline: Pipeline, run_words: Sequence[str] = ()) -> list[Part]:
                 run,
                 run=run,
                 once=tuple(run_words),
+                source=None if stage.source is None else f"{stage.source}.export",
             )
         )
         words = ("--run", str(run), "--step", stage.step, "--out", str(out), "--finished", "--update")
