@@ -14,6 +14,7 @@ from strop.errors import UserError
 from strop.pipeline import begin, exports, file, inputs, jobs, local, parts, spec, standing, text
 from strop.pipeline import graph as graph_module
 from strop.slurm import attempts, command
+from tools import convert_dcp_to_hf
 from tools import pipeline as tool
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -808,6 +809,26 @@ def test_an_export_is_done_when_it_is_of_the_checkpoint_that_is_wanted():
     assert exports.is_done(out, run, "2", None)
     (first / "manifest.json").write_text("written anew")
     assert not exports.is_done(out, run, "best", None)
+
+
+def test_adapters_are_not_the_merged_model():
+    out = Path("out")
+    out.mkdir()
+    first = commit(Path("run"), 2)
+    exports.mark(out, first, None)
+    assert not exports.is_of(out, first, None, adapter=True)
+    exports.mark(out, first, None, adapter=True)
+    assert exports.is_of(out, first, None, adapter=True)
+    assert not exports.is_of(out, first, None)
+
+
+@pytest.mark.parametrize("word", ["--finished", "--update"])
+def test_what_is_asked_of_a_run_needs_one(monkeypatch, capsys, word):
+    words = ["--config", "c.yaml", "--dcp-ckpt-path", "step", "--hf-ckpt-path", "out", word]
+    monkeypatch.setattr("sys.argv", ["convert", *words])
+    with pytest.raises(SystemExit):
+        convert_dcp_to_hf.main()
+    assert "--finished and --update need --run" in capsys.readouterr().err
 
 
 def test_stores_are_those_of_the_configuration(tmp_path):
