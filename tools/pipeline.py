@@ -64,10 +64,10 @@ def say(line: str) -> None:
 
 def main() -> None:
     options = parse()
-    pipeline = spec.load(options.file, options.words)
     if options.cancel:
-        cancel(pipeline)
+        cancel(spec.directory(options.file, options.words))
         return
+    pipeline = spec.load(options.file, options.words)
     if options.dry_run:
         graph, found, _ = begin.plan(pipeline, options.executor, options.allow_config_change)
         standings = standing.look(graph)
@@ -166,10 +166,10 @@ def finish(graph: Graph, standings: dict[str, Standing]) -> int:
     return failed.exit_code or 1
 
 
-def cancel(pipeline: spec.Pipeline) -> None:
-    graph = graph_module.read(pipeline.directory)
+def cancel(directory: Path) -> None:
+    graph = graph_module.read(directory)
     if graph is None:
-        raise UserError(f"{pipeline.directory}: nothing of it was submitted")
+        raise UserError(f"{directory}: nothing of it was submitted")
     if graph.executor == "local":
         pid = local.cancel(graph)
         say(f"asked process {pid} to stop: a run commits first" if pid else "nothing of it runs")

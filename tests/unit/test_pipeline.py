@@ -16,6 +16,7 @@ from strop.pipeline import graph as graph_module
 from strop.slurm import attempts, command
 from tools import convert_dcp_to_hf
 from tools import pipeline as tool
+from tools import status as status_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "model:\n  path: base\ndata:\n  train: rows\ntrain:\n  max_steps: 4\n"
@@ -143,6 +144,7 @@ MISTAKES = [
         "stages:\n  sft: {export: {step: last}}\n",
         "2: step is 'last'; expected best, latest or a number",
     ),
+    ("stages:\n  sft: {export: {step: [1]}}\n", "p.yaml:2: step is [1]; expected best, latest or a number"),
     (
         "stages:\n  sft: {export: {step: best}}\n",
         "2: step is best, which needs checkpoint.best_metric",
@@ -869,6 +871,39 @@ def test_help_names_every_key():
     told = spec.__doc__ or ""
     for key in {*file.TOP, *file.STAGE, *file.EXPORT} - {"after"}:
         assert re.search(rf"\b{key}:", told), key
+
+
+def test_a_graph_of_another_version_hides_nothing(capsys):
+    """Neither the others, nor from a program."""
+    submitted(THREE)
+    other = Path("runs/old.pipeline")
+    other.mkdir()
+    (other / "graph.json").write_text('{"name": "old", "parts": []}')
+    for words in ([], ["--json"]):
+        options = status_tool.parse(["--dir", str(Path("runs").resolve()), *words])
+        status_tool.show(options)
+        out = capsys.readouterr().out
+        if words:
+            found = {p["name"]: p["state"] for p in json.loads(out)["pipelines"]}
+            assert found == {"x": found["x"], "old": "unreadable"}
+            assert found["x"] != "unreadable"
+        else:
+            assert "pipeline old  unreadable\n      " in out
+            assert "graph.json: not written by this version" in out
+            assert "pipeline x  " in out
+
+
+def test_cancel_needs_no_file_without_mistakes(monkeypatch, capsys):
+    """A stage is misspelt, or its configuration is gone: the jobs can be cancelled all the same."""
+    graph = submitted(THREE)
+    Path("p.yaml").write_text("name: x\nstages: {cpt: {confg: y}, stf: {config: gone.yaml}}\n")
+    asked = in_queue(monkeypatch, graph.directory, {"3": ("x-sft", "PENDING")})
+    monkeypatch.setattr("sys.argv", ["pipeline", "p.yaml", "--cancel", "cpt.optim.lrr=1"])
+    tool.main()
+    assert (asked, capsys.readouterr().out) == ([["scancel", "3"]], "cancelled: 3\n")
+    monkeypatch.setattr("sys.argv", ["pipeline", "p.yaml", "--cancel", "name=y"])
+    with pytest.raises(UserError, match=r"runs/y.pipeline: nothing of it was submitted"):
+        tool.main()
 
 
 def test_nothing_to_cancel():

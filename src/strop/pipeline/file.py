@@ -59,6 +59,17 @@ def read(file: Path, words: Sequence[str]) -> tuple[Raw, dict[str, Raw]]:
     return common, raws
 
 
+def read_top(file: Path, words: Sequence[str]) -> Raw:
+    """`name` and `dir`, and nothing else is looked at."""
+    common = Raw(str(file))
+    sections = _Sections()
+    for entry in [*config_load.read_file(file, sections), *config_load.read_words(words)]:
+        if entry.key in ("name", "dir"):
+            common.values[entry.key] = entry.value if entry.where != config_load.COMMAND_LINE else entry.text
+            common.lines[entry.key] = entry.where
+    return common
+
+
 class _Sections(set[str]):
     """Says which dotted keys of the file are sections: stages have any name."""
 

@@ -94,9 +94,7 @@ def load(file: Path, words: Sequence[str] = ()) -> Pipeline:
     `words`: name=X, dir=X, or STAGE.KEY=VALUE for a key of a stage's strop configuration.
     """
     common, raws = pipeline_file.read(file, words)
-    name = text(common, "name") or file.stem
-    if not NAME.fullmatch(name):
-        raise UserError(f"{common.lines.get('name', file)}: name is {name!r}; use letters, digits, _ and -")
+    name = _name(common, file)
     stages = {}
     above: tuple[str, ...] = ()
     for stage, raw in raws.items():
@@ -107,6 +105,19 @@ def load(file: Path, words: Sequence[str] = ()) -> Pipeline:
     runs = naming.parent_directory(text(common, "dir") or "runs")
     pipeline = Pipeline(name, runs, file, ordered)
     return _configured(pipeline, raws, common)
+
+
+def directory(file: Path, words: Sequence[str]) -> Path:
+    """Where the state of a pipeline is: of its name and `dir` alone, whatever else is wrong in the file."""
+    common = pipeline_file.read_top(file, words)
+    return naming.parent_directory(text(common, "dir") or "runs") / f"{_name(common, file)}.pipeline"
+
+
+def _name(common: Raw, file: Path) -> str:
+    name = text(common, "name") or file.stem
+    if not NAME.fullmatch(name):
+        raise UserError(f"{common.lines.get('name', file)}: name is {name!r}; use letters, digits, _ and -")
+    return name
 
 
 # -------------------------------------------------------------------------------------------- stages
@@ -140,7 +151,8 @@ def _stage(name: str, raw: Raw, common: Raw, above: tuple[str, ...], raws: Mappi
     shared = {k: v for k, v in slurm.items() if k in ("partition", "account", "qos", "reservation")}
     export_slurm = {k: v for k, v in {**shared, **raw.export_slurm}.items() if v is not False}
     step, dtype = raw.export.get("step", ""), raw.export.get("dtype")
-    if step and step not in ("best", "latest") and not step.isdecimal():
+    known_step = isinstance(step, str) and (step in ("", "best", "latest") or step.isdecimal())
+    if not known_step:
         raise UserError(f"{raw.lines['export.step']}: step is {step!r}; expected best, latest or a number")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"{raw.lines['export.dtype']}: dtype is {dtype!r}; expected {', '.join(DTYPES)}")
