@@ -802,8 +802,6 @@ def test_an_export_is_done_when_it_is_of_the_checkpoint_that_is_wanted():
     exports.mark(out, first, None)
     assert exports.is_done(out, run, "latest", None)
     assert not exports.is_done(out, run, "latest", "bf16")
-    assert attempts.find_checkpoint(run, "best") is None
-    assert exports.is_done(out, run, "best", None)  # without the checkpoint, what was exported stands
     (run / "checkpoints" / "BEST.json").write_text('{"step": 2}')
     commit(run, 4)
     assert not exports.is_done(out, run, "latest", None)
@@ -811,6 +809,17 @@ def test_an_export_is_done_when_it_is_of_the_checkpoint_that_is_wanted():
     assert exports.is_done(out, run, "2", None)
     (first / "manifest.json").write_text("written anew")
     assert not exports.is_done(out, run, "best", None)
+
+
+def test_a_best_step_that_nothing_names():
+    """Checkpoints and no BEST.json: there is nothing to export; what was exported stands, as without them."""
+    run, out = Path("run"), Path("out")
+    out.mkdir()
+    first = commit(run, 2)
+    assert attempts.find_checkpoint(run, "best") is None
+    assert not exports.is_done(out, run, "best", None)
+    exports.mark(out, first, None)
+    assert exports.is_done(out, run, "best", None)
 
 
 def test_adapters_are_not_the_merged_model():
