@@ -25,8 +25,9 @@ from strop import files
 from strop.errors import UserError
 from strop.pipeline import parts as parts_module
 from strop.pipeline.parts import Part
+from strop.slurm import naming
 
-SUFFIX = ".pipeline"
+SUFFIX = naming.PIPELINE_SUFFIX
 
 
 @dataclass

@@ -75,7 +75,7 @@ class Pipeline:
 
     @property
     def directory(self) -> Path:
-        return self.runs / f"{self.name}.pipeline"
+        return self.runs / f"{self.name}{naming.PIPELINE_SUFFIX}"
 
     def stage(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)
@@ -110,7 +110,8 @@ def load(file: Path, words: Sequence[str] = ()) -> Pipeline:
 def directory(file: Path, words: Sequence[str]) -> Path:
     """Where the state of a pipeline is: of its name and `dir` alone, whatever else is wrong in the file."""
     common = pipeline_file.read_top(file, words)
-    return naming.parent_directory(text(common, "dir") or "runs") / f"{_name(common, file)}.pipeline"
+    runs = naming.parent_directory(text(common, "dir") or "runs")
+    return runs / f"{_name(common, file)}{naming.PIPELINE_SUFFIX}"
 
 
 def _name(common: Raw, file: Path) -> str:
