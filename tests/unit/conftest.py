@@ -61,3 +61,11 @@ def pipeline_place(tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     for algo in ("cpt", "sft", "dpo"):
         (tmp_path / f"configs/{algo}.yaml").write_text(CONFIG)
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """use(engine, keep): from now on linear_logprob computes like that (ops_engines.choose)."""
+    from tests.unit import ops_engines  # torch, which most tests here do without
+
+    return functools.partial(ops_engines.choose, monkeypatch)
