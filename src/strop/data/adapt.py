@@ -63,6 +63,7 @@ def named(name: str) -> str | None:
 def of_name(name: str, key: str, config: DataConfig, kind: str) -> Use | None:
     """For an entry that is no path. A short name brings its own adapter, whatever `data.adapter` says; the
     name of a repository does where that is not set."""
+    _check_args(config)
     if name in TABLE:
         return _of_table(name, key, kind)
     if config.adapter is None and (own := named(name)) is not None:
@@ -72,9 +73,8 @@ def of_name(name: str, key: str, config: DataConfig, kind: str) -> Use | None:
 
 def of_path(config: DataConfig, kind: str) -> Use | None:
     """For files and directories: what `data.adapter` says."""
+    _check_args(config)
     if config.adapter is None or config.adapter == NONE:
-        if config.adapter_args:
-            raise UserError("data.adapter_args: there is no data.adapter to take them")
         return None
     if (own := named(config.adapter)) is not None:
         if config.adapter_args:
@@ -89,6 +89,11 @@ def of_path(config: DataConfig, kind: str) -> Use | None:
             f"{KEY}: no adapter is called {config.adapter!r}: {hint} (or package.module:name, or none)"
         )
     return Use(config.adapter, kind, dict(config.adapter_args))
+
+
+def _check_args(config: DataConfig) -> None:
+    if config.adapter_args and config.adapter in (None, NONE):
+        raise UserError("data.adapter_args: there is no data.adapter to take them")
 
 
 def _of_table(name: str, key: str, kind: str) -> Use:

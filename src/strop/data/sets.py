@@ -186,12 +186,13 @@ def _place(ranges: list[tuple[Corpus, Range]]) -> Place:
 
 
 def _ledger(name: str, made: list[tuple[Corpus, str]]) -> Ledger:
-    """The ledgers of several corpora as one."""
+    """The ledgers of several corpora as one. Two may have an entry of the same name."""
     ledger = Ledger(name)
     for one, split in made:
         path = one.path / f"ledger-{split}.json"
-        if path.exists():
-            ledger.sources |= Ledger.load(path).sources
+        for entry in Ledger.load(path).sources.values() if path.exists() else ():
+            own = f"{one.path}: {entry.name}" if entry.name in ledger.sources else entry.name
+            ledger.sources[own] = dataclasses.replace(entry, name=own)
     return ledger
 
 
