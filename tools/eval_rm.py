@@ -2,13 +2,15 @@
 
     python -m tools.eval_rm --model DIR --data FILE [FILE ...] [--json OUT] [--by FIELD] [--max-length N]
                             [--batch-tokens N] [--dtype fp32|bf16|fp16] [--chat-template FILE]
+                            [--split NAME] [--subset NAME]
 
     python -m tools.convert_dcp_to_hf --run runs/my-rm --step best
     python -m tools.eval_rm --model runs/my-rm/export/step-000100 --data heldout.jsonl
 
 DIR is any Hugging Face sequence classifier of one label (or a hub name): an export of --algo rm, or a reward
 model of others. FILE holds the rows of DPO and RM (prompt, chosen, rejected; JSONL, JSON, Parquet, a
-directory with validation.jsonl, a hub name), rendered with the tokenizer's chat template as in training.
+directory with validation.jsonl, a hub name), rendered with the tokenizer's chat template as in training. Of a
+hub set --split is scored, by default the validation split that strop knows of it, and of --subset, if given.
 
 What it tells:
   accuracy      share of the pairs whose chosen completion scores higher, with a 95 % interval (Wilson). A
@@ -34,6 +36,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,11 +58,23 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"))
     parser.add_argument("--chat-template", metavar="FILE", help="a Jinja chat template, or a file of one")
+    parser.add_argument("--split", metavar="NAME", help="of hub sets")
+    parser.add_argument("--subset", metavar="NAME", help="of hub sets: configuration name")
     options = parser.parse_args(argv)
+    if options.json not in (None, "-"):
+        _check_writable(Path(options.json))
     for name in ("max_length", "batch_tokens"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be greater than 0")
     return options
+
+
+def _check_writable(path: Path) -> None:
+    """UserError, before anything is scored, for a file that cannot be written."""
+    if not path.parent.is_dir():
+        raise UserError(f"--json {path}: there is no directory {path.parent}")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"--json {path}: {'is a directory' if path.is_dir() else 'cannot be written'}")
 
 
 def evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -68,7 +83,7 @@ def evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from strop.config import ModelConfig
+    from strop.config import DataConfig, ModelConfig
     from strop.data.render import chat_template
     from strop.data.tokenise import load_tokenizer
     from strop.eval import agreement, rewards, text
@@ -85,6 +100,7 @@ def evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         chat_template(options.chat_template, tokenizer),
         options.max_length or rewards.longest(model),
         options.by,
+        DataConfig(hub_validation_split=options.split, hub_subset=options.subset),
     )
     print(ledger.table(), file=sys.stderr)
     progress = Progress()
