@@ -229,6 +229,44 @@ def test_many_small_files_are_grouped_in_a_moment():
     assert [len(part) for part in found] == [300_001, 10]
 
 
+def fraction_that_passes(tmp_path, rows, kind, **data):
+    """The least data.max_dropped_fraction of 0, 0.01, ... with which the rows are prepared."""
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    for percent in range(101):
+        own = DataConfig(train=str(file), on_bad_row="skip", max_dropped_fraction=percent / 100, **data)
+        try:
+            sets.Maker(Config(data=own), kind, TOKENIZER, "t", tmp_path / "cache").prepare("train")
+            return percent
+        except UserError as error:
+            if "max_dropped_fraction" not in str(error):
+                raise
+    raise AssertionError("never")
+
+
+@pytest.mark.parametrize("bad", [{"prompt": "p", "chosen": "a", "rejected": "a"}, {"no": "pair"}, [1]])
+def test_a_file_of_pairs_is_judged_alike_by_rm_and_kto(tmp_path, bad):
+    """20 bad ones of 100: as 80 pairs or as 160 halves, a fifth of the lines."""
+    good = [{"prompt": "p", "chosen": "a", "rejected": f"b{i}"} for i in range(80)]
+    rows = [*good, *[bad] * 20]
+    assert fraction_that_passes(tmp_path, rows, "preference") == 20
+    assert fraction_that_passes(tmp_path, rows, "unpaired") == 20
+
+
+def test_a_half_of_a_pair_that_is_too_long_is_half_a_line(tmp_path):
+    """And the ledger that is read back knows it: 10 of 100 pairs with one half too long."""
+    rows = [{"prompt": "p", "chosen": "a", "rejected": f"b{i}" + "x" * 99 * (i < 10)} for i in range(100)]
+    assert fraction_that_passes(tmp_path, rows, "preference", max_length=50) == 10
+    assert fraction_that_passes(tmp_path, rows, "unpaired", max_length=50) == 5
+
+
+def test_rows_left_out_on_purpose_dilute_nothing(tmp_path, monkeypatch):
+    """90 ties of 100 rows, and one bad row: one of ten, not of a hundred."""
+    (tmp_path / "tie_adapter.py").write_text("def ties(row):\n    return None if 'tie' in row else row\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = [{"tie": 1}] * 90 + [{"prompt": "p", "completion": f"{i}"} for i in range(9)] + [{"no": "row"}]
+    assert fraction_that_passes(tmp_path, rows, "sft", adapter="tie_adapter:ties") == 10
+
+
 @pytest.mark.parametrize("train", ["gsm8k", ["gsm8k", "a.jsonl"]])
 def test_arguments_for_no_adapter(tmp_path, monkeypatch, train):
     monkeypatch.chdir(tmp_path)

@@ -147,7 +147,8 @@ def rows(raw: Iterable[Row | BadRow], use: Use | None) -> Iterator[Row | BadRow]
 
 
 def _made(row: Row, fields: Any, make: Callable[[Any, Row], Made]) -> Iterator[Row | BadRow]:
-    """`dealt_by` keeps all rows of one line on one side of `data.split`."""
+    """`dealt_by` keeps all rows of one line on one side of `data.split`; documents of text are each dealt by
+    their own text, so that equal ones land together whatever line they came from (parts.split_of)."""
     try:
         made = make(fields, row)
     except Refused as refused:

@@ -41,7 +41,7 @@ def load(name: str, path: str, subset: str | None, split: str | None) -> Any:
         raise ConnectionError(text) from None
 
 
-def _damaged(name: str, error: Exception) -> Exception:
+def _damaged(name: str, error: Exception) -> BaseException:
     """What to raise for rows that `datasets` cannot read: the disk's own error, where it is that one."""
     cause = error.__cause__ or error
     if getattr(cause, "errno", None):

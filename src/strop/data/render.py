@@ -61,6 +61,8 @@ class Rendered:
     """The template wrote BOS and end-of-turn tokens; plain text still needs BOS and EOS."""
     value: float = math.nan
     """See `TokenisedRow.value`; of unpaired rows the label: 1 desirable, 0 undesirable."""
+    half: bool = False
+    """As `TokenisedRow.half`."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ class Renderer:
         if self.kind != "unpaired" or isinstance(rendered, BadRow) or len(rendered.texts) == 1:
             return [rendered]
         return [
-            dataclasses.replace(rendered, texts=[text], value=label)
+            dataclasses.replace(rendered, texts=[text], value=label, half=True)
             for text, label in zip(rendered.texts, (1.0, 0.0))
         ]
 

@@ -61,7 +61,7 @@ class Row:
     """From 1; the number of the row where the format has no lines."""
     fields: dict[str, Any]
     dealt_by: Any = None
-    """Where one line was made into several rows: all of them, which `data.split` keeps together."""
+    """Where one line was made into several rows: all of them, which `data.split` keeps together; not text."""
 
 
 def find(config: DataConfig, split: str, kind: str) -> list[Source]:
