@@ -56,7 +56,7 @@ SPOKEN = [
 def test_logging_warnings_and_prints(tmp_path, rank):
     out, _ = launched(tmp_path, SPEAK, rank)
     got = read(tmp_path, rank)
-    assert len(got) == len(SPOKEN)
+    assert len(got) == len(SPOKEN), got
     for line, (level, logger, message) in zip(got, SPOKEN):
         assert (line["level"], line["logger"]) == (level, logger)
         assert message in line["message"]
