@@ -19,15 +19,7 @@
 #   STROP_NOTIFY   command that gets the summary on its stdin when the job ends for good
 set -euo pipefail
 
-say() { printf 'strop: %s\n' "$*" >&2; }
-
-fail() {
-    say "$1"
-    exit 78 # the user's error: see src/strop/errors.py
-}
-
 # shellcheck disable=SC2317 # reached through trap
-# bash runs a trap only between commands: what it waits for must be a background process and `wait`.
 on_signal() {
     signals+="$1 "
     if [[ $1 == INT && $signals == *INT*INT* && -n $ranks_pid ]]; then
@@ -52,49 +44,6 @@ request_stop() {
     if [[ $program != bash ]]; then kill -USR1 "$ranks_pid" 2>/dev/null || true; fi
 }
 
-find_pythons() {
-    host_python=${HOST_PYTHON:-python3}
-    "$host_python" -c 'import sys; sys.exit(sys.version_info < (3, 9))' ||
-        fail "HOST_PYTHON=$host_python: python3 3.9 or newer is needed on the batch host"
-    if [[ -z ${PYTHON:-} ]]; then
-        PYTHON=python3
-        if [[ -z ${CONTAINER:-} && -x $root/.venv/bin/python ]]; then PYTHON=$root/.venv/bin/python; fi
-    elif [[ -z ${CONTAINER:-} ]] && ! command -v "$PYTHON" >/dev/null; then
-        fail "PYTHON=$PYTHON: no such program on $(hostname)"
-    fi
-    export PYTHON
-    if [[ :${PYTHONPATH:-}: != *":$root/src:"* ]]; then # a successor has it from this job
-        export PYTHONPATH=$root/src${PYTHONPATH:+:$PYTHONPATH}
-    fi
-}
-
-# Before the attempt begins: a missing tool is the user's or the site's error, no failure of the run.
-find_container_tool() {
-    container_tool=none
-    [[ -n ${CONTAINER:-} ]] || return 0
-    if [[ $(srun --help 2>/dev/null) == *--container-image* ]]; then
-        container_tool=pyxis
-    elif command -v apptainer >/dev/null; then
-        container_tool=apptainer
-    else
-        fail "CONTAINER=$CONTAINER: this cluster has neither Pyxis (srun --container-image) nor apptainer"
-    fi
-}
-
-# Sets the arrays `container_options`, for srun, and `container`, what stands between srun and python.
-set_container() {
-    container_options=() container=()
-    local mounts="$root:$root,$PWD:$PWD,${STROP_RUN_DIR%/*}:${STROP_RUN_DIR%/*}${MOUNTS:+,$MOUNTS}"
-    mounts+=${STROP_LOG_DIR:+,$STROP_LOG_DIR:$STROP_LOG_DIR}
-    if [[ $container_tool == pyxis ]]; then
-        container_options=("--container-image=$CONTAINER" "--container-mounts=$mounts" "--container-workdir=$PWD")
-    elif [[ $container_tool == apptainer ]]; then
-        container=(apptainer exec --bind "$mounts" --pwd "$PWD")
-        if ((STROP_GPUS_PER_NODE > 0)); then container+=(--nv); fi
-        container+=("$CONTAINER")
-    fi
-}
-
 # --kill-on-bad-exit and --wait: else the others wait for a dead rank until the time limit.
 # --cpus-per-task: a step no longer inherits it from the job (Slurm 22.05), and would get one CPU.
 run_ranks() {
@@ -111,24 +60,11 @@ run_ranks() {
     local cpus=$((${SLURM_CPUS_ON_NODE:-1} / STROP_TASKS_PER_NODE))
     if ((cpus > 0)); then options+=("--cpus-per-task=$cpus"); fi
     if ((STROP_GPUS_PER_NODE > 0)); then options+=("--gpus-per-node=$STROP_GPUS_PER_NODE"); fi
-    # The job's own settings of these would contradict the ones above.
-    unset SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE SLURM_TASKS_PER_NODE SLURM_CPUS_PER_TASK
-    set_container
+    local mounts=${STROP_RUN_DIR%/*}:${STROP_RUN_DIR%/*}${STROP_LOG_DIR:+,$STROP_LOG_DIR:$STROP_LOG_DIR}
+    set_container "$STROP_GPUS_PER_NODE" "$mounts"
+    forget_task_layout
     exec srun "${options[@]}" ${container_options[@]+"${container_options[@]}"} \
         ${container[@]+"${container[@]}"} "$PYTHON" -m strop.slurm.launch -- "$@"
-}
-
-# A `wait` returns as soon as a trap has run; the process is still there then. The last one has its code,
-# unless it ended while a trap ran: it is asked once more (127: it has been given already). Sets `status`.
-wait_for() {
-    status=0
-    while kill -0 "$1" 2>/dev/null; do
-        status=0
-        wait "$1" || status=$?
-    done
-    local last=0
-    wait "$1" 2>/dev/null || last=$?
-    if ((last != 127)); then status=$last; fi
 }
 
 # On every node, in a step of its own. A node that is gone must not hold up the decision; nor may what srun
@@ -140,7 +76,7 @@ collect_logs() {
     fi
     local step=()
     if [[ ${STROP_LAUNCHER:-} != local ]]; then
-        unset SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE SLURM_TASKS_PER_NODE SLURM_CPUS_PER_TASK
+        forget_task_layout
         step=(srun --overlap --export=ALL "--nodes=$STROP_NUM_NODES" --ntasks-per-node=1
             "--ntasks=$STROP_NUM_NODES" --cpus-per-task=1)
     fi
@@ -174,8 +110,10 @@ attempt() {
 }
 
 main() {
-    (($# > 0)) || fail 'usage: bash sbatch/lib.sh ALGO [--config FILE] [key=value ...]'
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+    # shellcheck source=sbatch/common.sh
+    source "$root/sbatch/common.sh"
+    (($# > 0)) || fail 'usage: bash sbatch/lib.sh ALGO [--config FILE] [key=value ...]'
     signals='' ranks_pid=''
     trap 'on_signal USR1' USR1
     trap 'on_signal TERM' TERM

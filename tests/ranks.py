@@ -69,12 +69,15 @@ class Ranks:
         stop_at: Optional[int] = None,
         kill_at: Optional[int] = None,
         file_limit: Optional[int] = None,
+        kept_bytes: Optional[int] = None,
         launched: bool = True,
     ) -> Job:
         """One attempt of the run `run` under `work`/runs.
 
         stop_at, kill_at: at this look for a stop request (from 1) the last rank gets one, or dies.
-        file_limit: bytes that a file of the last rank may have. Not `launched`: the trainer keeps its record.
+        file_limit: bytes that a file of the last rank may have. kept_bytes: what the head may keep for its
+        backward, on all ranks; a larger micro batch is taken in parts, however small.
+        Not `launched`: the trainer keeps its record.
         """
         self._count += 1
         runs = self.work / "runs"
@@ -98,6 +101,7 @@ class Ranks:
         for rank in range(world_size):
             own = {"STROP_RANK": str(rank), "STROP_LOCAL_RANK": str(rank)} if launched else {}
             ranks.append({"env": variables | own, "argv": argv, "output": str(outputs[rank])})
+            ranks[-1] |= {"kept_bytes": kept_bytes}
         ranks[-1] |= {"stop_at": stop_at, "kill_at": kill_at, "file_limit": file_limit}
         return Job(run_dir, attempt, self._ask(start=ranks), outputs)
 
@@ -165,6 +169,8 @@ def _become(rank: dict[str, Any]) -> None:
     os.environ.update(rank["env"])
     if rank.get("file_limit"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (rank["file_limit"], rank["file_limit"]))
+    if rank.get("kept_bytes") is not None:
+        _keep_no_more_than(rank["kept_bytes"])
     look = stop.StopRequest.poll
     looks = 0
 
@@ -182,6 +188,29 @@ def _become(rank: dict[str, Any]) -> None:
     print(f"looks: {looks}")
     sys.stdout.flush()
     os._exit(code)
+
+
+def _keep_no_more_than(num_bytes: int) -> None:
+    """The head's limit, and that no part is too small; each batch's number of parts is printed."""
+    from strop import ops
+    from strop.ops import functional, head
+
+    head.KEPT_BYTES = num_bytes
+    functional.ROWS_PER_PART = {"cpu": 0}
+    plain = functional.linear_loss
+
+    def counted(hidden: Any, weight: Any, target: Any, loss_fn: Any, *rest: Any) -> Any:
+        parts = []
+
+        def noted(logprob: Any, rows: slice) -> Any:
+            parts.append(rows.stop - rows.start)
+            return loss_fn(logprob, rows)
+
+        found = plain(hidden, weight, target, noted, *rest)
+        print(f"parts: {len(parts)}")
+        return found
+
+    ops.linear_loss = counted
 
 
 def _wait(pids: list[int], timeout_s: float) -> list[Optional[int]]:

@@ -139,6 +139,15 @@ def config(toy: Path, algo: str, target: Path, **sections: Any) -> Path:
     return target
 
 
+def run(
+    ranks: Any, toy: Path, tmp_path: Path, algo: str, name: str, world_size: int = 1, words: Any = (),
+    **sections: Any,
+) -> Path:  # fmt: skip
+    """One attempt with `config(sections)` -> the run's directory. `words`: of the command line."""
+    file = config(toy, algo, tmp_path / f"{name}.yaml", **sections)
+    return ranks.run(algo, file, f"{tmp_path.name}-{name}", *words, world_size=world_size).run_dir
+
+
 def stores(run_dir: Path) -> dict[str, TokenStore]:
     """The token stores of a run of SFT, DPO or KTO: train, validation."""
     paths = json.loads((run_dir / "logs" / "0001" / "data.json").read_text())
@@ -181,3 +190,13 @@ def assert_equal_checkpoints(a: Path, b: Path, step: int) -> None:
     assert any(name.endswith("exp_avg_sq") for name in left)
     different = [name for name in left if not torch.equal(left[name], right[name])]
     assert not different
+
+
+def assert_gradients(model: Any, run_dir: Path) -> None:
+    """AdamW's first moment after one step is (1 - β1) times the gradient of every parameter."""
+    saved = checkpoint(run_dir, 1)
+    names = {f"optim.{name}.exp_avg" for name, _ in model.named_parameters()}
+    assert names == {name for name in saved if name.endswith(".exp_avg")}
+    for name, p in model.named_parameters():
+        ours = saved[f"optim.{name}.exp_avg"].double() / 0.1
+        assert torch.allclose(ours, p.grad, rtol=1e-4, atol=1e-5 * float(p.grad.abs().max())), name

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
+import signal
 import sys
 import time
-from typing import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, Callable, NoReturn, Optional
 
-from strop.errors import StorageError, UserError
+from strop.errors import EXIT_TERM, StorageError, UserError
 
 LINE_EVERY_S = 5.0
 
@@ -39,6 +43,29 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def end_on_term(exit_code: Callable[[], int] = lambda: EXIT_TERM) -> None:
+    """TERM ends the tool as Ctrl-C does: half-written files are removed, finished ones stay. A second one (of
+    Slurm, behind that of the job's body) must not disturb this."""
+
+    def end(number: int, frame: Optional[FrameType]) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.exit(exit_code())
+
+    signal.signal(signal.SIGTERM, end)
+
+
+def write_json(record: Any, path: str) -> None:
+    """What --json asks for: a file, or stdout for "-"."""
+    text = json.dumps(record, ensure_ascii=False, indent=1) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--json {path}: {error.strerror}") from error
 
 
 def command_parser(doc: str | None) -> argparse.ArgumentParser:

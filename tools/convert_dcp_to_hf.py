@@ -22,11 +22,12 @@ import re
 import sys
 from pathlib import Path
 
+from strop import files
 from strop.config import ALGOS, Config, load
 from strop.errors import UserError
 from strop.pipeline import exports
 from strop.slurm import attempts
-from tools.command_line import command_parser, run
+from tools.command_line import command_parser, end_on_term, run
 
 
 def read_config(file: Path) -> Config:
@@ -80,6 +81,7 @@ def main() -> None:
     if (args.run is None) == (not by_path):
         parser.error("give --run, or --config with --dcp-ckpt-path and --hf-ckpt-path")
 
+    end_on_term()
     os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: what is not cached is an error
     from transformers.utils.logging import disable_progress_bar
 
@@ -98,6 +100,8 @@ def main() -> None:
         if args.update and exports.is_of(out, directory, args.dtype):
             print(f"{out} is of {directory} already", file=sys.stderr)
             return
+    if args.update:  # a job that was killed before this one has left what it had written
+        files.remove_left_over(out)
     export.export_checkpoint(
         directory,
         config.model,

@@ -35,15 +35,13 @@ GPU. Exit code 0; 78: your error (the message names option, file or row).
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 from strop.errors import UserError
-from tools.command_line import Progress, command_parser, run
+from tools.command_line import Progress, command_parser, run, write_json
 
 
 def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -61,20 +59,12 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument("--split", metavar="NAME", help="of hub sets")
     parser.add_argument("--subset", metavar="NAME", help="of hub sets: configuration name")
     options = parser.parse_args(argv)
-    if options.json not in (None, "-"):
-        _check_writable(Path(options.json))
     for name in ("max_length", "batch_tokens"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be greater than 0")
+    if options.json and not Path(options.json).absolute().parent.is_dir():  # before hours go into scores
+        raise UserError(f"--json {options.json}: there is no directory {Path(options.json).parent}")
     return options
-
-
-def _check_writable(path: Path) -> None:
-    """UserError, before anything is scored, for a file that cannot be written."""
-    if not path.parent.is_dir():
-        raise UserError(f"--json {path}: there is no directory {path.parent}")
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"--json {path}: {'is a directory' if path.is_dir() else 'cannot be written'}")
 
 
 def evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -132,10 +122,8 @@ def main() -> None:
 
         raise UserError(for_the_tool(str(error))) from error
     print(text, file=sys.stderr if options.json == "-" else sys.stdout)
-    if options.json == "-":
-        print(json.dumps(report, indent=1))
-    elif options.json:
-        Path(options.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if options.json:
+        write_json(report, options.json)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,6 @@ Without --algo the configuration's `algo:` or the file's name (my-dpo.yaml) deci
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import shutil
@@ -48,12 +47,12 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Optional
 
 from strop import config as config_module
 from strop.errors import UserError
 from strop.slurm import naming
-from tools.command_line import Progress, command_parser, run
+from tools.command_line import Progress, command_parser, run, write_json
 
 if TYPE_CHECKING:
     from strop.data.inspect_text import Paper
@@ -123,17 +122,6 @@ def look(options: argparse.Namespace) -> tuple[config_module.Config, Report]:
         seed=options.seed,
     )
     return config, report
-
-
-def write_json(record: dict[str, Any], path: str) -> None:
-    text = json.dumps(record, ensure_ascii=False, indent=1) + "\n"
-    if path == "-":
-        sys.stdout.write(text)
-        return
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--json {path}: {error.strerror}") from error
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.live import Live
 
 from strop.errors import EXIT_YIELD, UserError
-from strop.pipeline import begin, jobs, local, spec, standing, text
+from strop.pipeline import begin, inputs, jobs, local, spec, standing, text
 from strop.pipeline import graph as graph_module
 from strop.pipeline.graph import Graph
 from strop.pipeline.parts import Part
@@ -72,6 +72,7 @@ def main() -> None:
         graph, found, _ = begin.plan(pipeline, options.executor, options.allow_config_change)
         standings = standing.look(graph)
         begin.refuse_conflicts(graph, standings)
+        inputs.check(pipeline, {graph.nodes[name].stage for name in jobs.to_submit(graph, standings)[0]})
         Console(highlight=False, soft_wrap=True).print(text.tree(graph, standings))
         say("\n".join(["", *jobs.planned(graph, found, standings)]))
         return
@@ -89,15 +90,18 @@ def advance(pipeline: spec.Pipeline, options: argparse.Namespace) -> tuple[Graph
     """Submit what is to be submitted; without Slurm, run it. (the graph, an exit code)"""
     graph, found, changed = begin.plan(pipeline, options.executor, options.allow_config_change)
     if options.executor == "slurm":
+        jobs.settle(graph, say)
         for line in jobs.adopt(graph):
             say(line)
     standings = standing.look(graph)
     begin.refuse_conflicts(graph, standings)
     begin.refuse_running(standings, everything=options.executor == "local")
     if options.executor == "local":
+        inputs.check(pipeline, {s.stage for s in standings.values() if s.state != "done"})
         begin.write(pipeline, graph, changed)
         return graph, run_here(graph, found)
     wanted, to_cancel = jobs.to_submit(graph, standings)
+    inputs.check(pipeline, {graph.nodes[name].stage for name in wanted})
     begin.write(pipeline, graph, changed)
     jobs.check(graph, found, wanted)
     if to_cancel:

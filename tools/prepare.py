@@ -15,7 +15,8 @@ python -m strop.train cpt --help), data.split="98,1,1" takes a validation set ou
 What became of every document is printed, and kept as ledger-*.json beside the tokens.
 sft, dpo, kto, rm: exactly the stores that the trainer makes; always in one process.
 
---workers defaults to the CPUs of the job or of this machine. Exit code 78: your error; 74: storage.
+--workers defaults to the CPUs of the job or of this machine. Exit code 78: your error; 74: storage; after
+TERM 75 if something was finished that the next call need not do again, else 143.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -32,9 +32,9 @@ from typing import Optional
 
 from strop import config as config_module
 from strop import files
-from strop.errors import UserError
+from strop.errors import EXIT_TERM, EXIT_YIELD, UserError
 from strop.slurm import env, naming
-from tools.command_line import Progress, command_parser, run
+from tools.command_line import Progress, command_parser, end_on_term, run
 
 
 def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -47,6 +47,23 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
+class Finished:
+    """Whether this call has finished a part or a set that was not there before."""
+
+    def __init__(self) -> None:
+        self.any = False
+        self._first: Optional[int] = None
+        """Parts of the set that were there already; None until the set is being made."""
+
+    def __call__(self, done: int, total: int) -> None:
+        self._first = done if self._first is None else self._first
+        self.any = self.any or (total > 0 and done > self._first)
+
+    def set_is_there(self) -> None:
+        self.any = self.any or self._first is not None
+        self._first = None
+
+
 def main() -> None:
     options = parse()
     notes: list[str] = []
@@ -56,17 +73,22 @@ def main() -> None:
     if options.workers is not None and options.workers < 1:
         raise UserError(f"--workers {options.workers}: at least one is needed")
     workers = options.workers or env.num_cpus()
-    # TERM ends it as Ctrl-C does; what is finished stays.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    finished = Finished()
+    end_on_term(lambda: EXIT_YIELD if finished.any else EXIT_TERM)
     # Workers are processes: threads of the tokenizer beside them would only be in each other's way.
     os.environ["TOKENIZERS_PARALLELISM"] = "false" if workers > 1 else "true"
-    from strop.data import sets
+    from strop.data import repeats, sets
     from strop.data.lengths import describe
     from strop.data.tokenise import load_tokenizer, tokenizer_digest
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     tokenizer = load_tokenizer(config.model)
     progress = Progress()
+
+    def count(done: int, total: int) -> None:
+        finished(done, total)
+        progress("parts" if total else "rows", done, total)
+
     maker = sets.Maker(
         config,
         config_module.KINDS[options.algo],
@@ -74,17 +96,18 @@ def main() -> None:
         tokenizer_digest(tokenizer),
         config_module.cache_dir(config, naming.parent_directory(config.run.dir)),
         workers,
-        lambda done, total: progress("parts" if total else "rows", done, total),
+        count,
     )
     train = None
     made: list[str] = []
     for name in maker.names():
         begin = time.monotonic()
         place, ledger = maker.prepare(name)
+        finished.set_is_there()
         if train is None:
             train = place
         else:
-            sets.find_overlap(ledger, place, train)
+            repeats.find_overlap(ledger, place, train)
         print(ledger.table())
         print(describe(sets.open_set(place, config, name), config.data.max_length))
         paths = [place] if isinstance(place, str) else list(dict.fromkeys(path for path, _, _ in place))

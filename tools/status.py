@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import sys
 import time
@@ -42,6 +41,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from strop import similar
 from strop.errors import UserError
 from strop.obs import run_files, status_text
 from strop.obs.status import BAD, RUNNING, Status, assess
@@ -74,8 +74,7 @@ def _find_one(name: str, root: Path) -> Path:
         what = holds if existing.is_dir() else "it is a file"
         raise UserError(f"{existing}: not a run of strop: no attempts/ in it ({what})")
     known = [p.name for p in newest_first(candidates[0].parent)]
-    close = difflib.get_close_matches(candidates[0].name, known, n=3) or known[:3]
-    hint = f"; there is {', '.join(close)}" if close else ""
+    hint = similar.meant_or_known(candidates[0].name, known)
     raise UserError(f"{candidates[0]}: no such run{hint} (a run's directory appears when its job starts)")
 
 
@@ -111,8 +110,7 @@ def _pipeline(root: Path, name: str) -> Graph:
     graph = graph_module.read(root / f"{name}{graph_module.SUFFIX}")
     if graph is None:
         known = [path.name[: -len(graph_module.SUFFIX)] for path in graph_module.find(root)]
-        close = difflib.get_close_matches(name, known, n=3) or known[:3]
-        raise UserError(f"no pipeline {name} in {root}" + (f"; there is {', '.join(close)}" if close else ""))
+        raise UserError(f"no pipeline {name} in {root}{similar.meant_or_known(name, known)}")
     return graph
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from strop import checkpoint
 from strop.slurm import attempts, command
 from strop.slurm.local_cluster import LocalCluster
 from strop.slurm.processes import command_lines, read_or_empty
@@ -80,7 +79,7 @@ class Scene:
         return text.partition(f"attempt {attempt}, job")[2].partition(f"attempt {attempt + 1}, job")[0]
 
     def commits(self) -> list[int]:
-        return checkpoint.committed_steps(self.run_dir / "checkpoints")
+        return attempts.committed_steps(self.run_dir / "checkpoints")
 
     # ---- processes and job
 

@@ -26,10 +26,10 @@ from strop import files
 from strop.dist import Dist
 from strop.errors import StorageError, Superseded
 from strop.slurm import attempts
+from strop.slurm.attempts import MARKER
 
 log = logging.getLogger(__name__)
 
-MARKER = "COMMITTED.json"
 MANIFEST = "manifest.json"
 STATE = "state.json"
 
@@ -43,12 +43,6 @@ class Damaged(ValueError):
 
 def step_dir(root: Path, step: int) -> Path:
     return root / f"step-{step:06d}"
-
-
-def committed_steps(root: Path) -> list[int]:
-    """Steps with a commit marker, ascending."""
-    found = (re.fullmatch(r"step-(\d{6,})", p.name) for p in root.glob("step-*") if (p / MARKER).is_file())
-    return sorted(int(m.group(1)) for m in found if m)
 
 
 def save(
@@ -170,7 +164,7 @@ def newest_verified(root: Path, dist: Dist) -> Optional[int]:
     Damaged ones are set aside as `step-N.damaged-K`. Raises StorageError if all are damaged: a run that had
     committed something never silently starts from step 0.
     """
-    steps = dist.broadcast(committed_steps(root) if dist.is_main else None)
+    steps = dist.broadcast(attempts.committed_steps(root) if dist.is_main else None)
     for step in reversed(steps):
         path = step_dir(root, step)
         complaint = None
@@ -207,7 +201,7 @@ def load(root: Path, step: int, tensors: dict[str, Tensor]) -> None:
 
 def clean_up(root: Path, keep_last: int, best: Optional[int]) -> None:
     """Rank 0: delete all but the newest `keep_last` commits and the best one; the marker goes first."""
-    for step in committed_steps(root)[:-keep_last]:
+    for step in attempts.committed_steps(root)[:-keep_last]:
         if step != best:
             path = step_dir(root, step)
             (path / MARKER).unlink()

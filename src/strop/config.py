@@ -17,13 +17,12 @@ from typing import Any, Optional, Union
 
 import yaml
 
-from strop import config_check, config_load
+from strop import config_check, config_load, similar
 from strop.config_schema import (
     ALGOS,
     FREE_FORM,
     KINDS,
     MAY_CHANGE,
-    SCORING,
     CheckpointConfig,
     ClusterConfig,
     Config,
@@ -51,7 +50,6 @@ __all__ = [
     "ALGOS",
     "FREE_FORM",
     "KINDS",
-    "SCORING",
     "CheckpointConfig",
     "ClusterConfig",
     "Config",
@@ -180,13 +178,18 @@ def parse_args(argv: Sequence[str], algo: Optional[str] = None) -> tuple[Optiona
         elif word.startswith("-") or "=" not in word:
             hint = ""
             if word.endswith((".yaml", ".yml")):
-                hint = f"; did you mean --config {word}?"
+                hint = similar.asked([f"--config {word}"])
             elif "=" in word:
-                hint = f"; did you mean {word.lstrip('-')}?"
+                hint = similar.asked([word.lstrip("-")])
             raise UserError(f"command line: {word!r} is neither --config FILE nor key=value{hint}")
         else:
             words.append(word)
     return config_path, words
+
+
+def trains_reward_model(algo: str) -> bool:
+    """Whether it trains a model with a scalar head in place of the language model's."""
+    return algo == "rm"
 
 
 def help_text(algo: str) -> str:

@@ -18,6 +18,8 @@ from strop.slurm import naming
 
 REFERENCE_FREE = ("simpo", "orpo")
 """Of dpo.loss; they know no reference model, and take means over tokens."""
+NEEDS_SMOOTHING = ("robust", "exo_pair")
+"""Of dpo.loss; without label smoothing they are another one, or not defined."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention": ("auto", "packed", "padded"),
@@ -104,8 +106,8 @@ RANGES: dict[str, Range] = {
     "validation.min_delta": NOT_NEGATIVE,
     "checkpoint.keep_last": (lambda v: v >= 2, "must be at least 2, so that there is one to fall back to"),
     "data.weights": (
-        lambda v: bool(v) and all(0 < w < math.inf for w in v),
-        "must hold numbers above 0 only",
+        lambda v: bool(v) and all(0 < w < 1e100 for w in v),  # times the rows of an epoch they are finite
+        "must hold numbers above 0 only, below 1e100",
     ),
     "sft.neftune_alpha": POSITIVE,
     "dpo.beta": POSITIVE,
@@ -148,7 +150,7 @@ def _is_interval(every: Any) -> bool:
 def _check_dpo(flat: Mapping[str, Any], fail: Callable[..., None]) -> None:
     """What the losses of DPO need, and what would be of no use to them."""
     loss = flat["dpo.loss"]
-    if loss in ("robust", "exo_pair") and flat["dpo.label_smoothing"] == 0:
+    if loss in NEEDS_SMOOTHING and flat["dpo.label_smoothing"] == 0:
         fail("dpo.label_smoothing", f"must be greater than 0 for dpo.loss={loss}", "dpo.loss")
     if loss in REFERENCE_FREE and flat["dpo.reference"] is not None:
         fail("dpo.reference", f"must be null for dpo.loss={loss}, which knows no reference model")

@@ -25,6 +25,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from strop import similar
 from strop.aliases import ABSENT, ALIASES
 from strop.errors import UserError
 
@@ -203,9 +204,8 @@ def read_file(path: Path, section_names: set[str]) -> list[Entry]:
 
 def _similar_files(path: Path) -> str:
     present = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, present, n=3, cutoff=0.5)
-    if close:
-        return "; did you mean " + ", ".join(str(path.parent / name) for name in close) + "?"
+    if close := similar.names(path.name, present):
+        return similar.asked(str(path.parent / name) for name in close)
     return f"; {path.parent} has " + ", ".join(sorted(present)[:8]) if present else ""
 
 
@@ -347,7 +347,7 @@ def meant(key: str, known: Mapping[str, Leaf]) -> str:
     if key in ABSENT:
         return f"; {ABSENT[key]}"
     guess = nearest(key, known)
-    return f"; did you mean {guess}?" if guess else "; --help lists all keys"
+    return similar.asked([guess]) if guess else "; --help lists all keys"
 
 
 def _first_key(section: str, known: Mapping[str, Leaf]) -> str:

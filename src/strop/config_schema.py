@@ -11,8 +11,6 @@ from typing import Any, Optional
 KINDS = {"cpt": "text", "sft": "sft", "kto": "unpaired", "dpo": "preference", "rm": "preference"}
 """What a row of each algorithm's data is: a block of text, an answer, one with a label, a pair of answers."""
 ALGOS = tuple(KINDS)
-SCORING = ("rm",)
-"""Those that train a model with a scalar head in place of the language model's."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +173,7 @@ class ValidationConfig:
     """How much `checkpoint.best_metric` must gain to count as better, for `patience` and the best one."""
     watch: dict[str, Any] = field(default_factory=dict)
     """Further sets, watched beside for what is forgotten: {name: file, ...}, as data.validation would name
-    them; their metrics are eval_<name>_loss and so on. Not for DPO and KTO."""
+    them; their metrics are eval_<name>_loss and so on. Not for KTO, nor for DPO but with simpo and orpo."""
     metrics: Any = None
     """A function of your own, as package.module:name, or a list of them: it gets a
     `strop.user_metrics.ValidationRows` (texts, log-probs, rewards of every row) and returns {name: number},

@@ -12,6 +12,8 @@ EXIT_YIELD = 75
 """Stopped and committed, but the requeue was refused or impossible."""
 EXIT_USER = 78
 EXIT_DIVERGED = 79
+EXIT_TERM = 143
+"""Ended by TERM."""
 STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Disk full, over quota, read-only: no other attempt can write there either."""
 

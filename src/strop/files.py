@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,6 +79,13 @@ def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     fsync(target.parent)
+
+
+def remove_left_over(target: Path) -> None:
+    """What killed writers of `new_directory(target)` have left beside it. Nobody may write it now."""
+    for path in target.parent.glob(f".{target.name}.*"):
+        if re.fullmatch(r"\.\d+\.(tmp|old)", path.name[len(target.name) + 1 :]):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _give_usual_permissions(directory: Path) -> None:

@@ -29,7 +29,8 @@ from strop.data.sets import RowSet
 from strop.data.store import TokenStore
 from strop.dist import Dist
 from strop.errors import Diverged, UserError
-from strop.models import flops, neftune
+from strop.models import flops
+from strop.models.policy import PartLoss
 from strop.report import Report
 from strop.run import Position, Run
 from strop.slurm import attempts
@@ -139,19 +140,12 @@ def _batches(t: Trainer) -> Iterator[tuple[list[Batch], list[Batch]]]:
     """Of each step what is trained on, and what its baseline is measured on."""
     for step in range(t.state.step, t.max_steps):
         own = trainer.step_bins(t, step)[t.dist.rank]
-        draw = (t.config.train.seed, step) if t.config.lora.dropout else None
-        batches = [_keyed(t, step, make_batch(t.train_store, rows, t.train_ref, draw)) for rows in own]
+        draw = (t.config.train.seed, step) if t.policy.draws_at_random else None
+        batches = [make_batch(t.train_store, rows, t.train_ref, draw) for rows in own]
         mismatched = list(baseline.batches(t, step))
         if t.dist.device.type == "cuda":
             batches, mismatched = [b.pin() for b in batches], [b.pin() for b in mismatched]
         yield batches, mismatched
-
-
-def _keyed(t: Trainer, step: int, batch: Batch) -> Batch:
-    """The batch with what its random draws hang on, where there are any: never its place among ranks."""
-    if t.policy.neftune_alpha is None or batch.is_dummy:
-        return batch
-    return dataclasses.replace(batch, keys_S=neftune.keys(t.config.train.seed, step, batch.rows))
 
 
 def _step(t: Trainer, batches: list[Batch], mismatched: list[Batch], data_s: float) -> bool:
@@ -182,9 +176,9 @@ def _step(t: Trainer, batches: list[Batch], mismatched: list[Batch], data_s: flo
         whole = i < len(batches) - 1 and not t.reduce_each
         t.policy.set_requires_gradient_sync(not whole)
         t.policy.set_reshard_after_backward(not whole)
-        loss, metrics = _forward(t, batch, compared_with)
         weight = 0.0 if batch.is_dummy else 1.0
-        (loss * (weight * state.loss_scale / count)).backward()
+        scaled, metrics = _forward(t, batch, compared_with, weight * state.loss_scale / count)
+        scaled.backward()
         t.position.beat()
         meter.add(metrics, weight)
     means = meter.reduce(t.dist)
@@ -222,16 +216,24 @@ def _abandon(t: Trainer) -> bool:
 
 
 def _forward(
-    t: Trainer, batch: Batch, compared_with: float, seen: Optional[user_metrics.Seen] = None
+    t: Trainer,
+    batch: Batch,
+    compared_with: float,
+    factor: float = 1.0,
+    seen: Optional[user_metrics.Seen] = None,
 ) -> tuple[Tensor, Metrics]:
-    """The loss's sum over the batch, and metrics with the loss among them; `seen` notes it for the user's."""
-    count = t.algo.count(batch)
+    """`factor` times the loss's sum over the batch, and metrics with that sum itself among them; `seen` notes
+    what the user's own need."""
+    # Before the move: on a GPU these would wait for it.
+    count, edges = t.algo.count(batch), None if t.algo.per_token else batch.row_edges()
     batch = dataclasses.replace(batch.to(t.dist.device), baseline=compared_with)
-    out = t.policy(batch)
+    parted = PartLoss(lambda out, part: t.algo.loss(out, part, t.config)[0] * factor, edges)
+    out = t.policy(batch, parted)
     loss, metrics = t.algo.loss(out, batch, t.config)
     if seen is not None:
         seen.add(out, batch)
-    return loss, {"loss": (loss, loss.new_tensor(float(count))), **metrics}
+    scaled = loss * factor if out.loss is None else out.loss
+    return scaled, {"loss": (loss, loss.new_tensor(float(count))), **metrics}
 
 
 def _num_tokens(batch: Batch) -> int:
@@ -336,7 +338,7 @@ def _means(
             if trainer.stop_agreed(t):
                 return None
             with torch.no_grad():
-                _, metrics = _forward(t, batch, compared_with, seen)
+                _, metrics = _forward(t, batch, compared_with, seen=seen)
             meter.add(metrics, 0.0 if batch.is_dummy else 1.0)
     means = meter.reduce(t.dist)
     means |= t.algo.derived(means)

@@ -34,6 +34,9 @@ _SAVED_OPS = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.strop.attention.default,
+    torch.ops.strop.linear.default,
+    torch.ops.strop.silu_mul_linear.default,
 }
 
 

@@ -25,13 +25,14 @@ from strop.algos import Algorithm
 from strop.config import Config
 from strop.data import labels, plan
 from strop.data.mismatched import Mismatched
-from strop.data.sets import Maker, RowSet, find_overlap, open_set
+from strop.data.repeats import find_overlap
+from strop.data.sets import Maker, RowSet, open_set
 from strop.data.store import WORTH_SHARING, TokenStore
 from strop.data.tokenise import load_tokenizer, tokenizer_digest
 from strop.dist import Dist
 from strop.dist import start as start_dist
 from strop.errors import UserError
-from strop.models import hf, lora, reward
+from strop.models import hf, local, lora, reward
 from strop.models.policy import Policy
 from strop.report import Report
 from strop.run import Position, Run
@@ -50,7 +51,7 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
     """A trainer at the newest committed step; not `ready` if asked to stop on the way."""
     algo = algos.load(config.algo)
     assert config.model.path is not None
-    hf.check_model(config.model.path)
+    local.check_model(config.model.path)
     position.enter("preflight")
     preflight.check_machine(run, config.dist)
     position.enter("data")
@@ -106,7 +107,7 @@ def build(run: Run, config: Config, position: Position, report: Report) -> Train
 def _empty_policy(config: Config) -> Policy:
     """What the algorithm trains, without its weights: a language model, or one with a scalar head."""
     policy: Policy
-    if config.algo in config_module.SCORING:
+    if config_module.trains_reward_model(config.algo):
         policy = reward.RewardModel(reward.build_empty(config.model))
     else:
         policy = Policy(hf.build_empty(config.model))
@@ -176,13 +177,13 @@ def _check_names(config: Config, algo: Algorithm) -> None:
     model = config.model
     assert model.path is not None
     hf.check_hub("model.path", model.path, model.revision, "config.json")
-    if config.algo not in config_module.SCORING:
+    if not config_module.trains_reward_model(config.algo):
         hf.check_causal(hf.read_config(model), model.path)
     if model.tokenizer:
         hf.check_hub("model.tokenizer", model.tokenizer, model.revision, "tokenizer_config.json")
     if algo.needs_reference(config) and (other := algo.reference_model(config)):
         key = f"{config.algo}.reference"
-        hf.check_model(other, key)
+        local.check_model(other, key)
         hf.check_hub(key, other, None, "config.json")
         other_config = hf.read_config(dataclasses.replace(model, path=other, revision=None), key)
         hf.check_causal(other_config, other, key)
@@ -227,7 +228,7 @@ def _load(t: Trainer) -> bool:
     adapters = t.policy.adapters
     if step is None or needs_pass or not choices or adapters is not None:
         with t.report.phase("loading weights"):
-            scores = t.config.algo in config_module.SCORING
+            scores = config_module.trains_reward_model(t.config.algo)
             read = reward.reader(t.config.train.seed) if scores else hf.read_weights
             hf.scatter_weights(t.policy.lm, t.config.model, t.dist, read=read)
     if adapters is not None:
@@ -261,7 +262,7 @@ def _forbid_silent_restart(run: Run) -> None:
         told.append(record.get("committed_step") or 0)  # when it began
         if record["state"] in ("DONE", "YIELD"):
             told.append(record.get("step") or 0)
-    if max(told, default=0) > 0 and not checkpoint.committed_steps(run.checkpoints):
+    if max(told, default=0) > 0 and not attempts.committed_steps(run.checkpoints):
         raise UserError(
             f"{run.checkpoints} holds no committed checkpoint, but step {max(told)} had been reached: "
             "give the run another name to begin anew"
@@ -298,6 +299,9 @@ def _set_layout(t: Trainer, choices: dict[str, Any]) -> None:
         t.train_store = t.train_store.sharing_prompts()
         if isinstance(t.val_store, TokenStore):
             t.val_store = t.val_store.sharing_prompts()
+        for name, store in t.watched.items():
+            if isinstance(store, TokenStore):
+                t.watched[name] = store.sharing_prompts()
     if t.algo.needs_reference(t.config) and "reference" not in choices:
         choices["reference"] = t.dist.broadcast(references.files(t) if t.dist.is_main else None)
         choices["reference_of"] = references.identity(t)

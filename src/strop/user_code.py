@@ -7,7 +7,6 @@ in it is the user's error: the message shows its own line.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from strop import similar
 from strop.errors import UserError, first_line
 
 
@@ -41,8 +41,7 @@ def load(name: str, key: str) -> Callable[..., Any]:
     found: Any = module
     for part in attribute.split("."):
         if not hasattr(found, part):
-            close = difflib.get_close_matches(part, dir(found), n=3)
-            hint = f"; did you mean {', '.join(close)}?" if close else ""
+            hint = similar.meant(part, dir(found))
             raise UserError(f"{key}: {module_name} ({module.__file__}) has no {attribute}{hint}")
         found = getattr(found, part)
     if not callable(found):

@@ -63,8 +63,7 @@ def truth(model, sequences):
 
 
 def run(ranks, toy, tmp_path, name, world_size=1, words=(), **sections):
-    config = t.config(toy, "cpt", tmp_path / f"{name}.yaml", **sections)
-    return ranks.run("cpt", config, f"{tmp_path.name}-{name}", *words, world_size=world_size).run_dir
+    return t.run(ranks, toy, tmp_path, "cpt", name, world_size, words, **sections)
 
 
 @pytest.mark.parametrize("case", ["masked", "padded", "crossing", "whole"])
@@ -91,10 +90,7 @@ def test_loss_and_gradient_of_a_step_equal_plain_fp64(ranks, toy, tmp_path, case
     loss.backward()
     line = t.metrics(run_dir)[0]
     assert line["loss"] == pytest.approx(loss.item(), rel=1e-6)
-    saved = t.checkpoint(run_dir, 1)
-    for name, p in model.named_parameters():
-        ours = saved[f"optim.{name}.exp_avg"].double() / 0.1
-        assert torch.allclose(ours, p.grad, rtol=1e-4, atol=1e-5 * float(p.grad.abs().max())), name
+    t.assert_gradients(model, run_dir)
 
 
 def test_evaluation_sets_and_perplexity(ranks, toy, tmp_path):
@@ -122,7 +118,25 @@ def test_sft_watches_other_sets_too(ranks, toy, tmp_path):
     assert line["eval_again_loss"] == line["eval_loss"]
     config = t.config(toy, "dpo", tmp_path / "d.yaml", validation=watch)
     code, text = ranks.fail("dpo", config, f"{tmp_path.name}-dpo")
-    assert (code, "validation.watch: not for DPO" in text) == (78, True)
+    assert (code, "validation.watch: not for DPO with dpo.loss=sigmoid" in text) == (78, True)
+
+
+@pytest.mark.parametrize("loss", ["simpo", "orpo"])
+def test_dpo_without_a_reference_watches_other_sets_too(ranks, toy, tmp_path, loss):
+    """With prompts shared and not: the same metrics of the same rows under both names."""
+    for shared in (True, False):
+        config = t.config(
+            toy, "dpo", tmp_path / f"{shared}.yaml",
+            train={"max_steps": 1, "shared_prefix": shared},
+            dpo={"loss": loss},
+            validation={"at_start": True, "watch": {"again": str(toy / "preference" / "validation.jsonl")}},
+        )  # fmt: skip
+        line = t.metrics(ranks.run("dpo", config, f"{tmp_path.name}-{loss}-{shared}", world_size=2).run_dir)[
+            0
+        ]
+        again = {name.replace("again_", ""): value for name, value in line.items() if "again_" in name}
+        assert again == {name: line[name] for name in again}
+        assert again.keys() >= {"eval_loss", "eval_rewards/accuracies"}
 
 
 @pytest.fixture
@@ -177,9 +191,11 @@ def test_a_store_made_beforehand_and_one_of_another_tokenizer(ranks, toy, tmp_pa
     assert t.metrics(first) == t.metrics(again)
     meta = json.loads((store / "store.json").read_text())
     (store / "store.json").write_text(json.dumps({**meta, "tokenizer": "0" * 64}))
+    ours = meta["tokenizer"][:12]
     config = t.config(toy, "cpt", tmp_path / "other.yaml", data=data)
     code, text = ranks.fail("cpt", config, f"{tmp_path.name}-other")
     assert code == 78
-    assert f"data.train: {store} was prepared with another tokenizer than that of {toy / 'model'}" in text
+    assert f"data.train: {store} was prepared with another tokenizer (digest 000000000000) than" in text
+    assert f"that of {toy / 'model'} ({ours}): prepare it again" in text
     code, text = ranks.fail("sft", config, f"{tmp_path.name}-sft")
     assert code == 78

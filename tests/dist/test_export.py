@@ -202,6 +202,21 @@ def test_damaged_checkpoint(runs, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("line", ["verifying", "shard 1", "shard 2", "loading the result"])
+def test_a_checkpoint_that_its_run_removes_meanwhile(runs, tmp_path, line):
+    """At each stage; the run goes on and keeps its newest checkpoints only."""
+    shutil.copytree(runs / "untied", tmp_path / "run")
+    directory = find_checkpoint(tmp_path / "run", "latest")
+
+    def say(text):
+        if text.startswith(line):
+            shutil.rmtree(directory)
+
+    with pytest.raises(UserError, match=r"step-000100 was removed while it was exported: its run goes on"):
+        export_checkpoint(directory, _base(runs, "untied"), tmp_path / "out", max_shard_bytes=40_000, say=say)
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_base_model(runs, tmp_path):
     with pytest.raises(UserError, match=r"lm_head.weight is missing"):
         export_checkpoint(find_checkpoint(runs / "tied", "latest"), _base(runs, "untied"), tmp_path / "out")

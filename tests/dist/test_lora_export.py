@@ -17,10 +17,9 @@ from strop.config import LoraConfig
 from strop.errors import StorageError, UserError
 from strop.models.export import export_checkpoint, find_checkpoint
 from tests import toy as t
-from tests.dist.test_lora import LORA, OPTIM, Truth, untied, weights_of
+from tests.dist.lora_helpers import LORA, OPTIM, Truth, weights_of
 from tools.convert_dcp_to_hf import read_config
 
-__all__ = ["untied"]
 ROOT = Path(__file__).resolve().parents[2]
 IDS = torch.tensor([[5, 9, 120, 33, 7, 300, 2, 18], [301, 4, 4, 17, 250, 6, 90, 41]])
 

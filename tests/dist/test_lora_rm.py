@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from strop.data import plan
 from strop.models.export import export_checkpoint, find_checkpoint
 from tests import toy as t
-from tests.dist.test_lora import LAYERS, LORA, OPTIM, Truth, weights_of
+from tests.dist.lora_helpers import LAYERS, LORA, OPTIM, Truth, weights_of
 from tools.convert_dcp_to_hf import read_config
 
 

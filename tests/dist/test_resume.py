@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from strop import checkpoint
 from strop.slurm import attempts
 from tests import toy as t
 
@@ -185,7 +184,7 @@ def test_a_damaged_checkpoint_is_set_aside(ranks, undisturbed_sft, how, file):
     algo, config, whole, _ = undisturbed_sft
     name = f"{whole.name}-{how}{file}"
     job = ranks.run(algo, config, name, "train.max_steps=6", world_size=2)
-    *_, previous, newest = checkpoint.committed_steps(job.run_dir / "checkpoints")
+    *_, previous, newest = attempts.committed_steps(job.run_dir / "checkpoints")
     assert newest == 6
     damage(job.run_dir / "checkpoints" / "step-000006" / file, how)
     rubble = [job.run_dir / "checkpoints" / n for n in ("step-000009.a1.tmp", "step-000007")]
@@ -206,7 +205,7 @@ def test_nothing_intact_is_an_error_and_never_a_new_start(ranks, undisturbed_sft
     name = f"{whole.name}-ruins"
     job = ranks.run(algo, config, name, "train.max_steps=6", world_size=2)
     before = (job.run_dir / "metrics.jsonl").read_bytes()
-    for step in checkpoint.committed_steps(job.run_dir / "checkpoints"):
+    for step in attempts.committed_steps(job.run_dir / "checkpoints"):
         damage(job.run_dir / "checkpoints" / f"step-{step:06d}" / "__0_0.distcp", "flip")
     code, text = ranks.fail(algo, config, name, world_size=2)
     assert code == 74

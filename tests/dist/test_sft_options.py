@@ -20,18 +20,13 @@ from tests.unit.test_neftune import draw
 ALPHA = 5.0
 
 
-def run(ranks, toy, tmp_path, algo, name, world_size=1, words=(), **sections):
-    config = t.config(toy, algo, tmp_path / f"{name}.yaml", **sections)
-    return ranks.run(algo, config, f"{tmp_path.name}-{name}", *words, world_size=world_size).run_dir
-
-
 def noisy_logprobs(model, tokens, trained, row, step):
     """fp64 log-probs of the trained tokens with NEFTune's noise on the embeddings."""
     ids = torch.from_numpy(tokens.astype(np.int64))
     embeddings = model.get_input_embeddings()(ids)
     n, hidden = embeddings.shape
     size = ALPHA / math.sqrt(n * hidden)
-    noise = [[size * draw(42, step, row, p, h, hidden) for h in range(hidden)] for p in range(n)]
+    noise = [[size * draw(42, step, row, p, h) for h in range(hidden)] for p in range(n)]
     where = torch.from_numpy(np.array(trained)).nonzero()[:, 0]
     logits = model(inputs_embeds=(embeddings + torch.tensor(noise, dtype=torch.float64))[None]).logits[0]
     return torch.log_softmax(logits[where - 1], dim=-1).gather(1, ids[where][:, None])[:, 0]
@@ -42,7 +37,7 @@ def test_a_step_with_noise_equals_plain_fp64(ranks, toy, tmp_path, attention):
     """Loss and gradient of the first step; validation is without noise."""
     validation = {"at_start": True}
     plain, noisy = (
-        run(
+        t.run(
             ranks, toy, tmp_path, "sft", name, 2,
             train={"max_grad_norm": None, "max_steps": 1, "micro_batch_size": 2},
             model={"path": str(toy / "model"), "attention": attention},
@@ -62,10 +57,7 @@ def test_a_step_with_noise_equals_plain_fp64(ranks, toy, tmp_path, attention):
     assert first == t.metrics(plain)[0]
     assert line["loss"] == pytest.approx(loss.item(), rel=1e-6)
     assert abs(line["loss"] - t.metrics(plain)[1]["loss"]) > 1e-3
-    saved = t.checkpoint(noisy, 1)
-    for name, p in model.named_parameters():
-        ours = saved[f"optim.{name}.exp_avg"].double() / 0.1
-        assert torch.allclose(ours, p.grad, rtol=1e-4, atol=1e-5 * float(p.grad.abs().max())), name
+    t.assert_gradients(model, noisy)
 
 
 @pytest.fixture
@@ -100,7 +92,7 @@ def blend(toy, tmp_path):
 @pytest.mark.parametrize("algo", ["sft", "dpo"])
 def test_interrupted_twice_equals_undisturbed(ranks, toy, tmp_path, blend, algo):
     """Nine steps are two epochs; DPO has a reference for the rows of the second one too."""
-    whole = run(ranks, toy, tmp_path, algo, "whole", 2, **blend(algo))
+    whole = t.run(ranks, toy, tmp_path, algo, "whole", 2, **blend(algo))
     config = t.config(toy, algo, tmp_path / "again.yaml", **blend(algo))
     name = f"{tmp_path.name}-again"
     for stop_at in (9, 7):
@@ -118,7 +110,7 @@ def test_ranks_and_micro_batches_change_nothing(ranks, toy, tmp_path, blend, alg
     for world_size, size in ((1, 6), (2, 1), (3, 2)):
         sections = blend(algo)
         sections["train"]["micro_batch_size"] = size
-        lines.append(t.metrics(run(ranks, toy, tmp_path, algo, f"w{world_size}", world_size, **sections)))
+        lines.append(t.metrics(t.run(ranks, toy, tmp_path, algo, f"w{world_size}", world_size, **sections)))
     for other in lines[1:]:
         for a, b in zip(lines[0], other, strict=True):
             assert a == pytest.approx(b, rel=5e-4, abs=5e-4)
@@ -127,7 +119,7 @@ def test_ranks_and_micro_batches_change_nothing(ranks, toy, tmp_path, blend, alg
 @pytest.mark.parametrize("algo", ["sft", "dpo"])
 def test_rows_of_a_blend_are_those_of_the_plan(ranks, toy, tmp_path, blend, algo):
     """26 rows an epoch, 9 of the first source (1/3 of 26 is 8.67) and 17 of the second; counted by tokens."""
-    run_dir = run(ranks, toy, tmp_path, algo, "count", 2, **blend(algo))
+    run_dir = t.run(ranks, toy, tmp_path, algo, "count", 2, **blend(algo))
     store = t.stores(run_dir)["train"]
     assert store.part_rows == (t.NUM_TRAIN, 5)
     seen, drawn = 0, []
@@ -146,7 +138,7 @@ def test_rows_of_a_blend_are_those_of_the_plan(ranks, toy, tmp_path, blend, algo
 
 def test_dpo_with_limited_epochs_has_a_reference_for_every_row(ranks, toy, tmp_path):
     """Two steps an epoch: the second epoch's rows are others than the first one's."""
-    run_dir = run(ranks, toy, tmp_path, "dpo", "limit", 2, train={"max_steps": 6, "limit_train_batches": 2})
+    run_dir = t.run(ranks, toy, tmp_path, "dpo", "limit", 2, train={"max_steps": 6, "limit_train_batches": 2})
     assert all(math.isfinite(line["loss"]) for line in t.metrics(run_dir))
     store = t.stores(run_dir)["train"]
     rows = [plan.step_rows(store.num_rows, 6, 42, step, 2) for step in range(6)]

@@ -29,7 +29,7 @@ def rank_main(rank: int, store: str, out: str) -> None:
     weight = distribute_tensor(w, mesh, [Shard(0)]).requires_grad_()
     logp, _ = ops.linear_logprob(x[own], weight, target[own])
     (logp * torch.arange(1.0, ROWS + 1)).sum().backward()
-    loss, _ = ops.linear_loss(x[own], weight.detach().requires_grad_(), target[own], lambda l, rows: l.sum())
+    loss, *_ = ops.linear_loss(x[own], weight.detach().requires_grad_(), target[own], lambda l, rows: l.sum())
     torch.save((logp.detach(), weight.grad.full_tensor(), loss.detach()), f"{out}-{rank}")
     td.destroy_process_group()
 

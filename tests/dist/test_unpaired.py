@@ -70,11 +70,6 @@ GOLDEN = {
 """fp32 on an x86 CPU; other kernels round the last digits otherwise (1.5e-6 was seen)."""
 
 
-def run(ranks, toy, tmp_path, algo, name, world_size=1, words=(), **sections):
-    config = t.config(toy, algo, tmp_path / f"{name}.yaml", **sections)
-    return ranks.run(algo, config, f"{tmp_path.name}-{name}", *words, world_size=world_size).run_dir
-
-
 @pytest.fixture
 def other(toy, tmp_path):
     """A reference that is not the policy, and from which it has moved: z0 is above 0."""
@@ -124,18 +119,10 @@ def kto_truth(model, reference, rows, chosen, beta=0.1, weights=(1.0, 1.0), z0=N
     return torch.stack(losses).mean(), z0, rewards
 
 
-def assert_gradients(model, run_dir):
-    """AdamW's first moment after one step is (1 - β1) times the gradient of every parameter."""
-    saved = t.checkpoint(run_dir, 1)
-    for name, p in model.named_parameters():
-        ours = saved[f"optim.{name}.exp_avg"].double() / 0.1
-        assert torch.allclose(ours, p.grad, rtol=1e-4, atol=1e-5 * float(p.grad.abs().max())), name
-
-
 @pytest.mark.parametrize("attention", ["packed", "padded"])
 @pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
 def test_kto_step_equals_plain_fp64(ranks, toy, tmp_path, other, loss, attention):
-    run_dir = run(
+    run_dir = t.run(
         ranks, toy, tmp_path, "kto", "one", 2,
         train={"max_grad_norm": None, "max_steps": 1, "micro_batch_size": 2},
         model={"path": str(toy / "model"), "attention": attention},
@@ -156,7 +143,7 @@ def test_kto_step_equals_plain_fp64(ranks, toy, tmp_path, other, loss, attention
     assert line["rewards/chosen"] == pytest.approx(np.mean(good), rel=1e-5)
     assert line["rewards/rejected"] == pytest.approx(np.mean(bad), rel=1e-5)
     assert line["rewards/margins"] == pytest.approx(np.mean(good) - np.mean(bad), rel=1e-5)
-    assert_gradients(model, run_dir)
+    t.assert_gradients(model, run_dir)
     # validation: z0 is that of the whole set
     rows = labelled(toy / "unpaired" / "validation.jsonl")
     with torch.no_grad():
@@ -168,7 +155,7 @@ def test_kto_step_equals_plain_fp64(ranks, toy, tmp_path, other, loss, attention
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_step_0_of_kto_is_one_half(ranks, toy, tmp_path, precision):
     """Policy and reference agree to the last bit, also on mismatched completions."""
-    run_dir = run(
+    run_dir = t.run(
         ranks, toy, tmp_path, "kto", "zero", 2,
         train={"precision": precision, "max_steps": 1}, validation={"at_start": True},
     )  # fmt: skip
@@ -181,7 +168,7 @@ def test_step_0_of_kto_is_one_half(ranks, toy, tmp_path, precision):
 @pytest.mark.parametrize("loss", ["simpo", "orpo"])
 def test_losses_without_a_reference_equal_plain_fp64(ranks, toy, tmp_path, loss):
     algo, sections = LOSSES[loss]
-    run_dir = run(
+    run_dir = t.run(
         ranks, toy, tmp_path, algo, "one", 2,
         train={"max_grad_norm": None, "max_steps": 1, "micro_batch_size": 2}, **sections,
     )  # fmt: skip
@@ -199,13 +186,13 @@ def test_losses_without_a_reference_equal_plain_fp64(ranks, toy, tmp_path, loss)
     value = torch.stack(losses).mean()
     value.backward()
     assert t.metrics(run_dir)[0]["loss"] == pytest.approx(float(value.detach()), rel=1e-6)
-    assert_gradients(model, run_dir)
+    t.assert_gradients(model, run_dir)
 
 
 def test_bco_compares_rewards_with_their_mean_so_far(ranks, toy, tmp_path):
     """The third step, redone in fp64 from the checkpoints of the first two: δ is the mean of all rewards of
     those steps, and the state carries their sum."""
-    run_dir = run(
+    run_dir = t.run(
         ranks, toy, tmp_path, "dpo", "bco", 2,
         train={"max_steps": 3}, dpo={"loss": "bco_pair", "beta": 0.5},
         checkpoint={"every": 1, "keep_last": 9},
@@ -242,7 +229,7 @@ def test_ranks_micro_batches_and_padding_change_nothing(ranks, toy, tmp_path, lo
     lines = []
     for i, (world_size, train) in enumerate(VARIANTS):
         padded = train == "padded"
-        run_dir = run(
+        run_dir = t.run(
             ranks, toy, tmp_path, algo, f"v{i}", world_size,
             train={} if padded else train,
             model={"path": str(toy / "model"), "attention": "padded" if padded else "packed"},
@@ -261,7 +248,7 @@ def test_ranks_micro_batches_and_padding_change_nothing(ranks, toy, tmp_path, lo
 def test_golden_loss_curve(ranks, toy, tmp_path, loss):
     """The same model, rows and seed give these losses; twice on one machine to the last bit."""
     algo, sections = LOSSES[loss]
-    first, second = (run(ranks, toy, tmp_path, algo, name, 2, **sections) for name in ("a", "b"))
+    first, second = (t.run(ranks, toy, tmp_path, algo, name, 2, **sections) for name in ("a", "b"))
     assert (first / "metrics.jsonl").read_bytes() == (second / "metrics.jsonl").read_bytes()
     assert [line["loss"] for line in t.metrics(first)] == pytest.approx(GOLDEN[loss], rel=1e-5)
 
@@ -280,7 +267,7 @@ def test_interrupted_again_and_again_equals_undisturbed(ranks, toy, tmp_path, lo
             "max_length": 256,
         },
     }
-    whole = run(ranks, toy, tmp_path, algo, "whole", 2, **sections)
+    whole = t.run(ranks, toy, tmp_path, algo, "whole", 2, **sections)
     for path in (tmp_path / "cache").glob("reference-*"):  # so that the reference pass is stopped as well
         path.unlink()
     config = t.config(toy, algo, tmp_path / "again.yaml", **sections)
@@ -308,7 +295,7 @@ def test_pairs_are_taken_apart(ranks, toy, tmp_path):
     for name, rows in (("pairs", pairs), ("halves", halves)):
         path = t.write_jsonl(tmp_path / f"{name}.jsonl", rows)
         data = {"train": str(path), "max_length": 256}
-        lines.append(t.metrics(run(ranks, toy, tmp_path, "kto", name, data=data)))
+        lines.append(t.metrics(t.run(ranks, toy, tmp_path, "kto", name, data=data)))
     assert lines[0] == lines[1]
     assert lines[0][-1]["loss"] < 0.49
 

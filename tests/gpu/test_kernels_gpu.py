@@ -60,7 +60,7 @@ def test_linear_loss_is_the_loss_of_linear_logprob(dtype):
     x, w, target = example(96, 256, 20001, dtype)
     coefficients = torch.linspace(-1, 2, 96, device=DEVICE)
     own = [t.clone().requires_grad_() for t in (x, w)]
-    loss, logp = ops.linear_loss(
+    loss, logp, _ = ops.linear_loss(
         own[0], own[1], target, lambda part, rows: (part * coefficients[rows]).sum(), [0, 32, 64, 96]
     )
     loss.backward()

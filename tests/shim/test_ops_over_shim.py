@@ -22,7 +22,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The library's name apart: its kernels, its dtypes, no CPU kernel; chunks of about 100 words."""
     library = native._checked(built("shim"), "cuda")
     monkeypatch.setattr(native, "library", lambda device: library)
-    monkeypatch.setattr(native, "has_fused_head", lambda dtype: False)
+    monkeypatch.setattr(native, "head_kernel", lambda dtype: "")
     monkeypatch.setitem(native.DTYPES, "cpu", native.DTYPES["cuda"])
     monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 13 * 100 * 2)
 
@@ -65,7 +65,7 @@ def test_linear_loss(dtype):
     x, w, target = heads.example(12, 64, 777, dtype)
     coefficients = torch.linspace(-1, 2, 12)
     own = [t.clone().requires_grad_() for t in (x, w)]
-    loss, logp = ops.linear_loss(
+    loss, logp, _ = ops.linear_loss(
         own[0], own[1], target, lambda part, rows: (part * coefficients[rows]).sum(), [0, 4, 8, 12]
     )
     loss.backward()
@@ -85,6 +85,20 @@ def test_logprob_of_logits(dtype):
     expected.sum().backward()
     assert torch.allclose(logp.detach().double(), expected.detach(), atol=2e-5)
     assert heads.error(logits.grad, wide.grad) < (1e-5 if dtype == torch.float32 else 4e-3)
+
+
+def test_a_loss_scale_inside_keeps_an_fp16_gradient(monkeypatch):
+    """Of a mean over so many tokens that fp16 has no number for it: a scale that comes later is too late."""
+    x, w, target = heads.example(12, 64, 777, torch.float16)
+    monkeypatch.setattr(head, "KEPT_BYTES", 5 * 777 * 2)
+    small, scale = 1e-7, 2.0**16
+    _, _, right, _ = heads.truth(x, w, target, torch.full((12,), small * scale))
+    for inside, upstream in ((scale, 1.0), (1.0, scale)):
+        own = w.clone().requires_grad_()
+        fn = lambda logp, rows: logp.sum() * (small * inside)  # noqa: E731, B023
+        loss, *_ = ops.linear_loss(x, own, target, fn, range(13))
+        (loss * upstream).backward()
+        assert (heads.error(own.grad, right) < 5e-3) == (inside == scale)
 
 
 def test_fp16_runs_on_the_kernels(caplog):

@@ -236,6 +236,10 @@ def test_mistakes_are_found_before_anything_is_submitted(on_slurm):
     refused = call()
     assert refused.returncode == 78
     assert refused.stderr == "error: p.yaml:8: unknown key optim.lrr; did you mean optim.lr?\n"
+    write({"cpt": {"config": "cpt.yaml"}, "sft": {"config": "sft.yaml", "set": {"data.train": "gone.jsonl"}}})
+    refused = call()
+    assert refused.returncode == 78
+    assert refused.stderr.startswith("error: stage sft: data.train: no such file or directory: gone.jsonl\n")
     assert all(numbers == [] for numbers in jobs().values())
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
+
 import pytest
 
 from strop.obs import run_files
@@ -25,3 +28,26 @@ def slurm(monkeypatch):
 
     answer()
     return answer
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """A configuration file in the working directory, which is the test's own."""
+    monkeypatch.chdir(tmp_path)
+    return Path("c.yaml")
+
+
+@pytest.fixture
+def make_text(tmp_path):
+    """make_text({file name: content or rows}, ...): text_helpers.make in the test's own directory."""
+    from tests.unit import text_helpers
+
+    return functools.partial(text_helpers.make, tmp_path)
+
+
+@pytest.fixture
+def look_at(tmp_path):
+    """look_at(kind, {train: rows, validation: rows}, ...): look_helpers.look in the test's own directory."""
+    from tests.unit import look_helpers
+
+    return functools.partial(look_helpers.look, tmp_path)

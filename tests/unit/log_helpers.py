@@ -7,7 +7,9 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, Optional
 
-from strop.obs import log_line
+from strop.obs import log_files, log_line
+from strop.obs.log_text import Selection, View
+from strop.obs.merge import Merge
 
 T0 = datetime(2026, 11, 20, 3, 0, 0, tzinfo=timezone.utc)
 BEGAN_S = T0.timestamp()
@@ -57,3 +59,27 @@ class LogRun:
         with open(path, "ab") as file:
             file.write(b"".join(content))
         return path
+
+
+VIEWS = (
+    View(json=True),
+    View(collapse=False),
+    View(),
+    View(ranges=True),
+    View(colour=True, show_attempt=True),
+)
+
+
+def both(directory: Path, view: View = VIEWS[1], selection: Selection = Selection()) -> tuple[str, list[str]]:  # noqa: B008
+    """The text and the notes, after both engines have given the same ones."""
+    results = []
+    for native in (True, False):
+        merge = Merge(log_files.find(directory), selection, view, native=native)
+        results.append((b"".join(merge), merge.notes(), [c.counts for c in merge.counted]))
+    assert results[0] == results[1]
+    return results[0][0].decode(), results[0][1]
+
+
+def messages(text: str) -> list[str]:
+    """Of lines without step, phase and logger."""
+    return [row.split("] ", 1)[1][9:] for row in text.splitlines()]

@@ -14,6 +14,7 @@ import torch
 from strop import checkpoint, optim, preflight
 from strop.config import OptimConfig
 from strop.errors import UserError
+from strop.slurm import attempts
 
 
 def test_a_disk_too_full_for_one_checkpoint(tmp_path, monkeypatch):
@@ -52,7 +53,7 @@ def commit(root, *steps):
 def test_clean_up_keeps_the_newest_and_the_best(tmp_path, keep_last, best, left):
     commit(tmp_path, 1, 2, 3, 9, 10)
     checkpoint.clean_up(tmp_path, keep_last, best)
-    assert checkpoint.committed_steps(tmp_path) == left
+    assert attempts.committed_steps(tmp_path) == left
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-{s:06d}" for s in left]
 
 
@@ -63,7 +64,7 @@ def test_rubble_goes_and_what_is_committed_or_set_aside_stays(tmp_path):
     checkpoint.remove_rubble(tmp_path)
     kept = sorted(p.name for p in tmp_path.iterdir())
     assert kept == ["notes", "step-000002.damaged-1", "step-000004", "step-1234567"]
-    assert checkpoint.committed_steps(tmp_path) == [4, 1234567]
+    assert attempts.committed_steps(tmp_path) == [4, 1234567]
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

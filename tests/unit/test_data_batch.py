@@ -54,6 +54,16 @@ def test_no_rows_give_a_dummy_with_nothing_trained(store):
     assert len(batch.tokens_T) == 4
 
 
+def test_where_trained_tokens_stand_is_known_in_every_part(store):
+    batch = make_batch(store, np.array([1, 0]))
+    first = int(batch.cu_seqlens[1])
+    parts = [batch, batch.part(slice(first, None), slice(1, 2)), batch.trained_only(batch.index_N)]
+    for one in parts:
+        assert torch.equal(one.index_N, one.trained_T.nonzero()[:, 0])
+    assert batch.known_N is not None
+    assert len(make_batch(store, np.array([], dtype=np.int64)).index_N) == 0
+
+
 def test_a_batch_is_a_copy(store):
     """Writing into a batch must not reach the mapped file."""
     make_batch(store, [0]).tokens_T.fill_(0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,49 +12,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from strop import trainer
-from strop.config import Config, DataConfig, TrainConfig, ValidationConfig
-from strop.data import concerns, ends, inspect, inspect_text, looking, repeats, samples, units
-from strop.data.repeats import Hashes, Repeats
-from strop.data.spans import Span, spans, special_mask
+from strop.config import Config, DataConfig, TrainConfig
+from strop.data import ends, inspect, looking, samples, units
+from strop.data.spans import spans
 from strop.errors import UserError
-
-
-def turn(role, content):
-    return {"role": role, "content": content}
-
-
-def dialogue(question, answer):
-    return {"messages": [turn("user", question), turn("assistant", answer)]}
-
-
-def pair(question, chosen, rejected):
-    return {"prompt": question, "chosen": chosen, "rejected": rejected}
-
-
-@pytest.fixture
-def look_at(tmp_path):
-    """look_at(kind, {train: rows, validation: rows}, tokenizer, data keys ...) -> (report, config)."""
-
-    def look(kind, rows, tokenizer=None, train=None, watch=None, **keys):
-        for name, own in rows.items():
-            write_jsonl(tmp_path / f"{name}.jsonl", own)
-        paths = {name: str(tmp_path / f"{name}.jsonl") for name in rows}
-        config = Config(
-            data=DataConfig(**paths, **keys),
-            train=train or TrainConfig(),
-            validation=ValidationConfig(watch=watch or {}),
-        )
-        tokenizer = tokenizer or tiny_tokenizer()
-        report = looking.look(config, kind, tokenizer, tmp_path / "cache", 1, lambda what, done, total: None)
-        return report, config
-
-    return look
-
-
-def told(report, name):
-    """{name of a concern: how many rows} of a set."""
-    return {concern.name: concern.count for concern in report.concerns[name]}
-
+from tests.unit.look_helpers import GOOD, dialogue, pair, told, turn
 
 # --- spans
 
@@ -119,34 +80,6 @@ def test_ends_by_a_loop():
         assert seen.double_end_S[s] == (len(marks) > 1 and marks[-1] == marks[-2])
 
 
-# --- repeats
-
-
-def test_repeats_by_hand():
-    hashes = Hashes(
-        rows_R=np.array([5, 7, 5, 9, 5, 8], dtype=np.uint64),
-        prompts_R=np.array([1, 1, 1, 0, 1, 0], dtype=np.uint64),
-    )
-    assert repeats.repeated_rows(hashes) == Repeats(2, [(2, 0), (4, 0)])
-    # Row 1 has row 0's prompt; rows 2 and 4 are row 0 again; 3 and 5 have no prompt.
-    assert repeats.repeated_prompts(hashes) == Repeats(1, [(1, 0)])
-
-
-def test_leakage_by_hand():
-    """3 is no training row; 7 is one, at row 1 first; 4 has the prompt of row 2, 6 has none."""
-    train = Hashes(np.array([9, 7, 2, 7], dtype=np.uint64), np.array([30, 20, 10, 20], dtype=np.uint64))
-    other = Hashes(np.array([3, 7, 4, 6], dtype=np.uint64), np.array([40, 20, 10, 0], dtype=np.uint64))
-    assert repeats.leakage(train, other) == (Repeats(1, [(1, 1)]), Repeats(1, [(2, 2)]))
-    empty = Hashes(np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.uint64))
-    assert repeats.leakage(empty, other) == (Repeats(0, []), Repeats(0, []))
-
-
-def test_halves_of_a_pair_are_told_apart():
-    a, b, c = (np.array(ids, dtype=np.int32) for ids in ([1, 2], [3], [2, 3]))
-    assert repeats.row_hash([a, b]) != repeats.row_hash([a[:1], c])
-    assert repeats.prompt_hash(b) == repeats.NO_PROMPT != repeats.prompt_hash(a)
-
-
 # --- lengths
 
 
@@ -191,13 +124,13 @@ def test_steps_of_a_blend_and_of_shared_prompts_are_the_trainers(look_at, tmp_pa
     own = np.diff(store.offsets).reshape(-1, 2).sum(axis=1)
     # 9 slots by shares of 1 and 2: 3 of the six short rows, and the three long ones twice
     assert s.tokens_per_epoch == own[:6].sum() // 2 + 2 * own[6:].sum()
-    for told, rows in (((s.filled, s.micro_batches), store), (s.shared, store.sharing_prompts())):
+    for seen, rows in (((s.filled, s.micro_batches), store), (s.shared, store.sharing_prompts())):
         policy = types.SimpleNamespace(config=config, dist=types.SimpleNamespace(world_size=1))
         policy.train_store, policy.steps_per_epoch = rows, 3
         bins = [own for step in range(3) for [own] in [trainer.step_bins(policy, step)]]
         tokens = sum(int(rows.row_lengths[own].sum()) for step in bins for own in step)
         num = sum(len(step) for step in bins)
-        assert told == pytest.approx((tokens / (num * 200), num / 3))
+        assert seen == pytest.approx((tokens / (num * 200), num / 3))
     without = dataclasses.replace(config, train=dataclasses.replace(train, shared_prefix=False))
     assert inspect.steps(report.looks["train"], without, 1).shared is None
 
@@ -222,11 +155,6 @@ def test_chunks_change_nothing(look_at, monkeypatch):
     a, b = looking.as_json(whole), looking.as_json(pieces)
     assert a == b
     assert told(pieces, "train")["duplicates"] == 2
-
-
-# --- defects put there on purpose
-
-GOOD = [dialogue(f"What is {i}?", f"It is {i}, as you see.") for i in range(6)]
 
 
 def test_nothing_to_warn_of(look_at):
@@ -396,131 +324,6 @@ def test_documents_of_a_block_whatever_attention_does(texts):
         assert sum(num for _, _, num, _ in crossing.documents(row)) == len(crossing.sequences(row)[0][0])
 
 
-# --- which rows
-
-
-def test_a_row_is_found_by_whole_parts_of_its_path(tmp_path):
-    """hard-training.jsonl is another file than training.jsonl, and two of that name must be told apart."""
-    files = [tmp_path / name for name in ("hard-training.jsonl", "a/training.jsonl", "b/training.jsonl")]
-    for i, file in enumerate(files):
-        file.parent.mkdir(exist_ok=True)
-        write_jsonl(file, [dialogue(f"{n}?", f"{i}.") for n in range(3 if i < 2 else 5)] + [{"messages": []}])
-    data = {"on_bad_row": "skip", "max_dropped_fraction": 0.5}
-    config = Config(data=DataConfig(train=[str(file) for file in files[:2]], **data))
-    tokenizer = tiny_tokenizer()
-
-    def pick(config, name):
-        report = looking.look(config, "sft", tokenizer, tmp_path / "cache", 1, lambda *args: None)
-        return looking.pick(report, config, "sft", tokenizer, "train", n=1, rows=[name])[0].place
-
-    assert pick(config, "training.jsonl:3") == f"{files[1]}, line 3"
-    assert pick(config, "hard-training.jsonl:3") == f"{files[0]}, line 3"
-    with pytest.raises(UserError, match=f"{files[1]}, line 4 is not used"):
-        pick(config, "training.jsonl:4")
-    config = Config(data=DataConfig(train=[str(file) for file in files], **data))
-    for line in (3, 4, 5, 6):  # used in both, used in one, not used in the other
-        with pytest.raises(UserError) as raised:
-            pick(config, f"training.jsonl:{line}")
-        assert f"{files[1]} and {files[2]} end so: name more" in str(raised.value)
-    assert pick(config, "b/training.jsonl:5") == f"{files[2]}, line 5"
-    assert pick(config, f"{files[1]}:2") == f"{files[1]}, line 2"
-
-
-def test_rows_by_name(look_at, tmp_path):
-    rows = [GOOD[0], {"messages": []}, GOOD[1]]
-    report, config = look_at("sft", {"train": rows}, on_bad_row="skip", max_dropped_fraction=0.5)
-    own, tokenizer = report.looks["train"].rows, tiny_tokenizer()
-    assert samples.by_name(own, "2", "train") == samples.by_name(own, "train.jsonl:3", "train") == [1]
-    with pytest.raises(UserError, match="the train set has the rows 1 to 2"):
-        samples.by_name(own, "3", "train")
-    with pytest.raises(UserError, match=r"train.jsonl, line 2 is not used: wrong_fields: neither text"):
-        looking.pick(report, config, "sft", tokenizer, "train", n=1, rows=["train.jsonl:2"])
-    with pytest.raises(UserError, match=r"the train set has no line 9 of train.jsonl"):
-        looking.pick(report, config, "sft", tokenizer, "train", n=1, rows=["train.jsonl:9"])
-    with pytest.raises(UserError, match="expected a row's number, or SOURCE:LINE"):
-        looking.pick(report, config, "sft", tokenizer, "train", n=1, rows=["train.jsonl"])
-    with pytest.raises(UserError, match="the sets of this run are train"):
-        looking.pick(report, config, "sft", tokenizer, "test", n=1)
-
-
-def test_spread_and_longest(look_at):
-    assert samples.spread(9, 3, None) == [0, 4, 8]
-    assert samples.spread(2, 5, None) == [0, 1]
-    assert samples.spread(5, 0, None) == []
-    drawn = samples.spread(1000, 5, 7)
-    assert drawn == samples.spread(1000, 5, 7) == sorted(set(drawn)) != samples.spread(1000, 5, 8)
-    report, _ = look_at("sft", {"train": [dialogue("Q", "a" * n) for n in (1, 9, 5)]})
-    assert samples.longest(report.looks["train"].rows, 2) == [1, 2]
-
-
-def test_a_pair_shows_its_prompt_once(look_at):
-    report, _ = look_at("preference", {"train": [pair("Is it? ", "Yes, it is.", "Yes, no.")]})
-    sample = samples.sample(report.looks["train"].rows, 0, tiny_tokenizer())
-    texts = {part.title: "".join(s.text for s in part.spans) for part in sample.parts}
-    assert texts == {"prompt": "Is it? ", "chosen": "Yes, it is.</s>", "rejected": "Yes, no.</s>"}
-    assert [part.trained for part in sample.parts] == [0, sample.parts[1].tokens, sample.parts[2].tokens]
-    assert sample.value is None
-
-
-# --- text of it
-
-PLAIN = inspect_text.Paper(colour=False)
-COLOUR = inspect_text.Paper(colour=True)
-
-
-def test_what_cannot_be_seen():
-    assert inspect_text.visible("  a  b \n\tc\r ") == "··a  b·⏎\n→\tc␍·"
-    assert inspect_text.visible("a\x1b[31m\u200b\u00a0é🙂") == "a\\x1b[31m‹U+200B›‹U+00A0›é🙂"
-
-
-def test_marks_and_colours():
-    tokenizer = tiny_tokenizer()
-    ids = np.array(tokenizer("Ask:\nOne\ntwo.</s>", add_special_tokens=False)["input_ids"])
-    boundary = len(tokenizer("Ask:\n", add_special_tokens=False)["input_ids"])
-    found = spans(ids, np.arange(len(ids)) >= boundary, tokenizer)
-    assert inspect_text.spans_text(found, PLAIN) == "Ask:⏎\n⟦One⏎\ntwo.</s>⟧"
-    text = inspect_text.spans_text(found, COLOUR)
-    assert text == "Ask:⏎\n\x1b[32mOne⏎\x1b[0m\n\x1b[32mtwo.\x1b[0m\x1b[1;7;32m</s>\x1b[0m"
-
-
-def test_long_spans_are_shortened():
-    long = [Span("a" * 1000 + "b" * 700, False, False, 9)]
-    text = inspect_text.spans_text(long, PLAIN)
-    assert (
-        text == "a" * 1000 + "b" * 200 + " [... 100 characters left out, --full shows them ...] " + "b" * 400
-    )
-    assert len(inspect_text.spans_text(long, dataclasses.replace(PLAIN, full=True))) == 1700
-
-
-def test_everything_but_data_fits_the_width(look_at):
-    """With what makes lines long: names, messages, numbers."""
-    report, config = look_at("sft", {"train": [*GOOD * 2, {"messages": []}], "validation": GOOD[:1]})
-    for width in (80, 120):
-        paper = dataclasses.replace(PLAIN, width=width)
-        lines = "\n".join(inspect_text.report_text(report, config, "train", paper)).split("\n")
-        paths = [line for line in lines if len(line) > width and "/" in line]
-        assert [line for line in lines if len(line) > width and line not in paths] == []
-        assert all(len(line.split()) <= 3 for line in paths)  # a path that is too long stands alone
-
-
-def test_special_mask_covers_the_vocabulary():
-    tokenizer = tiny_tokenizer()
-    marked = np.flatnonzero(special_mask(tokenizer)).tolist()
-    assert tokenizer.convert_ids_to_tokens(marked) == ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-
-
-def test_shares_in_few_digits():
-    told = {0.0: "0%", 0.00034: "0.03%", 0.05: "5.0%", 0.5: "50%", 1.0: "100%"}
-    assert {share: concerns.percent(share) for share in told} == told
-
-
-def test_the_ledger_is_in_the_text(look_at, tmp_path: Path):
-    report, config = look_at("sft", {"train": [*GOOD, {"x": 1}]})
-    text = "\n".join(inspect_text.report_text(report, config, "train", PLAIN))
-    row = next(line for line in text.split("\n") if "wrong_fields" in line).split()
-    assert row == ["wrong_fields", "1", "0"]
-
-
 def test_labels_out_of_balance_are_told_before_training(look_at):
     def judged(*labels):
         return [{"prompt": f"Is {i}?", "completion": f"{i}.", "label": one} for i, one in enumerate(labels)]
@@ -537,10 +340,11 @@ def test_labels_out_of_balance_are_told_before_training(look_at):
     assert "label_imbalance" not in names
 
 
-def test_all_rows_of_a_line(look_at):
-    """A pair is two rows where answers are judged alone."""
-    report, config = look_at(
-        "unpaired", {"train": [pair("Is it?", "Yes.", "No."), pair("Was it?", "So.", "Never.")]}
-    )
-    shown = looking.pick(report, config, "unpaired", tiny_tokenizer(), "train", n=1, rows=["train.jsonl:2"])
-    assert [(sample.row, sample.value) for sample in shown] == [(3, 1.0), (4, 0.0)]
+def test_negative_margins_are_told_to_a_reward_model_alone(look_at):
+    rows = [pair(f"Is {i}?", "Yes.", "No.") | {"margin": m} for i, m in enumerate((1, -2, None, 0, -0.5))]
+    report, _ = look_at("preference", {"train": rows}, algo="rm")
+    [concern] = [own for own in report.concerns["train"] if own.name == "negative_margin"]
+    assert concern.text.startswith("2 of 5 rows (40%) have a negative margin")
+    assert [example[-6:] for example in concern.examples] == ["line 2", "line 5"]
+    report, _ = look_at("preference", {"train": rows}, algo="dpo")
+    assert "negative_margin" not in told(report, "train")

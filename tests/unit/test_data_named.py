@@ -90,7 +90,7 @@ def error_of(call, *args, **kwargs):
 def test_names_that_cannot_be_meant(tmp_path):
     path = str(write_jsonl(tmp_path / "a.jsonl", [GSM8K]))
     assert error_of(find, "sft", train=path, adapter="helpster") == (
-        "data.adapter: no adapter is called 'helpster': did you mean helpsteer3? "
+        "data.adapter: no adapter is called 'helpster'; did you mean helpsteer3? "
         "(or package.module:name, or none)"
     )
     assert "there are helpsteer3, tulu3-preference," in error_of(find, "sft", train=path, adapter="x")

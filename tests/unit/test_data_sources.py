@@ -157,7 +157,7 @@ def test_missing_file_names_the_nearest(tmp_path):
     write_jsonl(tmp_path / "training.jsonl", ROWS)
     path = tmp_path / "traning.jsonl"
     assert error_of(DataConfig(train=str(path))) == (
-        f"data.train: no such file or directory: {path}\n  in {tmp_path} there is: training.jsonl"
+        f"data.train: no such file or directory: {path}; did you mean {tmp_path / 'training.jsonl'}?"
     )
 
 
@@ -174,7 +174,7 @@ def test_a_relative_name_below_an_existing_directory_is_a_path(tmp_path, monkeyp
     (tmp_path / "assets" / "demo-sft").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert error_of(DataConfig(train="assets/demo-dpo")) == (
-        "data.train: no such file or directory: assets/demo-dpo\n  in assets there is: demo-sft"
+        "data.train: no such file or directory: assets/demo-dpo; did you mean assets/demo-sft?"
     )
     (source,) = sources.find(DataConfig(train="owner/name", hub_subset="en"), "train", "sft")
     assert source == Source("owner/name/en:train", "hub", "owner/name", "en", "train")

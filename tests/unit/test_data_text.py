@@ -1,16 +1,10 @@
-"""Preparing text end to end: what is kept, what is left out and why, interruptions, bad input."""
+"""Preparing text end to end: what is kept, what is left out and why, bad input."""
 
 from __future__ import annotations
 
-import errno
 import gzip
 import json
-import multiprocessing
-import os
 import random
-import signal
-import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,55 +16,11 @@ from strop.config import Config, DataConfig, PrepareConfig
 from strop.data import documents, near, noise, parts, prepare_text, sets
 from strop.data.corpus import Corpus
 from strop.data.ledger import Ledger
-from strop.errors import StorageError, UserError
-from tests.unit.data_helpers import SENTENCES, tiny_tokenizer, write_jsonl
-
-TOKENIZER = tiny_tokenizer()
-EOS = TOKENIZER.eos_token_id
-WORDS = " ".join(SENTENCES).split()
+from strop.errors import UserError
+from tests.unit.text_helpers import TOKENIZER, reasons, rows, text
 
 
-def text(seed: int, num: int = 30) -> str:
-    return " ".join(random.Random(seed).choices(WORDS, k=num))
-
-
-@pytest.fixture
-def run(tmp_path):
-    """run({file name: content or rows}, ...) -> (train range read back as texts, ledger, corpus)."""
-
-    def run(
-        files, entries=None, workers=1, cache="cache", progress=lambda done, total: None, data=None, **keys
-    ):
-        for name, content in files.items():
-            path = tmp_path / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(content, bytes):
-                path.write_bytes(content)
-            elif isinstance(content, str):
-                path.write_text(content, encoding="utf-8")
-            else:
-                write_jsonl(path, content)
-        names = [str(tmp_path / name) for name in (entries or files)]
-        config = Config(data=DataConfig(train=names, **(data or {})), prepare=PrepareConfig(**keys))
-        maker = sets.Maker(config, "text", TOKENIZER, "t", tmp_path / cache, workers, progress)
-        place, ledger = maker.prepare("train")
-        made = Corpus.open(place[0][0])
-        docs = [made.document(i) for _, begin, end in place for i in range(begin, end)]
-        assert all(ids[-1] == EOS and EOS not in ids[:-1] for ids in docs)
-        return [TOKENIZER.decode(ids[:-1]) for ids in docs], ledger, made
-
-    return run
-
-
-def reasons(ledger):
-    return {reason: d.rows for entry in ledger.sources.values() for reason, d in entry.dropped.items()}
-
-
-def rows(texts):
-    return [{"text": one} for one in texts]
-
-
-def test_documents_of_every_format_in_their_order(run, tmp_path):
+def test_documents_of_every_format_in_their_order(make_text, tmp_path):
     import datasets
     import pyarrow
     import pyarrow.parquet
@@ -90,7 +40,7 @@ def test_documents_of_every_format_in_their_order(run, tmp_path):
     }
     datasets.Dataset.from_list(rows(texts[12:])).save_to_disk(tmp_path / "f")
     entries = ["a.txt", "b.jsonl", "c", "d.jsonl.gz", "e.parquet", "f"]
-    got, ledger, made = run(files, entries)
+    got, ledger, made = make_text(files, entries)
     order = [0, 1, 2, 3, 4, 6, 5, *range(7, 14)]  # c/one.txt, c/sub/three.json, c/two.md
     assert got == [texts[i] for i in order]
     assert [made.row_id(i)[1] for i in range(14)] == [1, 1, 2, 3, 1, 1, 1, 1, 1, 2, 3, 4, 1, 2]
@@ -108,8 +58,8 @@ def test_documents_of_every_format_in_their_order(run, tmp_path):
         ("line", ["one", "two", "three é"], [1, 2, 5]),
     ],
 )
-def test_what_a_document_is_in_a_text_file(run, how, expected, lines):
-    got, _, made = run({"a.txt": "one\ntwo\n\n\nthree é\n"}, documents=how)
+def test_what_a_document_is_in_a_text_file(make_text, how, expected, lines):
+    got, _, made = make_text({"a.txt": "one\ntwo\n\n\nthree é\n"}, documents=how)
     assert got == expected
     assert made.rows[:, 1].tolist() == lines
 
@@ -142,14 +92,14 @@ def test_pieces_cut_nothing(tmp_path_factory, content, size):
         assert got == expected
 
 
-def test_equal_and_nearly_equal_documents(run):
+def test_equal_and_nearly_equal_documents(make_text):
     """One word of 200 changed: about 0.95 of the shingles are shared; a half: a third of them."""
     base = text(1, 200)
     words = base.split()
     near_one = " ".join([*words[:100], "changed", *words[101:]])
     half = " ".join([*words[:100], *text(2, 100).split()])
     files = {"a.jsonl": rows([base, text(3), base, near_one]), "b.jsonl": rows([half, text(3), ""])}
-    got, ledger, _ = run(files, near_duplicates=0.8)
+    got, ledger, _ = make_text(files, near_duplicates=0.8)
     assert got == [base, text(3), half]
     assert reasons(ledger) == {"duplicate": 1, "near_duplicate": 1, "empty": 1}
     a, b = ledger.sources.values()
@@ -157,7 +107,7 @@ def test_equal_and_nearly_equal_documents(run):
     assert a.dropped["near_duplicate"].examples[0]["message"].endswith("a.jsonl, line 1")
     assert b.dropped["duplicate"].examples[0]["message"].endswith("a.jsonl, line 2")
     assert (a.read, a.used, b.read, b.used) == (4, 2, 3, 1)
-    assert run(files, exact_duplicates=False)[0] == [base, text(3), base, near_one, half, text(3)]
+    assert make_text(files, exact_duplicates=False)[0] == [base, text(3), base, near_one, half, text(3)]
 
 
 @given(data=st.data())
@@ -185,29 +135,29 @@ def test_a_sketch_belongs_to_its_document_alone():
     ]  # fmt: skip
 
 
-def test_noise_is_measured_as_defined(run):
+def test_noise_is_measured_as_defined(make_text):
     assert noise.repetition("a b c " * 10) == pytest.approx(1 - 3 / 28)
     assert noise.repetition(" ".join(map(str, range(40)))) == 0
     assert noise.symbols("ab #!") == pytest.approx(2 / 5)
     texts = ["x", text(1), "spam and eggs " * 30, "#!?% " * 40, text(2, 2000)]
-    got, ledger, _ = run(
+    got, ledger, _ = make_text(
         {"a.jsonl": rows(texts)}, min_chars=2, max_chars=5000, max_repetition=0.5, max_symbols=0.5
     )
     assert got == [text(1)]
     assert reasons(ledger) == {"short": 1, "repetition": 1, "symbols": 1, "long": 1}
 
 
-def test_languages(run):
+def test_languages(make_text):
     german = "Das ist ein Satz, der ganz und gar auf Deutsch geschrieben wurde, und noch einer dazu."
     english = "This is a sentence that was written in English from the first word to the last."
-    got, ledger, _ = run({"a.jsonl": rows([german, english])}, language="fr,en")
+    got, ledger, _ = make_text({"a.jsonl": rows([german, english])}, language="fr,en")
     assert got == [english]
     assert reasons(ledger) == {"language": 1}
 
 
-def test_splits_by_content_and_ranges(run, tmp_path):
+def test_splits_by_content_and_ranges(make_text, tmp_path):
     texts = [text(i, 5) for i in range(400)]
-    run({"a.jsonl": rows(texts[:300]), "b.jsonl": rows(texts[300:])}, data={"split": "80,15,5"})
+    make_text({"a.jsonl": rows(texts[:300]), "b.jsonl": rows(texts[300:])}, data={"split": "80,15,5"})
     names = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
     config = Config(data=DataConfig(train=names, split="80,15,5"))
     maker = sets.Maker(config, "text", TOKENIZER, "t", tmp_path / "cache")
@@ -226,117 +176,14 @@ def test_splits_by_content_and_ranges(run, tmp_path):
     assert 40 < len(seen["validation"]) < 80
 
 
-def test_workers_and_pieces_change_nothing(run, monkeypatch):
+def test_workers_and_pieces_change_nothing(make_text, monkeypatch):
     files = {"a.jsonl": rows([text(i % 90) for i in range(120)]), "b.txt": text(200)}
-    whole = run(files, cache="one", near_duplicates=0.8)
+    whole = make_text(files, cache="one", near_duplicates=0.8)
     monkeypatch.setattr(documents, "PIECE_BYTES", 900)
-    parted = run(files, cache="many", workers=2, near_duplicates=0.8)
+    parted = make_text(files, cache="many", workers=2, near_duplicates=0.8)
     assert whole[0] == parted[0]
     assert [vars(e) for e in whole[1].sources.values()] == [vars(e) for e in parted[1].sources.values()]
     assert len(whole[0]) == 91
-
-
-def test_an_interrupted_preparation_goes_on(run, tmp_path, monkeypatch):
-    """Stopped after two parts: those are not built again, and the result is that of one go."""
-    monkeypatch.setattr(documents, "PIECE_BYTES", 900)
-    files = {"a.jsonl": rows([text(i) for i in range(60)])}
-    whole = run(files, cache="whole")
-
-    class Stop(Exception):
-        pass
-
-    def stop(done, total):
-        assert total > 5
-        if done == 2:
-            raise Stop
-
-    with pytest.raises(Stop):
-        run(files, progress=stop)
-    [work] = (tmp_path / "cache").iterdir()
-    before = {p.name: p.stat().st_mtime_ns for p in work.glob("part-*.npz")}
-    assert len(before) == 2
-    (work / "part-000003.npz.dead").write_bytes(b"half")
-    seen = []
-    build = parts._build
-    monkeypatch.setattr(parts, "_build", lambda number: (seen.append(number), build(number)))
-    again = run(files)
-    assert (again[0], seen[0], again[2].digest) == (whole[0], 2, whole[2].digest)
-    assert [p.name for p in (tmp_path / "cache").iterdir()] == [again[2].path.name]
-    run(files, progress=stop)  # found: nothing is built
-    changed = run(files, min_chars=3)
-    assert changed[2].digest != again[2].digest
-
-
-def _prepare_in_a_process(names, cache, delay, out):
-    config = Config(data=DataConfig(train=names))
-    maker = sets.Maker(config, "text", TOKENIZER, "t", cache, progress=lambda done, total: time.sleep(delay))
-    place, _ = maker.prepare("train")
-    out.put(place)
-
-
-def test_two_at_once_end_with_one_result(run, tmp_path, monkeypatch):
-    """Three processes of different speed over the same parts."""
-    monkeypatch.setattr(documents, "PIECE_BYTES", 900)
-    path = str(write_jsonl(tmp_path / "a.jsonl", rows([text(i) for i in range(60)])))
-    context = multiprocessing.get_context("fork")
-    out = context.SimpleQueue()
-    args = [([path], tmp_path / "cache", delay, out) for delay in (0, 0.01, 0.02)]
-    processes = [context.Process(target=_prepare_in_a_process, args=a) for a in args]
-    for process in processes:
-        process.start()
-    places = [out.get() for _ in processes]
-    for process in processes:
-        process.join(30)
-        assert process.exitcode == 0
-    assert places[0] == places[1] == places[2]
-    assert len(list((tmp_path / "cache").iterdir())) == 1
-    assert run({}, ["a.jsonl"], cache="alone")[0] == run({}, ["a.jsonl"])[0]
-
-
-def test_a_killed_parent_leaves_no_worker(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "PIECE_BYTES", 900)
-    path = write_jsonl(tmp_path / "a.jsonl", rows([text(i) for i in range(60)]))
-    config = Config(data=DataConfig(train=[str(path)]))
-
-    def parent():
-        monkeypatch.setattr(parts, "_build", time.sleep)
-        sets.Maker(config, "text", TOKENIZER, "t", tmp_path / "cache", workers=2).prepare("train")
-
-    process = multiprocessing.get_context("fork").Process(target=parent)
-    process.start()
-    deadline = time.monotonic() + 20
-    file = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while len(children := file.read_text().split()) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(0.3)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    while any(Path(f"/proc/{c}/stat").exists() for c in children) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not [c for c in children if Path(f"/proc/{c}/stat").exists()]
-
-
-def test_a_full_disk_names_the_key_and_keeps_what_is_done(run, tmp_path, monkeypatch):
-    """A file system of 100 kB; with room made, the preparation goes on."""
-    monkeypatch.setattr(documents, "PIECE_BYTES", 9000)
-    small = tmp_path / "small"
-    small.mkdir()
-    as_root = [] if os.geteuid() == 0 else ["sudo", "-n"]
-    options = f"size=100k,uid={os.geteuid()}"
-    subprocess.run([*as_root, "mount", "-t", "tmpfs", "-o", options, "tmpfs", small], check=True)
-    try:
-        files = {"a.jsonl": rows([text(i) for i in range(600)])}
-        with pytest.raises(StorageError) as raised:
-            run(files, cache="small")
-        assert raised.value.errno == errno.ENOSPC
-        assert "data.cache_dir" in str(raised.value)
-        [work] = small.iterdir()
-        assert len(list(work.glob("part-*.npz"))) >= 1
-        assert not list(work.glob("part-*.npz.*"))
-        subprocess.run([*as_root, "mount", "-o", "remount,size=10m", small], check=True)
-        assert run(files, cache="small")[0] == run(files, cache="roomy")[0]
-    finally:
-        subprocess.run([*as_root, "umount", small], check=True)
 
 
 @pytest.mark.parametrize(
@@ -351,26 +198,26 @@ def test_a_full_disk_names_the_key_and_keeps_what_is_done(run, tmp_path, monkeyp
         ("a.jsonl", b'{"text": "a"}\n["text"]\n', "line 2: a list, not an object of fields"),
     ],
 )
-def test_a_document_that_cannot_be_read(run, name, content, message):
+def test_a_document_that_cannot_be_read(make_text, name, content, message):
     """Stops with the line named; data.on_bad_row=skip leaves it out and counts it."""
     with pytest.raises(UserError) as raised:
-        run({name: content})
+        make_text({name: content})
     assert message in str(raised.value)
     assert "data.on_bad_row=skip" in str(raised.value)
     good = {"good.jsonl": rows([text(1)])}
     skip = {"on_bad_row": "skip", "max_dropped_fraction": 0.9}
-    got, ledger, _ = run({**good, name: content}, data=skip)
+    got, ledger, _ = make_text({**good, name: content}, data=skip)
     assert got[0] == text(1)
     assert sum(reasons(ledger).values()) == 1
     with pytest.raises(UserError, match=r"data\.max_dropped_fraction=0\.1"):
-        run({**good, name: content}, data={**skip, "max_dropped_fraction": 0.1})
+        make_text({**good, name: content}, data={**skip, "max_dropped_fraction": 0.1})
 
 
-def test_a_line_of_50_mb(run):
+def test_a_line_of_50_mb(make_text):
     """As a document of words it is kept whole; without a blank in it, it is noise and counted."""
     words = "sea shells and apples "
     whole = words * (50_000_000 // len(words))
-    got, ledger, made = run({"a.jsonl": rows([text(1), whole, "x" * 50_000_000])})
+    got, ledger, made = make_text({"a.jsonl": rows([text(1), whole, "x" * 50_000_000])})
     assert [len(one) for one in got] == [len(text(1)), len(whole)]
     assert reasons(ledger) == {"unbroken": 1}
     unit = [len(TOKENIZER(t, add_special_tokens=False)["input_ids"]) for t in (words, words * 2, words * 3)]
@@ -379,10 +226,10 @@ def test_a_line_of_50_mb(run):
     assert len(made.document(1)) == expected + 1
 
 
-def test_a_document_too_large_for_memory(run, monkeypatch):
+def test_a_document_too_large_for_memory(make_text, monkeypatch):
     monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 100)
     with pytest.raises(UserError, match=r"prepare\.documents=paragraph or line"):
-        run({"a.txt": text(1, 100)})
+        make_text({"a.txt": text(1, 100)})
 
 
 @pytest.mark.parametrize(
@@ -395,9 +242,9 @@ def test_a_document_too_large_for_memory(run, monkeypatch):
         ({"a.txt": "x"}, ["a.txt", "a.txt"], "twice"),
     ],
 )
-def test_entries_that_give_nothing(run, files, entries, message):
+def test_entries_that_give_nothing(make_text, files, entries, message):
     with pytest.raises(UserError) as raised:
-        run(files, entries)
+        make_text(files, entries)
     assert message in str(raised.value)
 
 
@@ -411,8 +258,8 @@ def test_a_blend_with_nothing_left_of_a_source(tmp_path):
         sets.Maker(config, "text", TOKENIZER, "t", tmp_path / "cache").prepare("train")
 
 
-def test_the_ledger_beside_the_store_is_the_one_printed(run):
-    _, ledger, made = run({"a.jsonl": rows([text(1), text(1), text(2)])})
+def test_the_ledger_beside_the_store_is_the_one_printed(make_text):
+    _, ledger, made = make_text({"a.jsonl": rows([text(1), text(1), text(2)])})
     kept = Ledger.load(made.path / "ledger-train.json")
     assert kept.as_json() == ledger.as_json()
     assert "duplicate" in ledger.table()
@@ -420,17 +267,17 @@ def test_the_ledger_beside_the_store_is_the_one_printed(run):
 
 
 @pytest.mark.parametrize("near_duplicates", [None, 0.8])
-def test_nothing_to_prepare_is_said(run, near_duplicates):
+def test_nothing_to_prepare_is_said(make_text, near_duplicates):
     with pytest.raises(UserError, match=r"a\.jsonl: the data set is empty"):
-        run({"a.jsonl": ""}, near_duplicates=near_duplicates)
+        make_text({"a.jsonl": ""}, near_duplicates=near_duplicates)
     with pytest.raises(UserError, match="all 2 rows of the train set were dropped"):
-        run({"b.jsonl": rows(["", " "])}, near_duplicates=near_duplicates)
+        make_text({"b.jsonl": rows(["", " "])}, near_duplicates=near_duplicates)
 
 
-def test_a_part_without_documents_beside_others(run, monkeypatch):
+def test_a_part_without_documents_beside_others(make_text, monkeypatch):
     """Parts are cut by size: one can hold nothing but noise."""
     monkeypatch.setattr(parts, "group", lambda pieces: [[piece] for piece in pieces])
     files = {"a.jsonl": rows(["short"] * 3), "b.jsonl": rows([text(1), text(2)])}
-    got, ledger, _ = run(files, near_duplicates=0.8, min_chars=20, data={"max_dropped_fraction": 1.0})
+    got, ledger, _ = make_text(files, near_duplicates=0.8, min_chars=20, data={"max_dropped_fraction": 1.0})
     assert got == [text(1), text(2)]
     assert reasons(ledger) == {"short": 3}

@@ -14,7 +14,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS = (
-    ("strop", "strop.errors", "strop.aliases", "strop.files", "strop.libraries", "strop.user_code"),
+    (
+        "strop",
+        "strop.errors",
+        "strop.aliases",
+        "strop.files",
+        "strop.libraries",
+        "strop.similar",
+        "strop.user_code",
+    ),
     (
         "strop.config",
         "strop.config_check",

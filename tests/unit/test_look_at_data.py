@@ -9,9 +9,9 @@ import sys
 
 import pytest
 from data_helpers import tiny_tokenizer, write_jsonl
-from test_data_inspect import dialogue
 
 from strop.errors import EXIT_USER
+from tests.unit.look_helpers import dialogue
 from tools import look_at_data
 from tools.command_line import run
 

@@ -13,7 +13,7 @@ import torch
 
 from strop import algos, config_check, ops
 from strop.algos import dpo, kto, sft
-from strop.config import ALGOS, SCORING, Config, DpoConfig, KtoConfig
+from strop.config import ALGOS, Config, DpoConfig, KtoConfig, trains_reward_model
 from strop.data.batch import Batch
 from strop.models.policy import Output
 from strop.models.reward import Scores
@@ -293,7 +293,7 @@ def test_kto_metrics_and_baseline():
 def test_metrics_that_a_configuration_may_name_are_those_that_there_are(algo):
     """The loop adds the loss itself; sft_loss is there where it has a weight."""
     out, batch = unpaired() if algo == "kto" else example()
-    if algo in SCORING:
+    if trains_reward_model(algo):
         out = Scores(torch.arange(6.0), torch.zeros(6, 0))
         batch = dataclasses.replace(batch, value_R=torch.full((3,), torch.nan))
     own = algos.load(algo)

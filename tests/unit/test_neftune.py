@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import numpy as np
@@ -10,8 +9,8 @@ import pytest
 import torch
 
 from strop.data.batch import Batch
-from strop.models import neftune
-from strop.models.policy import each_sequence
+from strop.data.draws import token_keys
+from strop.models import lora, neftune
 
 
 def word(x):
@@ -23,11 +22,19 @@ def word(x):
     return x ^ x >> 15
 
 
-def draw(seed, step, row, position, channel, hidden):
+def mixed(x):
+    """SplitMix64's finaliser on Python's integers."""
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31
+
+
+def draw(seed, step, row, position, channel):
     """One number in (-1, 1), in exact arithmetic."""
-    digest = hashlib.blake2b(f"{seed} {step} {row}".encode(), digest_size=8).digest()
-    first, second = (int.from_bytes(digest[i : i + 4], "little") for i in (0, 4))
-    bits = word((word((position * hidden + channel) ^ first) + second) % 2**32)
+    key = mixed(seed)
+    for number in (step, row, position):
+        key = mixed(key ^ (number + 1) * 0x9E3779B97F4A7C15 % 2**64)
+    bits = word(key >> 32 ^ word(channel ^ 0x4E454654))
     return ((bits >> 9) + 0.5) / 2**22 - 1
 
 
@@ -40,7 +47,7 @@ def batch(lengths, rows, seed=3, step=5):
         trained_T=positions > 0,
         rows=np.array(rows),
         max_seqlen=max(lengths),
-        keys_S=neftune.keys(seed, step, np.array(rows)),
+        draw_T=torch.from_numpy(token_keys(seed, step, np.repeat(rows, lengths), positions.numpy())),
     )
 
 
@@ -66,7 +73,7 @@ def test_each_number_by_hand():
     for layout in ("packed", "padded"):
         found = noise_of(batch(lengths, rows), layout)
         expected = [
-            [5 / math.sqrt(n * hidden) * draw(3, 5, row, p, h, hidden) for h in range(hidden)]
+            [5 / math.sqrt(n * hidden) * draw(3, 5, row, p, h) for h in range(hidden)]
             for n, row in zip(lengths, rows)
             for p in range(n)
         ]
@@ -98,7 +105,8 @@ def test_steps_rows_and_seeds_differ():
 
 def test_the_draws_are_uniform_and_independent():
     """10^6 numbers: moments and histogram within 5 standard errors; neighbours do not go together."""
-    u = neftune.uniform(neftune.keys(0, 0, np.arange(10))[:, None], torch.arange(100)[None], 1000).double()
+    keys = token_keys(0, 0, np.repeat(np.arange(10), 100), np.tile(np.arange(100), 10))
+    u = neftune.uniform(torch.from_numpy(keys), 1000).double().view(10, 100, 1000)
     n = u.numel()
     assert u.abs().max() < 1
     assert abs(float(u.mean())) < 5 * math.sqrt(1 / 3 / n)
@@ -111,12 +119,23 @@ def test_the_draws_are_uniform_and_independent():
         assert abs(float((a * b).mean()) * 3) < 5 / math.sqrt(a.numel())
 
 
+def test_noise_and_dropout_go_apart():
+    """Of the same tokens, channel by channel and shifted against each other: the correlations of 10^6 numbers
+    with the masks of LoRA's dropout lie within 5 standard errors."""
+    keys = torch.from_numpy(token_keys(0, 0, np.repeat(np.arange(20), 50), np.tile(np.arange(50), 20)))
+    u = neftune.uniform(keys, 1000).double() * math.sqrt(3)
+    for name in ("model.layers.0.self_attn.q_proj", "lm_head"):
+        dropped = (lora._mixed(keys[:, None] ^ lora._feature_keys(name, 1000)) < 0).double() * 2 - 1
+        for rows, channels in ((0, 0), (1, 0), (0, 1), (0, 7)):
+            together = (u * dropped.roll((rows, channels), (0, 1))).mean()
+            assert abs(float(together)) < 5 / math.sqrt(u.numel())
+
+
 def test_no_keys_or_no_alpha_no_noise():
     one = batch((3, 2), (0, 1))
     assert not noise_of(one, "packed", alpha=None).any()
-    without = torch.cat([noise_of(s, "packed") for s in each_sequence(batch((3,), (0,)))])
-    assert without.any()
-    assert not noise_of(Batch(**{**vars(one), "keys_S": None}), "packed").any()
+    assert noise_of(one, "packed").any()
+    assert not noise_of(Batch(**{**vars(one), "draw_T": None}), "packed").any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -1,7 +1,8 @@
 """strop.ops against fp64 formulas written out, in every engine that this machine has.
 
-The engines: "fused" and "chunked" native kernels, "wide" (chunked with fp32 logits of 16-bit matrices, as on
-a GPU; here an fp32 matmul stands for its matmul), and "reference"; all must agree with the same truth.
+The engines: "fused" and "chunked" native kernels, "amx" (fused, with AMX's tiles emulated), "wide" (chunked
+with fp32 logits of 16-bit matrices, as on a GPU; here an fp32 matmul stands for its matmul), and "reference";
+all must agree with the same truth.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from strop import ops
 from strop.ops import functional, head, native, reference
 from strop.ops.head_products import Products
+from tests import amx
 
 HEADS = {
     "plain": {},
@@ -27,8 +29,11 @@ ENGINES = {
     torch.bfloat16: ["reference", "chunked", "wide"],
 }
 for _dtype, _names in ENGINES.items():
-    if native.has_fused_head(_dtype):
+    if native.head_kernel(_dtype):
         _names.append("fused")
+if native.head_kernel(torch.bfloat16):
+    ENGINES[torch.bfloat16].append("amx")
+FUSED = ("fused", "amx")
 CASES = [(dtype, name) for dtype, names in ENGINES.items() for name in names]
 
 
@@ -40,7 +45,9 @@ def use(monkeypatch):
         if engine == "wide":
             monkeypatch.setattr(head, "_is_wide", lambda hidden: True)
             monkeypatch.setattr(head, "_multiply", lambda hidden, words: hidden.float() @ words.float().t())
-        name = "chunked" if engine == "wide" else engine
+        if engine == "amx":
+            monkeypatch.setattr(native, "library", lambda device: amx.emulated())
+        name = {"wide": "chunked", "amx": "fused"}.get(engine, engine)
         monkeypatch.setattr(head, "engine", lambda hidden, weight: name)
         monkeypatch.setattr(head, "KEPT_BYTES", 2**40 if keep == "all" else -1)
         monkeypatch.setattr(head, "CPU_WORDS", 24)
@@ -144,12 +151,12 @@ def test_linear_logprob_is_never_above_0(use, dtype, engine, scale):
     rounded = truth(x.double(), w.double(), target)[0]
     # A logit of size z is rounded by z / 2^8 (bf16) unless it is fp32: two of them stand in a log-prob.
     largest = float((x.double() @ w.double().T).abs().max())
-    unrounded = engine in ("fused", "wide") or dtype == torch.float32
+    unrounded = engine in (*FUSED, "wide") or dtype == torch.float32
     band = 2e-6 * (1 + largest) if unrounded else 2 * largest / 2**8
     assert torch.allclose(logp.double(), rounded, rtol=0, atol=band)
 
 
-@pytest.mark.parametrize("engine", [name for name in ENGINES[torch.bfloat16] if name in ("fused", "wide")])
+@pytest.mark.parametrize("engine", [name for name in ENGINES[torch.bfloat16] if name in (*FUSED, "wide")])
 @pytest.mark.parametrize("keep", ["all", "nothing"])
 def test_bf16_log_probs_err_by_less_than_a_thousandth(use, engine, keep):
     """Of a nat, and the sum over 1,024 tokens by less than a hundredth: logits up to 20 and more."""
@@ -162,12 +169,16 @@ def test_bf16_log_probs_err_by_less_than_a_thousandth(use, engine, keep):
 
 
 # H: below, at and above the columns of a tile (32), and no multiple of a panel (12). Words: below and above
-# what is summed in registers (1,024), an odd number among them. N: one, odd, more than a work item (128).
+# what is summed in registers (1,024; 480 by AMX), an odd number among them. N: one, odd, more than a work
+# item (128).
+@pytest.mark.parametrize("engine", [name for name in ENGINES[torch.bfloat16] if name in (*FUSED, "chunked")])
 @pytest.mark.parametrize(
     ("num_tokens", "hidden", "vocab"), [(1, 2, 1), (33, 30, 13), (161, 34, 1037), (7, 96, 3100)]
 )
-def test_the_products_of_the_backward(monkeypatch, num_tokens, hidden, vocab):
+def test_the_products_of_the_backward(use, monkeypatch, engine, num_tokens, hidden, vocab):
     """Given the gradient by the logits, against the same products in fp64: only the results are rounded."""
+    use(engine)
+    monkeypatch.setattr(head, "CPU_WORDS", native.SEGMENT)
     x, w, _ = example(num_tokens, hidden, vocab, torch.bfloat16)
     padded = -num_tokens // head.TILE * -head.TILE
     d_words = torch.zeros(vocab, padded, dtype=torch.bfloat16)
@@ -251,10 +262,10 @@ def test_the_same_bits_on_repeat(use, dtype, engine):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("dtype", [d for d, e in CASES if e == "fused"])
-def test_a_row_knows_nothing_of_its_neighbours_or_of_threads(use, dtype):
+@pytest.mark.parametrize(("dtype", "engine"), [case for case in CASES if case[1] in FUSED])
+def test_a_row_knows_nothing_of_its_neighbours_or_of_threads(use, dtype, engine):
     """The fused kernel's promise: the same bits alone, in another place, and with one thread."""
-    use("fused")
+    use(engine)
     x, w, target = example(300, 96, 7000, dtype)
     logp, stats = ops.linear_logprob(x, w, target)
     order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
@@ -309,7 +320,7 @@ def test_chunks_cover_the_vocabulary_once(num_tokens):
 @pytest.mark.parametrize(("dtype", "engine"), CASES)
 @pytest.mark.parametrize("budget", [0, 200_000, 2**40])
 def test_linear_loss_is_the_loss_of_all_groups(use, monkeypatch, dtype, engine, budget):
-    """Every group by itself (recomputed), some at a time, all at once: one loss, one gradient."""
+    """Nothing kept, some groups at a time, all at once: one loss, one gradient."""
     use(engine)
     monkeypatch.setattr(head, "KEPT_BYTES", budget)
     x, w, target = example(40, 32, 1000, dtype, scale=0.3)
@@ -320,12 +331,12 @@ def test_linear_loss_is_the_loss_of_all_groups(use, monkeypatch, dtype, engine, 
         return sum((logp[a:b].sum() ** 2).sin() for a, b in zip(inside[:-1], inside[1:]))
 
     leaves = [(x.clone().requires_grad_(), w.clone().requires_grad_()) for _ in range(2)]
-    loss, logp = ops.linear_loss(*leaves[0], target, of_groups, edges)
-    expected_logp = ops.linear_logprob(*leaves[1], target)[0]
+    loss, logp, stats = ops.linear_loss(*leaves[0], target, of_groups, edges)
+    expected_logp, expected_stats = ops.linear_logprob(*leaves[1], target)
     expected = of_groups(expected_logp, slice(0, 40))
     assert torch.allclose(loss, expected, rtol=1e-4, atol=1e-4)
     assert torch.allclose(
-        logp, expected_logp, atol=1e-5 if engine == "fused" or dtype == torch.float32 else 0.1
+        logp, expected_logp, atol=1e-5 if engine in FUSED or dtype == torch.float32 else 0.1
     )
     (3 * loss).backward()
     (3 * expected).backward()
@@ -333,14 +344,75 @@ def test_linear_loss_is_the_loss_of_all_groups(use, monkeypatch, dtype, engine, 
         close = 2e-2 if dtype == torch.bfloat16 else 1e-4
         assert float((a.grad - b.grad).norm() / b.grad.norm()) < close
 
+    for own, right in zip(stats, expected_stats):
+        assert not own.requires_grad
+        assert torch.allclose(own, right, atol=1e-4 if engine == "fused" or dtype == torch.float32 else 0.1)
+
+
+def flops(function):
+    """Of the matmuls that torch is asked for."""
+    with torch.profiler.profile(with_flops=True) as profile:
+        function()
+    return sum(event.flops for event in profile.events() if event.name == "aten::mm")
+
+
+def test_parts_read_the_logits_once(use, monkeypatch):
+    """6NHV where the ordinary way takes 8; a group that does not fit is computed again: 2nHV more."""
+    use("chunked")
+    x, w, target = example(48, 32, 1000)
+    leaves = [t.requires_grad_() for t in (x, w)]
+    monkeypatch.setattr(head, "KEPT_BYTES", 16 * 1000 * 4)
+    product = 2 * 48 * 32 * 1000
+
+    def parted(groups):
+        ops.linear_loss(*leaves, target, lambda logp, rows: logp.sum(), groups)[0].backward()
+
+    assert flops(lambda: ops.linear_logprob(*leaves, target)[0].sum().backward()) == 4 * product
+    assert flops(lambda: parted(range(49))) == 3 * product
+    assert flops(lambda: parted([0, 16, 32, 48])) == 3 * product
+    assert flops(lambda: parted([0, 24, 36, 48])) == 3.5 * product
+    assert flops(lambda: parted([0, 24, 48])) == 4 * product
+
+
+def test_rows_are_taken_in_as_few_parts_as_fit(monkeypatch):
+    monkeypatch.setattr(head, "KEPT_BYTES", 10 * 100 * 4)
+    w = torch.empty(100, 8)
+
+    def parts(edges):
+        rows = functional._row_chunks(edges, torch.empty(edges[-1], 8), w, None)
+        return [(r.start, r.stop) for r in rows]
+
+    assert parts(range(26)) == [(0, 10), (10, 20), (20, 25)]
+    assert parts([0, 4, 9, 11, 20]) == [(0, 9), (9, 11), (11, 20)]
+    # those that do not fit are one part as long as they follow each other, whatever lies empty between
+    assert parts([0, 11, 22, 22, 34, 36, 50, 50]) == [(0, 34), (34, 36), (36, 50)]
+    assert parts([0, 0]) == []
+    monkeypatch.setattr(head, "KEPT_BYTES", -1)
+    assert parts(range(26)) == [(0, 25)]
+
+
+def test_a_factor_keeps_its_digits_in_16_bit():
+    """The gradient is multiplied in its own type, but by the factor itself; and only once."""
+    x, w, target = example(6, 32, 90, torch.bfloat16)
+    w.requires_grad_()
+    grads = []
+    for factor in (1.0, 1 / 3):
+        w.grad = None
+        loss = ops.linear_loss(x, w, target, lambda logp, rows: logp.sum())[0] * factor
+        loss.backward(retain_graph=True)
+        grads.append(w.grad)
+    assert torch.equal(grads[1], (grads[0].float() * torch.tensor(1 / 3)).bfloat16())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
 
 def test_linear_loss_of_no_rows_and_bad_groups():
     x, w, target = example(0, 16, 50)
     x.requires_grad_(), w.requires_grad_()
-    loss, logp = ops.linear_loss(x, w, target, lambda logp, rows: logp.sum())
+    loss, logp, stats = ops.linear_loss(x, w, target, lambda logp, rows: logp.sum())
     loss.backward()
     assert float(loss.detach()) == 0.0
-    assert logp.shape == (0,)
+    assert {x.shape for x in (logp, *stats)} == {(0,)}
     assert not w.grad.any()
     for groups in ([], [0, 1], [1, 0], [0, 3, 2, 0]):
         with pytest.raises(ValueError, match="groups must rise from 0 to 0"):

@@ -94,7 +94,7 @@ def test_gradcheck_in_fp64(softcap):
 @pytest.fixture
 def fresh(monkeypatch, caplog):
     """As if nothing had been loaded yet."""
-    caches = (native.library, native.identity, native.has_avx512, native._note)
+    caches = (native.library, native.identity, native.has_avx512, native.has_amx, native._note)
     for cache in caches:
         cache.cache_clear()
     caplog.set_level(logging.WARNING)
@@ -122,7 +122,7 @@ def test_without_a_library_one_line_and_the_same_results(fresh, monkeypatch, tmp
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("int strop_abi_version(void) { return 99; }", "its ABI version is 99, not 2: build it again"),
+        ("int strop_abi_version(void) { return 99; }", "its ABI version is 99, not 3: build it again"),
         ("int x;", "undefined symbol: strop_abi_version"),
         (None, "file too short"),
     ],

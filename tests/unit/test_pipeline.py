@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from strop.errors import UserError
-from strop.pipeline import begin, exports, jobs, local, parts, spec, standing, text
+from strop.pipeline import begin, exports, inputs, jobs, local, parts, spec, standing, text
 from strop.pipeline import graph as graph_module
-from strop.slurm import command
+from strop.slurm import attempts, command
 from tools import pipeline as tool
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,13 +173,106 @@ def test_mistakes_of_the_command_line():
     assert refused(body, "stf.optim.lr=1") == (
         "command line: stf.optim.lr: expected name=, dir= or STAGE.KEY=; did you mean sft?"
     )
-    assert refused(body, "sft.optim.lrr=1") == ("command line: unknown key optim.lrr; did you mean optim.lr?")
+    assert refused(body, "sft.optim.lrr=1") == (
+        "command line, stage sft: unknown key optim.lrr; did you mean optim.lr?"
+    )
 
 
 def test_a_reward_model_is_no_language_model():
     assert "dpo would start from the export of rm, a reward model" in refused("stages: {rm: {}, dpo: {}}\n")
     assert load("stages: {sft: {}, rm: {}, dpo: {after: sft}}\n").stage("dpo").source == "sft"
     assert load("stages: {rm: {}, rm-b: {algo: rm}}\n").stage("rm-b").source == "rm"
+
+
+# ---------------------------------------------------------------------------------- what the stages read
+
+
+def lacking(body: str, *names: str) -> str:
+    p = load(body)
+    with pytest.raises(UserError) as error:
+        inputs.check(p, names or [stage.name for stage in p.stages])
+    return str(error.value)
+
+
+def model(path: str) -> None:
+    Path(path).mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (Path(path) / name).write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("{data.train: rows/nosuch.jsonl}", "stage dpo: data.train: no such file or directory: rows/nosuch"),
+        ("{data.train: [there, rows/no]}", "stage dpo: data.train: no such file or directory: rows/no"),
+        ("{data.train: /no/such}", "stage dpo: data.train: no such file or directory: /no/such"),
+        ("{data.train: empty}", "stage dpo: data.train: empty has none of training.jsonl"),
+        ("{data.validation: no.jsonl}", "stage dpo: data.validation: no such file or directory: no.jsonl"),
+        (
+            "{validation.watch: {a: no.jsonl}}",
+            "stage dpo: validation.watch.a: no such file or directory: no.",
+        ),
+        ("{model.tokenizer: ./nosuch}", "stage dpo: model.tokenizer: no such directory: ./nosuch"),
+        ("{dpo.reference: ./nosuch}", "stage dpo: dpo.reference: ./nosuch does not exist"),
+        (
+            "{model.chat_template: no.jinja}",
+            "stage dpo: model.chat_template: neither a Jinja template nor a f",
+        ),
+        (
+            "{data.prompt_template: no.txt}",
+            "stage dpo: data.prompt_template: neither a template with {names}",
+        ),
+    ],
+)
+def test_missing_inputs_of_a_later_stage(settings, message):
+    for name in ("rows", "there", "empty"):
+        Path(name).mkdir()
+    for name in ("rows", "there"):
+        Path(f"{name}/training.jsonl").write_text("{}\n")
+    model("base")
+    body = "stages: {sft: {}, dpo: {}}\n"
+    inputs.check(load(body), ["sft", "dpo"])
+    body = f"stages: {{sft: {{}}, dpo: {{set: {settings}}}}}\n"
+    assert lacking(body).startswith(message)
+    inputs.check(load(body), ["sft"])  # of stages that are done nothing is needed any more
+
+
+def test_missing_models():
+    body = "stages: {sft: {model: ./nosuch}}\n"
+    assert lacking(body) == "stage sft: model.path: ./nosuch does not exist"
+    Path("half").mkdir()
+    assert lacking("stages: {sft: {model: half}}\n").startswith(
+        "stage sft: model.path: half has no config.json"
+    )
+    body = "stages: {sft: {}, rm: {}, dpo: {after: sft, set: {dpo.reference: ./nosuch}}}\n"
+    assert lacking(body, "dpo") == "stage dpo: dpo.reference: ./nosuch does not exist"
+
+
+def test_texts_and_stores_are_found_as_the_job_finds_them():
+    """Text files are for cpt alone; a preparation reads what its run is configured with."""
+    Path("texts").mkdir()
+    Path("texts/a.md").write_text("a")
+    body = "stages: {t: {algo: prepare}, cpt: {set: {data.train: texts}}}\n"
+    inputs.check(load(body), ["t", "cpt"])
+    assert lacking(body.replace("texts}", "texts/b.md}"), "t").startswith(
+        "stage cpt: data.train: no such file"
+    )
+    assert "has none of" in lacking("stages: {sft: {set: {data.train: texts}}}\n")
+
+
+def test_what_an_earlier_stage_makes_need_not_be_there():
+    """Its exports, its other files, the stores of a preparation; but not those of a stage beside it."""
+    body = (
+        "stages:\n  t: {algo: prepare}\n  cpt: {}\n  sft: {}\n"
+        "  dpo: {set: {dpo.reference: runs/p-cpt/export/latest, data.train: runs/.cache/text-1/x.jsonl}}\n"
+    )
+    inputs.check(load(body), ["dpo"])
+    beside = (
+        "stages:\n  sft: {}\n  a: {algo: sft}\n  b: {algo: sft, after: sft, model: runs/p-a/export/latest}\n"
+    )
+    told = lacking(beside, "b").splitlines()
+    assert told[0].startswith("stage b: model.path: runs/p-a/export/latest does not exist")
+    assert told[1] == "  stage a makes it: name it in `after` (or in `model`)"
 
 
 # ------------------------------------------------------------------------------------------- the commands
@@ -204,6 +297,21 @@ def test_dry_run(monkeypatch, capsys):
     shown = capsys.readouterr().out.replace(str(Path.cwd()), "HERE").replace(str(ROOT), "ROOT")
     assert shown == (ROOT / "tests/golden/pipeline_dry_run.txt").read_text()
     assert not Path("runs").exists()
+
+
+def test_dry_run_without_slurm(monkeypatch, capsys):
+    Path("p.yaml").write_text("name: x\nstages: {cpt: {}}\n")
+    monkeypatch.setattr("sys.argv", ["pipeline", "p.yaml", "--dry-run", "--executor", "local"])
+    tool.main()
+    here = Path.cwd()
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "",
+        "# cpt",
+        f"bash {ROOT}/sbatch/lib.sh cpt --config {here}/runs/x.pipeline/cpt.yaml",
+        "# cpt.export",
+        f"python -m tools.convert_dcp_to_hf --run {here}/runs/x-cpt --step latest "
+        f"--out {here}/runs/x-cpt/export/latest --finished --update",
+    ]
 
 
 def test_templates_of_the_tools_differ_in_the_tool_only():
@@ -276,6 +384,10 @@ def test_states_of_jobs():
         (standing.Facts(False, job=job("RUNNING")), ("starting", "", None)),
         (standing.Facts(False, job=job("FAILED", "0:9")), ("failed", "FAILED", 137)),
         (standing.Facts(False, job=job("CANCELLED", "0:15")), ("cancelled", "", 143)),
+        (
+            standing.Facts(False, job=job("CANCELLED", node="(null)")),
+            ("cancelled", "on request, before it began", 0),
+        ),
         (standing.Facts(False, job=None), ("unknown", "job 1: Slurm does not answer", None)),
     ):
         assert judged({"cpt": facts})["cpt"] == expected
@@ -303,6 +415,90 @@ def test_what_is_submitted():
         asked(cpt=broken, sft=running)
     with pytest.raises(UserError, match="Slurm does not answer"):
         asked(cpt=standing.Facts(False, job=None))
+
+
+def test_a_deleted_export_is_made_again_and_nothing_else():
+    """What has trained from it needs it no more; what is still to train waits for it."""
+    graph = planned("name: x\nstages: {cpt: {}, sft: {}, dpo: {}}\n")
+    done = dict.fromkeys(graph.nodes, standing.Facts(True))
+    gone = {**done, "cpt.export": standing.Facts(False, job=job("COMPLETED"))}
+    assert jobs.to_submit(graph, standing.judge(graph, gone)) == (["cpt.export"], [])
+    waiting = {**gone, "sft": standing.Facts(False, job=PENDING)}
+    assert jobs.to_submit(graph, standing.judge(graph, waiting)) == (
+        ["cpt.export", "sft", "sft.export", "dpo", "dpo.export"],
+        ["3"],
+    )
+    longer = {**done, "dpo": standing.Facts(False, job=job("COMPLETED"))}
+    graph.nodes["dpo"].again = True
+    assert jobs.to_submit(graph, standing.judge(graph, longer)) == (["dpo", "dpo.export"], [])
+    shown = [s.detail for s in standing.judge(graph, gone).values() if s.bad]
+    assert shown == [f"it ended with exit code 0, but {graph.nodes['cpt.export'].result} is not there"]
+
+
+def stopped_without_slurm(kind: str) -> tuple[graph_module.Graph, dict[str, standing.Facts]]:
+    """A pipeline on this machine whose first part was asked to end. kind: prepare, run."""
+    graph = planned("name: x\nstages: {t: {algo: prepare}, cpt: {}}\n")
+    graph.executor = "local"
+    for node in graph.nodes.values():
+        node.jobs, node.outputs = [], []
+    facts = dict.fromkeys(graph.nodes, standing.Facts(False))
+    if kind == "prepare":
+        graph.nodes["t"].jobs = ["local-5"]
+        return graph, {**facts, "t": standing.Facts(False, exit_code=143)}
+    run = Path(graph.nodes["cpt"].run or "")
+    (run / "attempts").mkdir(parents=True)
+    record = {"attempt": 1, "began": 1.0, "launcher": "local", "job_id": None, "pid": 5, "host": "h"}
+    record |= {"state": "YIELD", "action": "stop", "cause": "cancelled", "exit_code": 75, "step": 0}
+    record |= {"summary": "cancelled (step 0)\nnothing is committed yet\nnot requeued: it was cancelled"}
+    (run / "attempts" / "0001.json").write_text(json.dumps(record))
+    graph.nodes["cpt"].jobs = ["local-5"]
+    return graph, {**standing.gather(graph), "t": standing.Facts(True)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "detail"),
+    [("prepare", "t", "what is finished is kept"), ("run", "cpt", "nothing committed yet")],
+)
+def test_who_has_stopped_it_is_told_how_it_goes_on(kind, name, detail):
+    graph, facts = stopped_without_slurm(kind)
+    found = standing.judge(graph, facts)
+    assert found[name].state == standing.overall(found) == "stopped"
+    assert re.fullmatch(rf"stopped: on request[,;] {detail}", standing.told(found[name]))
+    assert found[name].next_action == "to go on: python -m tools.pipeline p.yaml --executor local"
+    assert found["cpt.export"].state == "not submitted"
+    assert found["cpt.export"].cause is None
+
+
+def test_a_run_that_could_not_begin_without_slurm():
+    """Its newest process ended with 78 and left no attempt: the old attempt's words are not its own."""
+    graph, _ = stopped_without_slurm("run")
+    node = graph.nodes["cpt"]
+    node.jobs, node.exit_code, node.outputs = ["local-5", "local-6"], 78, [str(Path("o").absolute())]
+    Path("o").write_text("strop: the code has changed since the last attempt\n")
+    s = standing.look(graph)["cpt"]
+    assert standing.told(s) == "failed (exit 78): strop: the code has changed since the last attempt"
+
+
+def test_jobs_that_are_just_ending_are_waited_for(monkeypatch):
+    """Cancelled a moment ago: neither taken up again nor waited for by the new ones."""
+    graph = planned()
+    states = ["COMPLETING", "COMPLETING", "CANCELLED"]
+
+    def slurm(words, **_):
+        if words[0] == "squeue":
+            return "1 x-cpt\n" if states else ""
+        text = f"JobId=1 JobState={states.pop(0)} NodeList=n1\n   StdOut={graph.directory}/x-cpt-1.out"
+        return text
+
+    monkeypatch.setattr(command, "slurm", slurm)
+    monkeypatch.setattr(jobs, "POLL_S", 0.0)
+    said: list[str] = []
+    jobs.settle(graph, said.append)
+    assert (said, states) == (["waiting until Slurm has ended x-cpt (job 1)"], [])
+    states[:] = ["COMPLETING"] * 3
+    monkeypatch.setattr(jobs, "SETTLE_S", -1.0)
+    with pytest.raises(UserError, match=r"x-cpt \(job 1\): Slurm has not come to its end"):
+        jobs.settle(graph, said.append)
 
 
 def test_tree():
@@ -403,7 +599,8 @@ def test_an_export_is_done_when_it_is_of_the_checkpoint_that_is_wanted():
     exports.mark(out, first, None)
     assert exports.is_done(out, run, "latest", None)
     assert not exports.is_done(out, run, "latest", "bf16")
-    assert not exports.is_done(out, run, "best", None) or exports.chosen(run, "best") is None
+    assert attempts.find_checkpoint(run, "best") is None
+    assert exports.is_done(out, run, "best", None)  # without the checkpoint, what was exported stands
     (run / "checkpoints" / "BEST.json").write_text('{"step": 2}')
     commit(run, 4)
     assert not exports.is_done(out, run, "latest", None)

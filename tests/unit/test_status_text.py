@@ -112,7 +112,8 @@ def test_no_such_run(run, tmp_path, monkeypatch):
     (tmp_path / "runs" / "foreign" / "notes.txt").touch()
     root = Path("runs")
     for name, expected in [
-        ("runs/rr", "runs/rr: no such run; there is r"),
+        ("runs/rr", "runs/rr: no such run; did you mean r?"),
+        ("other", "runs/other: no such run; there is r"),
         ("empty", "runs/empty: not a run of strop: no attempts/ in it (it is empty)"),
         ("runs/foreign", "runs/foreign: not a run of strop: no attempts/ in it (it holds notes.txt)"),
         ("runs/foreign/notes.txt", "notes.txt: not a run of strop: no attempts/ in it (it is a file)"),

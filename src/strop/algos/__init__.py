@@ -34,6 +34,8 @@ class Algorithm:
     """(batch): what the loss is divided by: trained tokens, rows or pairs."""
     loss: Callable[[Any, Batch, Config], tuple[Tensor, Metrics]]
     """(out, batch, cfg): the loss's sum over the batch, and what it measures beside."""
+    per_token: bool = False
+    """Whether that sum is over tokens, so that a batch may be parted anywhere; else it is over rows."""
     derived: Callable[[dict[str, float]], dict[str, float]] = lambda means: {}
     """(means): metrics that follow from the means of a step or of a validation set."""
     rewards: Optional[Callable[[Any, Batch, Config], Tensor]] = None

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 
-from strop.algos.sft import count, loss
+from strop.algos.sft import count, loss, per_token
 
-__all__ = ["count", "derived", "loss"]
+__all__ = ["count", "derived", "loss", "per_token"]
 
 
 def derived(means: dict[str, float]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from strop import ops
 from strop.algos import Metrics
 from strop.config import Config
+from strop.config_check import REFERENCE_FREE
 from strop.data.batch import Batch
 from strop.models.policy import Output
 from strop.ops import preference
@@ -21,7 +22,7 @@ from strop.ops import preference
 
 def needs_reference(cfg: Config) -> bool:
     """Whether batches carry the log-probs of a reference model."""
-    return cfg.dpo.loss not in preference.REFERENCE_FREE
+    return cfg.dpo.loss not in REFERENCE_FREE
 
 
 def count(batch: Batch) -> int:
@@ -112,4 +113,9 @@ def _metrics(ratio: Tensor, logp: Tensor, beta: float, out: Output, batch: Batch
 def _of_chosen(batch: Batch) -> Tensor:
     """bool [T]: the token is in a chosen sequence (the prompt's part of it is not trained)."""
     lengths = batch.cu_seqlens.diff().long()
-    return torch.arange(len(lengths), device=lengths.device).remainder(2).eq(0).repeat_interleave(lengths)
+    return (
+        torch.arange(len(lengths), device=lengths.device)
+        .remainder(2)
+        .eq(0)
+        .repeat_interleave(lengths, output_size=len(batch.tokens_T))
+    )

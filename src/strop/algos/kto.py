@@ -80,7 +80,8 @@ def _metrics(reward_R: Tensor, is_good_R: Tensor, out: Output, batch: Batch) -> 
     """TRL's names: chosen are the desirable rows, rejected the undesirable ones; means over what there is."""
     logp_R = ops.segment_sum(out.logp_T, batch.cu_seqlens)
     tokens = batch.trained_T.float()
-    is_good_T = is_good_R.repeat_interleave(batch.cu_seqlens.diff().long())
+    lengths_S, num_tokens = batch.cu_seqlens.diff().long(), len(batch.tokens_T)
+    is_good_T = is_good_R.repeat_interleave(lengths_S, output_size=num_tokens)
     metrics = {
         "entropy": (out.entropy_T.sum(), tokens.sum()),
         "mean_token_accuracy": (out.correct_T.sum(), tokens.sum()),

@@ -10,6 +10,9 @@ from strop.config import Config
 from strop.data.batch import Batch
 from strop.models.policy import Output
 
+per_token = True
+"""The loss is a sum over tokens."""
+
 
 def count(batch: Batch) -> int:
     """What the loss is divided by: trained tokens."""

@@ -10,13 +10,12 @@ a token store must be addressed by.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from strop import user_code
+from strop import similar, user_code
 from strop.config import DataConfig
 from strop.data.adapters import TABLE, Adapter, Form, LeftOut, Made
 from strop.data.fields import Refused, listed, short
@@ -83,10 +82,9 @@ def of_path(config: DataConfig, kind: str) -> Use | None:
             )
         return _of_table(own, KEY, kind)
     if not user_code.is_path(config.adapter):
-        close = difflib.get_close_matches(config.adapter.lower(), TABLE, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(TABLE)}"
+        hint = similar.meant_or_known(config.adapter.lower(), TABLE)
         raise UserError(
-            f"{KEY}: no adapter is called {config.adapter!r}: {hint} (or package.module:name, or none)"
+            f"{KEY}: no adapter is called {config.adapter!r}{hint} (or package.module:name, or none)"
         )
     return Use(config.adapter, kind, dict(config.adapter_args))
 
@@ -112,12 +110,6 @@ def form(use: Use | None) -> Form | None:
     if use is None or use.known is None:
         return None
     return use.known.forms[SERVED_BY.get(use.kind, use.kind)]
-
-
-def nearest(name: str) -> str:
-    """For the message about a data set that is not there: short names like this one."""
-    close = difflib.get_close_matches(name.lower(), TABLE, n=3)
-    return f"; did you mean {', '.join(close)}?" if close else ""
 
 
 def identity(use: Use | None) -> list[Any]:

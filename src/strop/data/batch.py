@@ -58,8 +58,8 @@ class Batch:
     """int32 [S + 1], where prompts are shared: the same sums as cu_seqlens with the shared prompts counted.
     A sequence with more keys than tokens goes on where the prompt of the one before it ends."""
 
-    keys_S: Tensor | None = None
-    """int64 [S, 2]: what the random draws of each sequence hang on; None: nothing is drawn (validation)."""
+    known_N: Tensor | None = None
+    """int64 [N]: where trained_T is True, made in host memory: looking for it on a GPU would wait for it."""
 
     @property
     def num_tokens(self) -> int:
@@ -80,9 +80,51 @@ class Batch:
         return previous_T.scatter(0, starts_S, torch.where(num_shared_S > 0, last_of_prompt_S, starts_S - 1))
 
     @property
+    def index_N(self) -> Tensor:
+        """int64 [N]: where the trained tokens stand."""
+        return self.trained_T.nonzero()[:, 0] if self.known_N is None else self.known_N
+
+    @property
     def is_dummy(self) -> bool:
         """True where a rank has no rows: it runs the same collectives, and its loss must count 0."""
         return len(self.rows) == 0
+
+    def row_edges(self) -> list[int]:
+        """[R + 1]: trained tokens before each row, and all. Looks at values, so call it in host memory."""
+        before = np.concatenate([[0], np.cumsum(self.trained_T.numpy())])
+        num_seqs = len(self.cu_seqlens) - 1
+        return before[self.cu_seqlens[:: num_seqs // max(len(self.rows), 1)].numpy()].tolist()
+
+    def trained_only(self, index_N: Tensor) -> Batch:
+        """As a loss sees it: with no tokens but those trained, which are at index_N."""
+        before = torch.nn.functional.pad(self.trained_T.cumsum(0), (1, 0))
+        return dataclasses.replace(
+            self,
+            tokens_T=self.tokens_T[index_N],
+            positions_T=self.positions_T[index_N],
+            cu_seqlens=before[self.cu_seqlens].to(self.cu_seqlens.dtype),
+            trained_T=self.trained_T[index_N],
+            ref_logp_T=None if self.ref_logp_T is None else self.ref_logp_T[index_N],
+            known_N=None,
+            draw_T=None,
+            cu_keys=None,
+        )
+
+    def part(self, tokens: slice, rows: slice) -> Batch:
+        """Some tokens with the rows that they belong to, for a loss. Of a row that is cut, what is inside."""
+        num_rows, num_seqs = max(len(self.rows), 1), len(self.cu_seqlens) - 1
+        edges = self.cu_seqlens[rows.start * num_seqs // num_rows : rows.stop * num_seqs // num_rows + 1]
+        return dataclasses.replace(
+            self,
+            tokens_T=self.tokens_T[tokens],
+            positions_T=self.positions_T[tokens],
+            cu_seqlens=edges.clamp(tokens.start, tokens.stop) - tokens.start,
+            trained_T=self.trained_T[tokens],
+            known_N=None,
+            rows=self.rows[rows],
+            ref_logp_T=None if self.ref_logp_T is None else self.ref_logp_T[tokens],
+            value_R=None if self.value_R is None else self.value_R[rows],
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device; asynchronous from pinned memory."""
@@ -139,6 +181,7 @@ def make_batch(
         positions_T=torch.from_numpy(positions),
         cu_seqlens=_cumulated(seqlens),
         trained_T=torch.from_numpy(trained),
+        known_N=torch.from_numpy(np.flatnonzero(trained)),
         rows=rows,
         max_seqlen=int(seqlens.max()),
         value_R=torch.from_numpy(store.values_R[rows]) if not isinstance(store, Blocks) else None,
@@ -160,6 +203,7 @@ def _dummy(seqs_per_row: int, rows: np.ndarray, *, with_ref: bool, draws: bool) 
         positions_T=torch.arange(DUMMY_LENGTH).repeat(seqs_per_row),
         cu_seqlens=torch.arange(0, total + 1, DUMMY_LENGTH, dtype=torch.int32),
         trained_T=torch.zeros(total, dtype=torch.bool),
+        known_N=torch.zeros(0, dtype=torch.int64),
         rows=rows,
         max_seqlen=DUMMY_LENGTH,
         value_R=torch.full((1,), torch.nan),

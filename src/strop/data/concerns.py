@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from strop.config import Config
+from strop.config import Config, trains_reward_model
 from strop.data import labels, noise, repeats
 from strop.data.inspect import Look
 from strop.data.ledger import BadRow, Ledger, place
@@ -28,6 +28,7 @@ OUTLIER = 8
 """A sequence so many times as long as the 99th percentile stands out."""
 COMMON = 8
 """A beginning of so many tokens that all sequences share is a prompt of the template or of the data."""
+EXAMPLES = 3
 ADVICE = {
     "same_pair": "such a pair teaches nothing: take it out, or see why the answers are equal",
     "over_length": "data.max_length is the key to raise",
@@ -62,8 +63,20 @@ def of_set(look: Look, config: Config, tokenizer: Any, templated: bool) -> list[
         out += _length_bias(look)
     if look.name == "train" and isinstance(look.rows, TokenStore) and look.rows.kind == "unpaired":
         out += _labels(look.rows, config)
+    if look.name == "train" and isinstance(look.rows, TokenStore) and trains_reward_model(config.algo):
+        out += _margins(look, look.rows)
     out += _repeated(look)
     return out
+
+
+def _margins(look: Look, store: TokenStore) -> list[Concern]:
+    """Pairs that allow the rejected answer the higher score."""
+    rows = np.flatnonzero(store.values_R < 0)
+    if not len(rows):
+        return []
+    text = "have a negative margin: their rejected answer may score higher, by as much"
+    advice = "exchange chosen and rejected if these are the wrong way round, else leave the margin out"
+    return [_concern(look, "warn", "negative_margin", text, advice, count=len(rows), rows=rows[:3].tolist())]
 
 
 def _labels(store: TokenStore, config: Config) -> list[Concern]:
@@ -250,7 +263,7 @@ def pair_lengths(trained_S: np.ndarray) -> tuple[int, int, float, float]:
 
 def _repeated(look: Look) -> list[Concern]:
     out = []
-    rows, prompts = repeats.repeated_rows(look.hashes), repeats.repeated_prompts(look.hashes)
+    rows, prompts = repeats.within(look.contents)
     if rows.count:
         advice = "they weigh twice: take them out"
         if look.is_text:
@@ -265,7 +278,7 @@ def _repeated(look: Look) -> list[Concern]:
 
 def leaks(train: Look, other: Look) -> list[Concern]:
     """What the training set gives away of another one."""
-    rows, prompts = repeats.leakage(train.hashes, other.hashes)
+    rows, prompts = repeats.leakage(train.contents, other.contents)
     out = []
     if rows.count:
         text = f"of {other.name} are in the training set, too"
@@ -282,7 +295,7 @@ def _twice(
     look: Look, first: Look, level: str, name: str, text: str, advice: str, found: repeats.Repeats
 ) -> Concern:
     base = _concern(look, level, name, text, advice, count=found.count)
-    for a, b in found.examples:
+    for a, b in found.pairs(EXAMPLES):
         base.examples.append(f"{place(*look.place(a))} = {place(*first.place(b))}")
     return base
 

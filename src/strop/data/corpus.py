@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from strop.data import intact
 from strop.errors import UserError
 
 FORMAT = 1
@@ -77,27 +78,21 @@ class Corpus:
     @classmethod
     def open(cls, path: Path | str) -> Corpus:
         path = Path(path)
-        try:
-            meta = json.loads((path / "store.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{path} is not a token store: it has no store.json") from None
+        if not is_corpus(path):
+            raise UserError(f"{path} is not a token store: it has no store.json")
+        meta = intact.record(path / "store.json")
         if meta["kind"] != KIND:
             raise UserError(f"{path} is a token store of {meta['kind']} rows, not of text documents")
         if meta["format"] != FORMAT:
             raise UserError(
                 f"{path} has store format {meta['format']}, this version reads {FORMAT}: prepare it again"
             )
-        offsets = np.load(path / "offsets.npy", mmap_mode="r")
+        offsets = intact.array(path / "offsets.npy", mmap_mode="r")
         size, total = int(meta["shard_tokens"]), int(offsets[-1])
-        shards = []
-        for i, begin in enumerate(range(0, total, size)):
-            file, wanted = path / shard_name(i), 4 * min(size, total - begin)
-            if not file.is_file() or file.stat().st_size != wanted:
-                raise UserError(
-                    f"{file} is damaged (missing, or its size differs from {wanted}): delete {path} and "
-                    "prepare it again"
-                )
-            shards.append(np.memmap(file, dtype=np.int32, mode="r"))
+        shards = [
+            intact.flat(path / shard_name(i), np.int32, min(size, total - begin))
+            for i, begin in enumerate(range(0, total, size))
+        ]
         return cls(
             path=path,
             digest=meta["digest"],
@@ -105,7 +100,7 @@ class Corpus:
             shards=tuple(shards),
             shard_tokens=size,
             offsets=offsets,
-            rows=np.load(path / "rows.npy", mmap_mode="r"),
+            rows=intact.array(path / "rows.npy", len(offsets) - 1, "r"),
             sources=tuple(meta["sources"]),
             ranges=tuple(Range(*r) for r in meta["ranges"]),
         )

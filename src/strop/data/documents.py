@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from strop.config import DataConfig, PrepareConfig
-from strop.data import adapt, sources
+from strop.data import adapt, intact, sources
 from strop.data.ledger import BadRow
 from strop.data.sources import TEXT_SUFFIXES, Row, Source
 from strop.errors import UserError
@@ -71,6 +71,8 @@ def find(entry: str, key: str, split: str, config: DataConfig) -> list[Source]:
         return [_as_source(path, entry, key, config)]
     if not path.is_dir():
         return [sources.find_one(entry, key, split, config, KIND)]
+    if (path / "offsets.npy").exists():  # else its ledgers would be taken for texts
+        raise intact.damaged(path / "store.json", "missing")
     return _named(path, entry, key, split, config) or _all_files(path, entry, key, config)
 
 

@@ -3,7 +3,8 @@
 A key is a hash of (seed, optimiser step, row id, place in the row), so neither packing nor the number of
 ranks nor a resume changes what is drawn. The place is the token's position in its sequence: both sequences
 of a pair draw alike, and a prompt that is computed once draws what it would draw twice. Blocks of text, in
-which positions begin anew in every document, count from the start of the block.
+which positions begin anew in every document, count from the start of the block. Whoever draws mixes in
+something of its own (LoRA's dropout a layer's name, NEFTune a constant), so that their numbers go apart.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ Message = dict[str, Any]
 
 MAX_FP32 = 3.4e38
 """Numbers are kept in fp32."""
+MAX_MARGIN = 65536
+"""Beside a larger one fp32 would not see scores that differ by 0.004, and the loss would be the margin."""
 
 NEEDED = {
     "preference": "chosen and rejected, with prompt unless they are message lists that share their beginning",
@@ -106,6 +108,16 @@ def number(fields: dict[str, Any], name: str) -> float:
     if not is_number or not abs(value) <= MAX_FP32:
         raise Refused("wrong_fields", f"{name} is {short(value)}, not a finite number")
     return float(value)
+
+
+def margin_of(fields: dict[str, Any]) -> float:
+    """By how much the chosen completion is better; NaN where the row does not say. Raises Refused."""
+    margin = number(fields, "margin")
+    if abs(margin) > MAX_MARGIN:
+        raise Refused(
+            "wrong_fields", f"margin is {margin:g}; scores would not count beside more than {MAX_MARGIN:,}"
+        )
+    return margin
 
 
 def wrong_fields(kind: str, fields: dict[str, Any]) -> Refused:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from strop import similar
 from strop.data import adapt
 from strop.errors import UserError, first_line
 
@@ -18,6 +19,7 @@ def load(name: str, path: str, subset: str | None, split: str | None) -> Any:
     that does not answer, but UserError where the user has said to work offline."""
     import datasets
 
+    nearest = similar.meant(path.lower(), adapt.TABLE)
     try:
         if (Path(path) / "dataset_dict.json").exists():
             saved = datasets.load_from_disk(path)
@@ -33,9 +35,9 @@ def load(name: str, path: str, subset: str | None, split: str | None) -> Any:
         if Path(path).is_dir():
             raise UserError(f"{name}: {first_line(error)}") from None
         text = f"{name}: {first_line(error)} (neither a local path nor a hub set)"
-        raise UserError(text + adapt.nearest(path)) from None
+        raise UserError(text + nearest) from None
     except ConnectionError as error:
-        text = f"{name} is no local path, and {IS_AWAY}: {first_line(error)}{adapt.nearest(path)}"
+        text = f"{name} is no local path, and {IS_AWAY}: {first_line(error)}{nearest}"
         if datasets.config.HF_HUB_OFFLINE:
             raise UserError(text) from None
         raise ConnectionError(text) from None

@@ -17,7 +17,7 @@ from strop.config import Config, TrainConfig
 from strop.data import ends, plan, repeats, spans, units
 from strop.data.blocks import Blocks
 from strop.data.ledger import Ledger
-from strop.data.repeats import Hashes
+from strop.data.repeats import Contents
 from strop.data.sets import RowSet
 from strop.data.store import WORTH_SHARING, TokenStore
 from strop.data.units import Chunk
@@ -56,7 +56,7 @@ class Look:
     """int32: tokens before the first trained one."""
     trained_S: np.ndarray
     """int32: trained tokens."""
-    hashes: Hashes
+    contents: Contents
     found: dict[str, Found]
     """double_bos, no_bos, no_end, double_end, special_inside, unknown, empty_completion."""
     ends: dict[int, int]
@@ -67,7 +67,7 @@ class Look:
     @property
     def num_rows(self) -> int:
         """Rows, or documents."""
-        return len(self.hashes.rows_R)
+        return len(self.contents.whole_R)
 
     @property
     def is_text(self) -> bool:
@@ -92,16 +92,17 @@ class Inspector:
         self.ends: dict[int, int] = {}
         self.common: list[int] | None = None
         self.columns: list[tuple[np.ndarray, ...]] = []
+        self.hashes: list[tuple[np.ndarray, np.ndarray]] = []
 
     def add(self, chunk: Chunk) -> None:
         offsets = chunk.offsets_S1
         begins, stops = offsets[:-1], offsets[1:]
         tokens, trained = chunk.tokens_T, chunk.trained_T
-        marks = np.append(np.flatnonzero(trained), len(tokens))
-        prompts = np.minimum(marks[np.searchsorted(marks, begins)], stops) - begins
         sums = _sum_each(trained, begins)
-        lengths = [column.astype(np.int32) for column in (np.diff(offsets), prompts, sums)]
-        self.columns.append((*lengths, *self._hashes(chunk, prompts)))
+        self.columns.append(
+            tuple(column.astype(np.int32) for column in (np.diff(offsets), chunk.prompts_S, sums))
+        )
+        self.hashes.append(repeats.hashes(chunk, self.per_row))
         self._look_at_ends(chunk)
         special = self.special_V[tokens]
         inner = special.copy()
@@ -142,15 +143,6 @@ class Inspector:
             candidates[s] = not self.tokenizer.decode(own[~self.special_V[own]].tolist()).strip()
         return candidates
 
-    def _hashes(self, chunk: Chunk, prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        edges, n = chunk.offsets_S1.tolist(), self.per_row
-        rows, heads = [], []
-        for first in range(0, len(edges) - 1, n):
-            sequences = [chunk.tokens_T[edges[s] : edges[s + 1]] for s in range(first, first + n)]
-            rows.append(repeats.row_hash(sequences))
-            heads.append(repeats.prompt_hash(sequences[0][: prompts[first]]))
-        return np.array(rows, dtype=np.uint64), np.array(heads, dtype=np.uint64)
-
     def _share_beginning(self, chunk: Chunk) -> None:
         begins, stops = chunk.offsets_S1[:-1], chunk.offsets_S1[1:]
         if self.common is None:
@@ -162,11 +154,10 @@ class Inspector:
                 break
 
     def look(self, name: str, rows: RowSet, ledger: Ledger) -> Look:
-        columns = [np.concatenate(column) for column in zip(*self.columns)]
-        lengths, prompts, trained, of_rows, of_prompts = columns
+        lengths, prompts, trained = (np.concatenate(column) for column in zip(*self.columns))
         common = (self.common or []) if len(lengths) > 1 else []
-        hashes = Hashes(of_rows, of_prompts)
-        parts = (hashes, self.found, self.ends, common)
+        contents = Contents.gathered(rows, self.hashes)
+        parts = (contents, self.found, self.ends, common)
         return Look(name, ledger, rows, self.per_row, lengths, prompts, trained, *parts)
 
 

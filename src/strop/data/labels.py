@@ -14,7 +14,8 @@ def imbalance(num_good: int, num_bad: int, config: KtoConfig) -> str | None:
     """What to say about desirable and undesirable rows; None where their weights balance them."""
     if not (num_good and num_bad):
         only = "desirable" if num_good else "undesirable"
-        return f"all {num_good + num_bad:,} rows are {only}: nothing shows the model the other kind"
+        rows = f"all {num_good + num_bad:,} rows are" if num_good + num_bad > 1 else "the only row is"
+        return f"{rows} {only}: nothing shows the model the other kind"
     good, bad = config.desirable_weight * num_good, config.undesirable_weight * num_bad
     if LOW - ROUNDING <= good / bad <= HIGH + ROUNDING:
         return None

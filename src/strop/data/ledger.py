@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from strop.config import DataConfig
+from strop.data import intact
 from strop.data.store import TokenisedRow
 from strop.errors import UserError
 
@@ -123,7 +124,7 @@ class Ledger:
     split: str
     sources: dict[str, SourceLedger] = field(default_factory=dict)
     overlap: dict[str, Any] | None = None
-    """What this set shares with the training set (strop.data.overlap); None: not looked for."""
+    """What this set shares with the training set (strop.data.repeats); None: not looked for."""
 
     def of(self, source: str) -> SourceLedger:
         return self.sources.setdefault(source, SourceLedger(source))
@@ -222,7 +223,7 @@ class Ledger:
 
     @classmethod
     def load(cls, path: Path) -> Ledger:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = intact.record(path)
         ledger = cls(split=record["split"])
         for entry in record["sources"]:
             del entry["read"]
@@ -252,11 +253,11 @@ class Ledger:
 
     def _overlap_text(self) -> str:
         found = self.overlap
-        if not found or not found["prompts"]:
+        if not found or not found["rows"] + found["prompts"]:
             return ""
         text = (
-            f"\nwarning: {found['prompts']:,} of {found['of']:,} rows have a prompt of the training set "
-            f"({found['rows']:,} are equal as a whole); nothing was taken out. The first:"
+            f"\nwarning: {found['rows']:,} of {found['of']:,} rows are training rows, too, and "
+            f"{found['prompts']:,} others have a prompt of one; nothing was taken out. The first:"
         )
         return text + "".join(f"\n  {example}" for example in found["examples"])
 

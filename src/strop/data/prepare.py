@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,10 @@ def prepare(
         except OSError as error:
             if error.errno in STORAGE_ERRNOS:
                 raise StorageError(error.errno, f"{error.strerror} (data.cache_dir)", str(path)) from error
-            raise
+            if not (path / "store.json").exists():  # else a twin was faster, and has removed our half of it
+                raise
+    for rubble in path.parent.glob(f"{path.name}.tmp-*"):  # of a process that was killed while it wrote
+        shutil.rmtree(rubble, ignore_errors=True)
     ledger = Ledger.load(path / "ledger.json")
     ledger.check(config.data.max_dropped_fraction)
     return TokenStore.open(path), ledger

@@ -25,7 +25,7 @@ from strop.data.fields import (
     known,
     label_of,
     listed,
-    number,
+    margin_of,
     tools_of,
     weight,
     wrong_fields,
@@ -119,7 +119,7 @@ class Renderer:
             tools = tools_of(row.fields)
             if self.kind == "preference":
                 texts, templated = self._preference(row.fields, tools)
-                value = number(row.fields, "margin")
+                value = margin_of(row.fields)
             elif self.kind == "unpaired":
                 texts, templated, value = self._unpaired(row.fields, tools)
             else:

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Union
 
-from strop.config import SCORING, Config, DataConfig
-from strop.data import corpus, documents, noise, overlap, plan, prepare_text, sources
+from strop.config import Config, DataConfig
+from strop.config_check import REFERENCE_FREE
+from strop.data import corpus, documents, noise, plan, prepare_text, sources
 from strop.data.blocks import Blocks
 from strop.data.corpus import Corpus, Range
 from strop.data.ledger import Ledger
@@ -44,8 +45,8 @@ class Maker:
     def names(self) -> list[str]:
         """train, validation where there is one, and the names of `validation.watch`."""
         c = self.config
-        if c.validation.watch and self.kind in ("preference", "unpaired") and c.algo not in SCORING:
-            algo = c.algo.upper()
+        if c.validation.watch and _has_reference(c):
+            algo = c.algo.upper() + (f" with dpo.loss={c.dpo.loss}" if c.algo == "dpo" else "")
             raise UserError(
                 f"validation.watch: not for {algo}, which would need reference log-probs of each set"
             )
@@ -142,17 +143,23 @@ class Maker:
         for entry in data_train(self.config.data):
             if corpus.is_corpus(Path(entry).expanduser()):
                 stores[entry] = Corpus.open(Path(entry).expanduser())
-                if stores[entry].tokenizer != self.tokenizer_digest:
+                theirs, ours = stores[entry].tokenizer, self.tokenizer_digest
+                if theirs != ours:
                     model = self.config.model.tokenizer or self.config.model.path
                     raise UserError(
-                        f"data.train: {entry} was prepared with another tokenizer than that of {model}: "
-                        "prepare it again with this one (tools.prepare), or set model.tokenizer"
+                        f"data.train: {entry} was prepared with another tokenizer (digest {theirs[:12]}) "
+                        f"than that of {model} ({ours[:12]}): prepare it again with this one "
+                        "(tools.prepare), or set model.tokenizer"
                     )
         return stores
 
     def _share_of_validation(self) -> float:
         split = self.config.data.split
         return sources.shares(split)[1] if split is not None else 0.0
+
+
+def _has_reference(config: Config) -> bool:
+    return config.algo == "kto" or (config.algo == "dpo" and config.dpo.loss not in REFERENCE_FREE)
 
 
 def data_train(data: DataConfig) -> list[str]:
@@ -189,8 +196,9 @@ def _ledger(name: str, made: list[tuple[Corpus, str]]) -> Ledger:
     """The ledgers of several corpora as one. Two may have an entry of the same name."""
     ledger = Ledger(name)
     for one, split in made:
-        path = one.path / f"ledger-{split}.json"
-        for entry in Ledger.load(path).sources.values() if path.exists() else ():
+        if split != "train" and not any(r.split == split for r in one.ranges):
+            continue
+        for entry in Ledger.load(one.path / f"ledger-{split}.json").sources.values():
             own = f"{one.path}: {entry.name}" if entry.name in ledger.sources else entry.name
             ledger.sources[own] = dataclasses.replace(entry, name=own)
     return ledger
@@ -204,19 +212,6 @@ def _check_parts(store: TokenStore, config: Config) -> None:
             raise UserError(f"data.train names {name} twice; data.weights can give one entry more")
         if name not in store.sources:
             raise UserError(f"data.train: no row of {name} is left, which data.weights counts on")
-
-
-def find_overlap(
-    ledger: Ledger, place: Place, train_place: Place, known: dict[str, Any] | None = None
-) -> None:
-    """Tell the ledger of a set of rows what the set shares with the training set. known: what was told
-    before, which is told again if it is of the same stores."""
-    if not isinstance(place, str) or not isinstance(train_place, str):
-        return
-    stores = [Path(train_place).name, Path(place).name]
-    if known is None or known["stores"] != stores:
-        known = {"stores": stores, **overlap.record(TokenStore.open(train_place), TokenStore.open(place))}
-    ledger.overlap = known
 
 
 def open_set(place: Place, config: Config, name: str) -> RowSet:

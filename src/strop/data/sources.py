@@ -11,7 +11,6 @@ on the same side, whatever file they are in.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import gzip
 import hashlib
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from strop import similar
 from strop.config import DataConfig
 from strop.data import adapt, hub
 from strop.data.ledger import BadRow
@@ -126,7 +126,7 @@ def find_one(name: str, key: str, split: str, config: DataConfig, kind: str) -> 
                 f"{key}: {name} has none of {', '.join(_wanted(split))}\n  it holds: {_listing(path)}"
             )
         return source
-    if _looks_like_path(name):
+    if looks_like_path(name):
         raise UserError(f"{key}: no such file or directory: {name}{_nearest(path)}")
     use = adapt.of_name(name, key, config, kind)
     repository = adapt.TABLE[name].repository if name in adapt.TABLE else name
@@ -145,7 +145,7 @@ def beside(name: str, config: DataConfig, kind: str) -> Source | None:
     path = Path(name).expanduser()
     if path.is_dir():
         return directory(path, name, "validation", config, kind, beside=True)
-    if path.exists() or _looks_like_path(name):
+    if path.exists() or looks_like_path(name):
         return None
     if _split_of(config, "validation", adapt.of_name(name, "data.train", config, kind)) is None:
         return None
@@ -212,7 +212,7 @@ def _split_of(config: DataConfig, split: str, use: adapt.Use | None) -> str | No
     return config.hub_validation_split or (form.validation if form is not None else None)
 
 
-def _looks_like_path(name: str) -> bool:
+def looks_like_path(name: str) -> bool:
     """A hub name is `name` or `owner/name`; it has no data ending and no directory here starts it."""
     parts = name.split("/")
     return (
@@ -228,10 +228,8 @@ def _nearest(path: Path) -> str:
     parent, missing = path.parent, path.name
     while not parent.is_dir():
         parent, missing = parent.parent, parent.name
-    close = difflib.get_close_matches(missing, [entry.name for entry in parent.iterdir()], n=3)
-    if close:
-        return f"\n  in {parent} there is: {', '.join(close)}"
-    return f"\n  {parent} holds: {_listing(parent)}"
+    close = similar.names(missing, (entry.name for entry in parent.iterdir()))
+    return similar.asked(str(parent / name) for name in close) or f"\n  {parent} holds: {_listing(parent)}"
 
 
 def _listing(path: Path) -> str:

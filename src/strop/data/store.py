@@ -12,6 +12,7 @@ one at the same time leave one of the two equal results.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from typing import BinaryIO
 import numpy as np
 
 from strop import files
+from strop.data import intact
 from strop.errors import UserError
 
 FORMAT = 2
@@ -145,10 +147,9 @@ class TokenStore:
     @classmethod
     def open(cls, path: Path | str) -> TokenStore:
         path = Path(path)
-        try:
-            meta = json.loads((path / "store.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{path} is not a token store: it has no store.json") from None
+        if not (path / "store.json").exists():
+            raise UserError(f"{path} is not a token store: it has no store.json")
+        meta = intact.record(path / "store.json")
         if meta["kind"] not in SEQS_PER_ROW:
             raise UserError(f"{path} holds documents of text, for continued pretraining (cpt) only")
         if meta["format"] != FORMAT:
@@ -156,26 +157,21 @@ class TokenStore:
                 f"{path} has store format {meta['format']}, this version reads {FORMAT}: prepare it again"
             )
         seqs_per_row = SEQS_PER_ROW[meta["kind"]]
-        offsets = np.load(path / "offsets.npy")
-        total = int(offsets[-1])
-        for name, size in (("tokens.bin", 4 * total), ("trained.bin", total)):
-            if (path / name).stat().st_size != size:
-                raise UserError(
-                    f"{path / name} is damaged (size differs from {size}): delete {path} and start again"
-                )
+        offsets = intact.array(path / "offsets.npy")
+        total, num_rows = int(offsets[-1]), (len(offsets) - 1) // seqs_per_row
         return cls(
             path=path,
             kind=meta["kind"],
             seqs_per_row=seqs_per_row,
-            tokens=np.memmap(path / "tokens.bin", dtype=np.int32, mode="r"),
-            trained=np.memmap(path / "trained.bin", dtype=np.bool_, mode="r"),
+            tokens=intact.flat(path / "tokens.bin", np.int32, total),
+            trained=intact.flat(path / "trained.bin", np.bool_, total),
             offsets=offsets,
             digest=meta["digest"],
-            num_rows=(len(offsets) - 1) // seqs_per_row,
+            num_rows=num_rows,
             row_lengths=np.diff(offsets[::seqs_per_row]),
-            row_sources=np.load(path / "rows.npy"),
+            row_sources=intact.array(path / "rows.npy", num_rows),
             sources=tuple(meta["sources"]),
-            values_R=np.load(path / "values.npy"),
+            values_R=intact.array(path / "values.npy", num_rows),
         )
 
     @classmethod
@@ -247,11 +243,14 @@ def _stream(
 
 
 def publish(aside: Path, path: Path) -> None:
-    """Files to disk, then the rename that makes the store exist. A twin that came first is kept."""
+    """Files to disk, then the rename that makes the store exist. A twin that came first is kept. UserError
+    where something stands in the way that is no whole store."""
     files.fsync_tree(aside)
     try:
         os.rename(aside, path)
-    except OSError:
+    except OSError as error:
         if not (path / "store.json").exists():  # anything but "another process wrote it meanwhile"
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise intact.damaged(path / "store.json", "missing") from None
             raise
     files.fsync(path.parent)

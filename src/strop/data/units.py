@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from strop.data.blocks import Blocks
+from strop.data.corpus import Corpus
 from strop.data.sets import RowSet
 
 CHUNK_TOKENS = 4_000_000
@@ -26,6 +28,13 @@ class Chunk:
     offsets_S1: np.ndarray
     """int64 [S + 1]: where its sequences begin."""
 
+    @cached_property
+    def prompts_S(self) -> np.ndarray:
+        """int64 [S]: tokens before the first trained one."""
+        begins, ends = self.offsets_S1[:-1], self.offsets_S1[1:]
+        marks = np.append(np.flatnonzero(self.trained_T), len(self.trained_T))
+        return np.minimum(marks[np.searchsorted(marks, begins)], ends) - begins
+
 
 def num_units(rows: RowSet) -> int:
     """Rows, or documents."""
@@ -36,9 +45,24 @@ def place_of(rows: RowSet, index: int) -> tuple[str, int]:
     """(source, line) of a row or document."""
     if not isinstance(rows, Blocks):
         return rows.row_id(index)
-    for part in rows.parts:
+    corpus, document = _located(rows, index)
+    return corpus.row_id(document)
+
+
+def sequences(rows: RowSet, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """[(tokens int32 [T], trained bool [T])] of a row or document."""
+    if not isinstance(rows, Blocks):
+        return rows.sequences(index)
+    corpus, document = _located(rows, index)
+    tokens = corpus.document(document)
+    return [(tokens, np.arange(len(tokens)) > 0)]
+
+
+def _located(blocks: Blocks, index: int) -> tuple[Corpus, int]:
+    """The document's corpus, and its number there."""
+    for part in blocks.parts:
         if index < part.end - part.begin:
-            return part.corpus.row_id(part.begin + index)
+            return part.corpus, part.begin + index
         index -= part.end - part.begin
     raise IndexError(index)
 

@@ -60,7 +60,7 @@ def examine(question: Question) -> Answer:
     nodes = q.nodes or config.cluster.nodes or 1
     gpus = config.cluster.gpus_per_node if q.gpus_per_node is None else q.gpus_per_node
     world = nodes * (gpus or 1)
-    scores = q.algo in config_module.SCORING
+    scores = config_module.trains_reward_model(q.algo)
     shape = model.look(config.model, checks, _offline(q.variables), scores, config.lora)
     train = _data(q, config, shape, world, answer, checks)
     run_dir = place.run_directory(q.algo, q.args, config, checks)

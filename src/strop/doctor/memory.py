@@ -22,7 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from strop.doctor.model import Shape
-from strop.ops.head import CHUNK_BYTES, KEPT_BYTES
+from strop.ops.head import CHUNK_BYTES, KEPT_BYTES, TIMES_ON_CUDA
 from strop.parallel import WHOLE_GRADIENT_BYTES
 
 COMPUTE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -93,7 +93,8 @@ def estimate(
 def _head_bytes(shape: Shape, tokens: int, c: int, gpu: bool) -> int:
     """All tokens may be trained ones. Beside the exponentials stands a maximum for every 12 of them."""
     kept = c * tokens * shape.vocab_size
-    kept = kept + kept * 4 // (12 * c) if kept <= KEPT_BYTES else 0
+    most = KEPT_BYTES * (TIMES_ON_CUDA if gpu else 1)
+    kept = kept + kept * 4 // (12 * c) if kept <= most else 0
     return kept + 2 * CHUNK_BYTES["cuda" if gpu else "cpu"] + 2 * 4 * tokens * shape.hidden
 
 

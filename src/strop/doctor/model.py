@@ -19,7 +19,7 @@ from strop import parallel
 from strop.config import LoraConfig, ModelConfig
 from strop.doctor.checks import Checks, gib
 from strop.errors import UserError, first_line
-from strop.models import hf, reward
+from strop.models import hf, local, reward
 from strop.models.lora import Adapters, num_trainable
 
 HEADER_LIMIT = 1 << 28
@@ -62,7 +62,7 @@ def look(
     `scores`: a model with a scalar head is trained."""
     assert config.path is not None
     try:
-        hf.check_model(config.path)
+        local.check_model(config.path)
     except UserError as error:
         checks.fail("model", str(error))
         return None

@@ -16,7 +16,7 @@ from strop.data import labels, noise, sources
 from strop.data.ledger import BadRow, Ledger, place
 from strop.data.lengths import histogram
 from strop.data.render import Options, Rendered, Renderer, chat_template
-from strop.data.repeats import row_hash
+from strop.data.repeats import digest
 from strop.data.sources import Source
 from strop.data.store import TokenisedRow
 from strop.data.tokenise import Tokeniser
@@ -45,13 +45,10 @@ class Scan:
     examples: list[TokenisedRow] = field(default_factory=list)
     templated: int = 0
     plain: int = 0
-    contents: dict[int, tuple[str, int]] = field(default_factory=dict)
-    """Hash of a row's tokens -> its place."""
+    contents: dict[bytes, list[tuple[str, int]]] = field(default_factory=dict)
+    """Digest of a row's tokens -> where it stands."""
     good: int = 0
     """Usable rows whose value is 1: the desirable ones of an unpaired set."""
-    doubles: int = 0
-    """Rows equal to an earlier one of the same set."""
-
     blocks: Optional[int] = None
     """Rows of a set of text, as far as the looked-at documents tell."""
 
@@ -64,9 +61,8 @@ class Scan:
         self.sequence_tokens += lengths
         if len(self.examples) < 64:
             self.examples.append(row)
-        content = row_hash([tokens for tokens, _ in row.sequences])
-        self.doubles += content in self.contents
-        self.contents.setdefault(content, (row.source, row.line))
+        content = digest(tokens for tokens, _ in row.sequences)
+        self.contents.setdefault(content, []).append((row.source, row.line))
 
     @property
     def usable_rows(self) -> int:
@@ -188,19 +184,20 @@ def judge(scan: Scan, config: Config, checks: Checks) -> None:
         level("labels", line or f"{scan.good:,} of {ledger.used:,} rows are desirable")
         if ledger.used == 1 and scan.complete and config.kto.loss == "kto":
             checks.fail("labels", "a single row cannot be compared with others", "kto.loss=apo_zero_unpaired")
-    if scan.doubles:
-        checks.warn(name, f"{scan.doubles:,} rows are equal to an earlier one")
+    if doubles := len(scan.row_tokens) - len(scan.contents):
+        checks.warn(name, f"{doubles:,} rows are equal to an earlier one")
 
 
 def compare(train: Scan, validation: Scan, checks: Checks) -> None:
     """Rows that stand in both sets."""
-    both = train.contents.keys() & validation.contents.keys()
+    both = [content for content in validation.contents if content in train.contents]
     extent = "" if train.complete and validation.complete else " among the rows looked at"
     if both:
-        content = next(c for c in validation.contents if c in both)
+        rows = sum(len(validation.contents[content]) for content in both)
+        first, there = validation.contents[both[0]][0], train.contents[both[0]][0]
         text = (
-            f"{len(both):,} of {len(validation.contents):,} validation rows are training rows too{extent}; "
-            f"{place(*validation.contents[content])} is {place(*train.contents[content])}"
+            f"{rows:,} of {len(validation.row_tokens):,} validation rows are training rows too{extent}; "
+            f"{place(*first)} is {place(*there)}"
         )
         checks.warn("validation data", text, "take them out of one set; data.split never does this")
     else:

@@ -30,7 +30,7 @@ from strop.data.sources import Row
 from strop.data.store import TokenisedRow
 from strop.data.tokenise import Tokeniser
 from strop.errors import UserError, first_line
-from strop.models import hf
+from strop.models import hf, local
 
 RATINGS = (
     ("chosen_rating", "rejected_rating"),
@@ -159,7 +159,7 @@ def _nothing_usable(ledger: Ledger) -> str:
 
 def load_model(path: str, dtype: torch.dtype, device: torch.device) -> Any:
     """A sequence classifier of one label, from a directory or the hub. Raises UserError naming --model."""
-    hf.check_model(path, "--model")
+    local.check_model(path, "--model")
     hf.check_hub("--model", path, None, "config.json")
     try:
         hf_config = AutoConfig.from_pretrained(path)

@@ -26,7 +26,7 @@ from strop.checkpoint import STATE
 from strop.config import LoraConfig, ModelConfig
 from strop.errors import UserError
 from strop.models import hf
-from strop.models.lora import SCORE, Adapters, scale
+from strop.models.lora import SCORE, Adapters, matching, scale
 
 PREFIX = "model."
 """Where the weights are in a checkpoint: PREFIX + the model's own parameter name."""
@@ -171,5 +171,5 @@ def _target_modules(trained: Trained) -> list[str]:
     """The last parts of the layers' names where these say the same, else whole names."""
     chosen = set(trained.adapters.layers)
     last = sorted({name.rpartition(".")[2] for name in chosen})
-    meant = {n for n in trained.layers for word in last if n == word or n.endswith(f".{word}")}
+    meant = set[str]().union(*(matching(word, trained.layers) for word in last))
     return last if meant == chosen else sorted(chosen)

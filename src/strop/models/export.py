@@ -20,7 +20,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from strop.models import hf, reward
 from strop.models.adapter_export import PREFIX, Merged, Trained, read_tensors, write_adapter
 from strop.models.hf import distinct_state
 from strop.parallel import DTYPES
+from strop.slurm import attempts
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,20 @@ class Shard:
 
 Reader = Callable[[dict[str, torch.dtype]], dict[str, torch.Tensor]]
 """Tensors of these names in these types."""
+
+
+@contextmanager
+def _still_there(directory: Path) -> Iterator[None]:
+    """UserError where what fails inside does so because a run that goes on has removed its checkpoint."""
+    try:
+        yield
+    except (OSError, dcp.CheckpointException) as error:
+        if directory.is_dir():
+            raise
+        raise UserError(
+            f"{directory} was removed while it was exported: its run goes on, and keeps "
+            "checkpoint.keep_last checkpoints; export again, or when it has ended"
+        ) from error
 
 
 def export_checkpoint(
@@ -76,11 +92,27 @@ def export_checkpoint(
     model with them added in, or with `adapter` PEFT's files of them.
 
     `dtype` is a name of DTYPES, or None for the base model's own (of adapters: fp32). Raises UserError if the
-    checkpoint does not fit the base model, if `out` exists without `replace`, or if a weight is not finite in
-    `dtype`; StorageError if the checkpoint is damaged.
+    checkpoint does not fit the base model or is removed meanwhile, if `out` exists without `replace`, or if a
+    weight is not finite in `dtype`; StorageError if the checkpoint is damaged.
     """
     if out.exists() and not replace:
         raise UserError(f"--out {out} exists; add --force to replace it, or name another directory")
+    with _still_there(directory):
+        _export(directory, base, out, lora, adapter, dtype, max_shard_bytes, replace, say)
+
+
+def _export(
+    directory: Path,
+    base: ModelConfig,
+    out: Path,
+    lora: LoraConfig | None,
+    adapter: bool,
+    dtype: str | None,
+    max_shard_bytes: int,
+    replace: bool,
+    say: Callable[[str], None],
+) -> None:
+    """As `export_checkpoint`."""
     say(f"verifying {directory}")
     stored = _stored(directory)
     scores = PREFIX + reward.HEAD in stored
@@ -283,23 +315,18 @@ def _page_out(tensor: torch.Tensor) -> None:
 
 def find_checkpoint(run: Path, which: str) -> Path:
     """The committed checkpoint that "latest", "best" or a step number means. Raises UserError."""
+    if which not in ("latest", "best") and not which.isdecimal():
+        raise UserError(f"--step {which}: expected a step number, latest or best")
+    found = attempts.find_checkpoint(run, which)
+    if found is not None:
+        return found
     root = run / "checkpoints"
-    steps = checkpoint.committed_steps(root)
+    steps = attempts.committed_steps(root)
     if not steps:
         raise UserError(f"{run}: no committed checkpoint in {root}")
-    if which == "latest":
-        step = steps[-1]
-    elif which == "best":
-        best = root / "BEST.json"
-        if not best.is_file():
-            raise UserError(
-                f"{run}: no best checkpoint (set checkpoint.best_metric in the run); have steps {steps}"
-            )
-        step = json.loads(best.read_text())["step"]
-    elif which.isdecimal():
-        step = int(which)
-    else:
-        raise UserError(f"--step {which}: expected a step number, latest or best")
-    if step not in steps:
-        raise UserError(f"{run}: step {step} has no committed checkpoint; have steps {steps}")
-    return checkpoint.step_dir(root, step)
+    if which == "best" and not (root / "BEST.json").is_file():
+        raise UserError(
+            f"{run}: no best checkpoint (set checkpoint.best_metric in the run); have steps {steps}"
+        )
+    name = f"step {which}" if which.isdecimal() else f"the {which} step"
+    raise UserError(f"{run}: {name} has no committed checkpoint; have steps {steps}")

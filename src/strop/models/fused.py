@@ -1,9 +1,10 @@
-"""A model's own elementwise code exchanged for `ops.layers`, where a trial shows that it computes just that.
+"""A model's own code exchanged for `ops.layers` and `ops.linear`, where it is shown to compute just that.
 
-Norms, gated MLPs and the rotary embedding are found by what they hold, not by the model's name. Each class
-is tried once, on a few numbers and its own `forward`: what gives another result (a weight counted from 1,
-another activation, another order of halves) keeps its own code. So does whatever runs elsewhere than on a CPU
-with the kernels, which is asked at each call, since it costs nothing.
+Linear layers are those of `nn.Linear` itself, but for the head, which has kernels of its own. Norms, gated
+MLPs and the rotary embedding are found by what they hold, not by the model's name. Each class is tried once,
+on a few numbers and its own `forward`: what gives another result (a weight counted from 1, another
+activation, another order of halves) keeps its own code. So does whatever runs elsewhere than on a CPU with
+the kernels, which is asked at each call, since it costs nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from strop.ops import layers
+from strop.ops.linear import linear, takes
 
 TOLERANCE = 1e-5
 """In fp32, on numbers around 1."""
@@ -31,8 +33,11 @@ EPS_NAMES = ("variance_epsilon", "eps")
 def install(model: nn.Module) -> None:
     """Exchange what can be, in place."""
     tried: dict[type, bool] = {}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     for module in model.modules():
         own = type(module)
+        if own is nn.Linear and module is not head:
+            module.forward = types.MethodType(_linear, module)
         for looks_like, agrees, forward in (
             (_looks_like_norm, _is_norm, _norm),
             (_looks_like_mlp, _is_mlp, _mlp),
@@ -76,6 +81,13 @@ def _norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
     return type(self).forward(self, hidden_states)
 
 
+def _linear(self: nn.Linear, x: Tensor) -> Tensor:
+    """torch's own wherever there are no kernels, sharded weights among them."""
+    if type(self.weight) is nn.Parameter and type(x) is Tensor and takes(x, self.weight, self.bias):
+        return linear(x, self.weight, self.bias)
+    return nn.Linear.forward(self, x)
+
+
 def _looks_like_mlp(module: nn.Module) -> bool:
     return {name for name, _ in module.named_children()} == MLP_PARTS
 
@@ -85,10 +97,10 @@ def _is_mlp(module: nn.Module) -> bool:
     gate, up, down = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4)
     parts = {"gate_proj": gate, "up_proj": up, "down_proj": down, "act_fn": module.act_fn}
     trial._modules = parts  # type: ignore[assignment]
-    for i, linear in enumerate((gate, up, down)):
+    for i, part in enumerate((gate, up, down)):
         with torch.no_grad():
-            linear.weight.copy_(torch.linspace(-1, 1.5 + i, 24).view_as(linear.weight))
-            linear.bias.zero_()
+            part.weight.copy_(torch.linspace(-1, 1.5 + i, 24).view_as(part.weight))
+            part.bias.zero_()
     x = torch.linspace(-2, 3, 12).view(1, 3, 4)
     return _agree(lambda: trial(x), down(F.silu(gate(x)) * up(x)))
 

@@ -16,12 +16,11 @@ vocabulary.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from strop import similar
 from strop.config import LoraConfig, ModelConfig
 from strop.dist import Dist
 from strop.errors import UserError
@@ -235,7 +235,7 @@ def choose(lm: PreTrainedModel, targets: Any) -> list[str]:
         if not found:
             raise UserError(
                 f"lora.targets: no layer's whole name matches {targets!r}"
-                + (f"; write [{targets}]?" if _matching(targets, modules) else _nearest(targets, modules))
+                + (f"; write [{targets}]?" if matching(targets, modules) else _nearest(targets, modules))
             )
         return found
     return _chosen("lora.targets", targets, modules)
@@ -245,22 +245,21 @@ def _chosen(key: str, wanted: Iterable[str], modules: dict[str, nn.Module]) -> l
     """As PEFT reads a list: whole names, or the end of one behind a dot. Each must name something."""
     found: set[str] = set()
     for word in wanted:
-        own = _matching(word, modules)
+        own = matching(word, modules)
         if not own:
             raise UserError(f"{key}: no layer is called {word!r}{_nearest(word, modules)}")
         found |= own
     return [name for name in modules if name in found]
 
 
-def _matching(word: str, modules: dict[str, nn.Module]) -> set[str]:
+def matching(word: str, modules: Mapping[str, nn.Module]) -> set[str]:
+    """The modules that a word in a list means."""
     return {name for name in modules if name == word or name.endswith(f".{word}")}
 
 
 def _nearest(word: str, modules: dict[str, nn.Module]) -> str:
     linear = [name for name, module in modules.items() if _is_linear(module)]
-    last = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
-    close = difflib.get_close_matches(word.rpartition(".")[2], last, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(close)}?" if close else f"; there are {', '.join(last[:12])}"
+    return similar.meant_or_known(word.rpartition(".")[2], (name.rpartition(".")[2] for name in linear))
 
 
 def _check_layer(lm: PreTrainedModel, name: str, layer: nn.Module, config: LoraConfig) -> None:

@@ -5,6 +5,9 @@ head, which gives log-probs without logits -> [T] again, 0 where nothing is trai
 between architectures and are found out by a probe at load instead of believed: whether sequences can lie
 side by side (else they are padded), and whether the head is a plain matrix with the scalings we know
 (else the model's own logits are used).
+
+A micro batch too large for its exponentials to be kept for the backward is taken in parts, where the loss
+comes along: each part's gradient is formed as soon as its log-probs are there (`ops.linear_loss`).
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Optional
 
 import numpy as np
@@ -40,12 +45,42 @@ NUM_SHARED = 4
 
 
 class Output(NamedTuple):
-    """fp32 [T] each, 0 where nothing is trained. Only logp_T carries a gradient."""
+    """fp32 [T] each, 0 where nothing is trained. Only logp_T carries a gradient, or `loss` in its place."""
 
     logp_T: Tensor
     entropy_T: Tensor
     correct_T: Tensor
     mean_logit_T: Tensor
+    loss: Optional[Tensor] = None
+    """The sum of `PartLoss` over the batch, where it was taken in parts."""
+
+
+@dataclass(frozen=True)
+class PartLoss:
+    """A loss that the forward may take in parts, to form its gradient where the logits are at hand."""
+
+    of: Callable[[Output, Batch], Tensor]
+    """(out, part) -> scalar, a sum over rows or tokens; `out` knows log-probs only, its statistics are NaN.
+    Times all that the gradient will be multiplied with, or a 16-bit one might underflow."""
+    row_edges: Optional[Sequence[int]]
+    """`Batch.row_edges`, where parts must be of whole rows; None: a sum over tokens, parted anywhere."""
+
+    def edges(self, num_trained: int) -> Sequence[int]:
+        return range(num_trained + 1) if self.row_edges is None else self.row_edges
+
+    def by_tokens(self, batch: Batch, index_N: Tensor) -> Callable[[Tensor, slice], Tensor]:
+        """(log-probs, which of the trained tokens) -> loss, as `ops.linear_loss` asks for it."""
+        batch = batch.trained_only(index_N)
+
+        def loss(logp_n: Tensor, tokens: slice) -> Tensor:
+            rows = slice(0, len(batch.rows))
+            if self.row_edges is not None:
+                # Of rows without trained tokens, which have no gradient, it does not matter where they go.
+                rows = slice(*(bisect_left(self.row_edges, edge) for edge in (tokens.start, tokens.stop)))
+            unknown = torch.full_like(logp_n, torch.nan)
+            return self.of(Output(logp_n, unknown, unknown, unknown), batch.part(tokens, rows))
+
+        return loss
 
 
 class Policy(nn.Module):
@@ -70,6 +105,11 @@ class Policy(nn.Module):
         self.neftune_alpha: Optional[float] = None
         self.adapters: Optional[Adapters] = None
 
+    @property
+    def draws_at_random(self) -> bool:
+        """Whether training needs the keys of random draws in its batches (`draw_T`)."""
+        return self.neftune_alpha is not None or (self.adapters is not None and self.adapters.dropout > 0)
+
     def set_layout(self, layout: str, device: torch.device) -> None:
         self.layout = layout
         if layout == "packed":
@@ -78,29 +118,39 @@ class Policy(nn.Module):
             name = "sdpa" if self.lm._supports_sdpa else "eager"
         self.lm.set_attn_implementation(name)
 
-    def forward(self, batch: Batch) -> Output:
-        index_N = batch.trained_T.nonzero()[:, 0]
+    def forward(self, batch: Batch, loss: Optional[PartLoss] = None) -> Output:
+        """Log-probs of the trained tokens; given a loss, and where that is quicker, its gradient as well."""
+        index_N = batch.index_N
         target_N = batch.tokens_T[index_N]
         # The hidden state before a token predicts it. A sequence's first token is never trained.
         pick_N = batch.previous_T[index_N]
         with neftune.noise(self.lm.get_input_embeddings(), batch, self.neftune_alpha, self.layout):
             hidden_ND, logits_NV = self._hidden_or_logits(batch, pick_N)
+        total = None
         if logits_NV is not None:
             logp_N, stats = ops.logprob(logits_NV, target_N)
         else:
             head = self.lm.get_output_embeddings()
-            weight, bias = head.weight, getattr(head, "bias", None)
+            weight = head.weight
+            scalings = (getattr(head, "bias", None), self.softcap, self.temperature)
             if isinstance(head, LoraLinear):
                 draws_N = None if batch.draw_T is None else batch.draw_T[pick_N]
                 hidden_ND, weight = head.beside(hidden_ND, draws_N)
-            logp_N, stats = ops.linear_logprob(
-                hidden_ND, weight, target_N, bias, self.softcap, self.temperature
-            )
-        return Output(*(self._spread(x, index_N, batch.tokens_T) for x in (logp_N, *stats)))
+                loss = None  # little of its weight's gradient is used
+            edges = None if loss is None else loss.edges(len(index_N))
+            if loss and edges and ops.one_pass_pays(hidden_ND, weight, edges, self.softcap):
+                of_tokens = loss.by_tokens(batch, index_N)
+                total, logp_N, stats = ops.linear_loss(
+                    hidden_ND, weight, target_N, of_tokens, edges, *scalings
+                )
+            else:
+                logp_N, stats = ops.linear_logprob(hidden_ND, weight, target_N, *scalings)
+        logp_T, *stats_T = (self._spread(x, index_N, batch.tokens_T) for x in (logp_N, *stats))
+        return Output(logp_T, *stats_T)._replace(loss=total)
 
     @staticmethod
     def _spread(x_N: Tensor, index_N: Tensor, like_T: Tensor) -> Tensor:
-        return torch.zeros(len(like_T), dtype=torch.float32, device=x_N.device).scatter(0, index_N, x_N)
+        return x_N.new_zeros(len(like_T)).scatter(0, index_N, x_N)
 
     def _hidden_or_logits(self, batch: Batch, pick_N: Tensor) -> tuple[Tensor, Optional[Tensor]]:
         model = self.lm if self.head == "logits" else self.lm.base_model

@@ -28,6 +28,7 @@ from strop.models import hf
 from strop.models.policy import (
     MOST_NOISE,
     PROBE_TOLERANCE,
+    PartLoss,
     Policy,
     difference,
     each_sequence,
@@ -43,6 +44,8 @@ class Scores(NamedTuple):
     """fp32 [S]."""
     hidden_SH: Tensor
     """fp32 [S, H]: the last hidden state at each sequence's last token."""
+    loss: None = None
+    """Nothing is taken in parts: the head is H numbers a sequence."""
 
 
 class RewardModel(Policy):
@@ -52,7 +55,7 @@ class RewardModel(Policy):
         super().__init__(lm)
         self.head = "score"
 
-    def forward(self, batch: Batch) -> Scores:  # type: ignore[override]
+    def forward(self, batch: Batch, loss: Optional[PartLoss] = None) -> Scores:  # type: ignore[override]
         if self.head == "logits":  # the model's own way, for one sequence
             own = self.lm(input_ids=batch.tokens_T[None], use_cache=False).logits[0].float()
             return Scores(own, own.new_zeros(1, 0))

@@ -10,7 +10,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -192,8 +191,7 @@ def json_lines(path: Path, tail: Optional[int] = None) -> list[dict[str, Any]]:
 
 def _checkpoints(root: Path) -> Checkpoints:
     names = sorted(os.listdir(root)) if root.is_dir() else []
-    steps = [int(name[5:]) for name in names if re.fullmatch(r"step-\d+", name)]
-    committed = sorted(s for s in steps if (root / f"step-{s:06d}" / "COMMITTED.json").exists())
+    committed = attempts.committed_steps(root)
     best = _json(root / "BEST.json")
     size = None
     if committed:

@@ -161,6 +161,8 @@ def _state(run: RunFiles) -> tuple[str, str]:
         return "finished", ""
     if state != "X" and r.get("launcher") == "direct":
         return ("failed", r.get("reason") or "") if state == "FAIL" else ("stopped", r.get("reason") or "")
+    if cause == "cancelled" and state == "YIELD" and r.get("launcher") == "local":
+        return "stopped", "on request"  # Ctrl-C: there is no job that was cancelled
     if r.get("action") == "stop":
         name = (
             "cancelled" if cause == "cancelled" else "stopped" if _committed_stop(cause, state) else "failed"

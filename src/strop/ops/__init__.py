@@ -12,7 +12,17 @@ from strop.ops.functional import (
     linear_logprob,
     linear_loss,
     logprob,
+    one_pass_pays,
     segment_sum,
 )
 
-__all__ = ["TokenStats", "backend", "dpo_loss", "linear_logprob", "linear_loss", "logprob", "segment_sum"]
+__all__ = [
+    "TokenStats",
+    "backend",
+    "dpo_loss",
+    "linear_logprob",
+    "linear_loss",
+    "logprob",
+    "one_pass_pays",
+    "segment_sum",
+]

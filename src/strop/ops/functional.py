@@ -6,6 +6,7 @@ Shapes: N trained tokens, H hidden size, V vocabulary, T packed tokens, S sequen
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Optional
 
@@ -13,9 +14,14 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
+from strop.config_check import NEEDS_SMOOTHING
 from strop.ops import head, native, preference, registered
 
 assert registered.LIB is not None  # importing it defines torch.ops.strop
+
+ROWS_PER_PART = {"cpu": 512, "cuda": 1600}
+"""Rows whose logits are computed again in the time that adding a part's weight gradient to the others' takes:
+on a CPU as measured, on a GPU by arithmetic (12 bytes a weight at 3 TB/s, 2 operations at 790 TFLOP/s)."""
 
 
 class TokenStats(NamedTuple):
@@ -63,20 +69,40 @@ def linear_loss(
     bias: Optional[Tensor] = None,
     softcap: Optional[float] = None,
     temperature: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """Sum of `loss_fn` over all rows, and the log-probs, with the gradient formed in the forward.
+) -> tuple[Tensor, Tensor, TokenStats]:
+    """Sum of `loss_fn` over all rows, log-probs and statistics, with the gradient formed in the forward.
 
     `loss_fn(logprob [n], rows)` is a pure function of the log-probs of the rows `rows` -> scalar, a sum over
     groups (sequences or pairs). groups: row numbers 0 = g0 <= g1 <= ... <= N at which rows may be parted;
     None: nowhere. Rows are taken as many whole groups at a time as may keep their exponentials (logits read
-    once, 6NHV); a larger group is recomputed (8NHV). Other arguments and errors as `linear_logprob`.
+    once, 6NHV); larger groups are recomputed (8NHV). Other arguments and errors as `linear_logprob`.
+
+    The gradient is stored in the types of hidden and weight until the backward multiplies it: in fp16 give
+    `loss_fn` the factors that would otherwise follow.
     """
     weight, bias = _whole(weight), None if bias is None else _whole(bias)
     _check_head(hidden, weight, target, bias, softcap, temperature)
-    edges = list(groups) if groups is not None else [0, len(hidden)]
-    if not edges or edges[0] != 0 or edges[-1] != len(hidden) or edges != sorted(edges):
+    edges = groups if groups is not None else [0, len(hidden)]
+    rises = all(edges[i] <= edges[i + 1] for i in range(len(edges) - 1))
+    if len(edges) == 0 or edges[0] != 0 or edges[-1] != len(hidden) or not rises:
         raise ValueError(f"groups must rise from 0 to {len(hidden)}, not {edges}")
-    return _LinearLoss.apply(hidden, weight, bias, target, loss_fn, edges, softcap, temperature)
+    loss, logprob, *stats = _LinearLoss.apply(
+        hidden, weight, bias, target, loss_fn, edges, softcap, temperature
+    )
+    return loss, logprob, TokenStats(*stats)
+
+
+def one_pass_pays(
+    hidden: Tensor, weight: Tensor, groups: Sequence[int], softcap: Optional[float] = None
+) -> bool:
+    """Whether `linear_loss` is the quicker way to the gradients of hidden [N, H] and weight [V, H]: where
+    `linear_logprob` would compute logits again, and parts of these groups need not. Looks at no values.
+    """
+    if _what_to_keep(hidden, weight, None) != head.ALL or _may_keep(hidden, weight, softcap):
+        return False
+    parts = _row_chunks(groups, hidden, weight, softcap)
+    kept = sum(r.stop - r.start for r in parts if _may_keep(hidden[r], weight, softcap))
+    return kept > 0 and kept > len(parts) * ROWS_PER_PART[hidden.device.type]
 
 
 def logprob(logits: Tensor, target: Tensor) -> tuple[Tensor, TokenStats]:
@@ -112,7 +138,7 @@ def dpo_loss(
 ) -> Tensor:
     """Preference loss of each pair, by `preference.KINDS`; value and derivative in one pass.
 
-    ratio [P, 2]: log p_policy - log p_reference of chosen and rejected (`preference.REFERENCE_FREE`: log
+    ratio [P, 2]: log p_policy - log p_reference of chosen and rejected (`REFERENCE_FREE`: log
     p_policy), summed over the completion, or averaged (`preference.AVERAGED`) -> [P]. delta: bco_pair's
     running mean of rewards, simpo's γ.
 
@@ -124,8 +150,8 @@ def dpo_loss(
         raise ValueError(f"kind must be one of {', '.join(preference.KINDS)}, not {kind}")
     if not (beta > 0 and math.isfinite(beta)):
         raise ValueError(f"beta must be above 0, not {beta}")
-    if not 0 <= label_smoothing < 0.5 or (kind in preference.NEEDS_SMOOTHING and label_smoothing == 0):
-        least = "above 0" if kind in preference.NEEDS_SMOOTHING else "at least 0"
+    if not 0 <= label_smoothing < 0.5 or (kind in NEEDS_SMOOTHING and label_smoothing == 0):
+        least = "above 0" if kind in NEEDS_SMOOTHING else "at least 0"
         raise ValueError(f"label_smoothing must be {least} and below 0.5 for {kind}, not {label_smoothing}")
     if ratio_P2.dtype == torch.float32 and native.is_loaded(ratio_P2.device.type):
         return torch.ops.strop.dpo_loss(ratio_P2, kind, beta, label_smoothing, delta)[0]
@@ -138,7 +164,8 @@ def backend(device: torch.device, dtype: torch.dtype) -> str:
     name = native.identity(device.type) if device.type in native.DTYPES else "reference"
     if name == "reference" or dtype not in native.DTYPES[device.type]:
         return "reference"
-    return f"{name}-{'fused' if device.type == 'cpu' and native.has_fused_head(dtype) else 'chunked'}"
+    kernel = native.head_kernel(dtype) if device.type == "cpu" else ""
+    return f"{name}-" + {"": "chunked", "avx512": "fused", "amx": "fused-amx"}[kernel]
 
 
 def _whole(weight: Tensor) -> Tensor:
@@ -201,18 +228,22 @@ def _what_to_keep(hidden: Tensor, weight: Tensor, bias: Optional[Tensor]) -> int
     return head.FROZEN if wanted == [True, False, False] else head.ALL
 
 
+def _may_keep(hidden: Tensor, weight: Tensor, softcap: Optional[float]) -> bool:
+    return head.what_fits(head.ALL, hidden, weight, softcap) == head.ALL
+
+
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, loss_fn, edges, softcap, temperature):
         ctx.needs = [n and x is not None for n, x in zip(ctx.needs_input_grad, (hidden, weight, bias))]
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        parts: list[Tensor] = []
+        parts: list[tuple[Tensor, ...]] = []
         d_hidden: list[Tensor] = []
         d_weight = d_bias = None
         for rows in _row_chunks(edges, hidden, weight, softcap):
             own, wanted = hidden[rows], target[rows]
             keep = head.ALL if any(ctx.needs) else head.NOTHING
-            logp, lse, *_, kept, tops = torch.ops.strop.head(
+            logp, lse, *stats, kept, tops = torch.ops.strop.head(
                 own, weight, wanted, bias, softcap, temperature, keep
             )
             with torch.enable_grad():
@@ -220,7 +251,7 @@ class _LinearLoss(torch.autograd.Function):
                 value = loss_fn(leaf, rows)
                 (grad,) = torch.autograd.grad(value, leaf)
             loss += value.detach()
-            parts.append(logp)
+            parts.append((logp, *stats))
             if not any(ctx.needs):
                 continue
             has_kept = kept.numel() > 0
@@ -231,15 +262,23 @@ class _LinearLoss(torch.autograd.Function):
             d_hidden.append(dh)
             d_weight = _add(d_weight, dw)
             d_bias = _add(d_bias, db)
-        every = torch.cat(parts) if parts else loss.new_empty(0)
-        ctx.mark_non_differentiable(every)
+            del kept, tops, dw  # the next part wants their memory
+        every = [torch.cat(x) for x in zip(*parts)] if parts else [loss.new_empty(0) for _ in range(4)]
+        ctx.mark_non_differentiable(*every)
         whole: list[Optional[Tensor]] = [torch.cat(d_hidden) if d_hidden else None, d_weight, d_bias]
         ctx.save_for_backward(*(_like(g, x) for g, x in zip(whole, (hidden, weight, bias))))
-        return loss, every
+        return (loss, *every)
 
     @staticmethod
-    def backward(ctx, grad, _):
-        given = [g * grad.to(g.dtype) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs)]
+    def backward(ctx, grad, *_):
+        # In place, since a head's gradient is large; a second backward is refused by autograd's own check.
+        given = [g if need else None for g, need in zip(ctx.saved_tensors, ctx.needs)]
+        # In bf16 a factor 1 / count would be off by up to 0.4 %: on a GPU one without an axis is rounded to
+        # the type of what it multiplies. On a CPU it is not, and one with an axis takes 20 times as long.
+        factor = grad if grad.device.type == "cpu" else grad.view(1)
+        for g in given:
+            if g is not None:
+                torch.mul(g, factor, out=g)
         return (*given, None, None, None, None, None)
 
 
@@ -256,16 +295,24 @@ def _add(total: Optional[Tensor], part: Tensor) -> Tensor:
     return (total if total.dtype == torch.float32 else total.float()).add_(part)
 
 
-def _row_chunks(edges: list[int], hidden: Tensor, weight: Tensor, softcap: Optional[float]) -> list[slice]:
-    """As many whole groups at a time as may keep everything; at least one."""
+def _row_chunks(
+    edges: Sequence[int], hidden: Tensor, weight: Tensor, softcap: Optional[float]
+) -> list[slice]:
+    """As many whole groups at a time as may keep everything; of those that may not, all in a row."""
+    most = head.most_kept(hidden.device) // (len(weight) * hidden.element_size())
+    if not _may_keep(hidden[:1], weight, softcap):
+        most = 0
     out: list[slice] = []
-    start = 0
-    for i, end in enumerate(edges[1:], 1):
-        follows = edges[i + 1] if i + 1 < len(edges) else None
-        if (
-            follows is None
-            or head.what_fits(head.ALL, hidden[start:follows], weight, softcap) == head.NOTHING
-        ):
-            out.append(slice(start, end))
-            start = end
-    return [rows for rows in out if rows.stop > rows.start]
+    while (start := out[-1].stop if out else 0) < edges[-1]:
+        end = edges[bisect_right(edges, start + most) - 1]
+        if end == start:
+            end = _next_that_fits(edges, start, most)
+        out.append(slice(start, end))
+    return out
+
+
+def _next_that_fits(edges: Sequence[int], start: int, most: int) -> int:
+    """Where the first group of 1 to `most` rows after those from `start` on begins; else the end."""
+    first = bisect_right(edges, start)
+    later = (a for a, b in zip(edges[first:], edges[first + 1 :]) if 0 < b - a <= most)
+    return next(later, edges[-1])

@@ -1,6 +1,7 @@
 """The language model's head on the native kernels: hidden states to log-probs of targets, and back.
 
-Two engines. *fused* (CPUs with AVX-512): matmul and softmax in one kernel, logits in fp32 registers only.
+Two engines. *fused* (CPUs with AVX-512, or AMX beside it): matmul and softmax in one kernel, logits in fp32
+and only a tile at a time.
 *chunked* (other CPUs, GPUs): torch's matmul of one chunk of the vocabulary, one read of it by a row kernel.
 The floors of 2, 6, 8 and 4NHV operations (log-probs only, one pass, recompute, frozen head) are the same.
 
@@ -26,7 +27,9 @@ from strop.ops.reference import Scalings, Walked
 NOTHING, ALL, FROZEN = 0, 1, 2
 """What the forward keeps."""
 KEPT_BYTES = 512 * 2**20
-"""The most that `ALL` may keep; more is recomputed."""
+"""The most that `ALL` may keep on the CPU; more is recomputed, or taken in parts (`linear_loss`)."""
+TIMES_ON_CUDA = 4
+"""Times as much on a GPU: 8,192 tokens of 131,072 words."""
 CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
 """Logits, or their gradients, of one chunk."""
 CPU_WORDS = SEGMENT
@@ -41,15 +44,18 @@ def engine(hidden: Tensor, weight: Tensor) -> str:
         native.refuse("linear_logprob", "the weight's rows are not contiguous")
         return "reference"
     even = hidden.shape[1] % 2 == 0 or hidden.dtype == torch.float32
-    return (
-        "fused" if hidden.device.type == "cpu" and even and native.has_fused_head(hidden.dtype) else "chunked"
-    )
+    return "fused" if hidden.device.type == "cpu" and even and native.head_kernel(hidden.dtype) else "chunked"
+
+
+def most_kept(device: torch.device) -> int:
+    """Bytes that `ALL` may keep there."""
+    return KEPT_BYTES * (TIMES_ON_CUDA if device.type == "cuda" else 1)
 
 
 def what_fits(keep: int, hidden: Tensor, weight: Tensor, softcap: Optional[float]) -> int:
     """`ALL` where memory allows it; else, or where exponentials do not tell the derivative, `NOTHING`."""
     which = engine(hidden, weight)
-    too_much = hidden.shape[0] * weight.shape[0] * hidden.element_size() > KEPT_BYTES
+    too_much = hidden.shape[0] * weight.shape[0] * hidden.element_size() > most_kept(hidden.device)
     if keep == ALL and (which == "reference" or (which == "fused" and softcap is not None) or too_much):
         return NOTHING
     return keep

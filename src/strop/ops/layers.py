@@ -14,7 +14,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from strop.ops import native
+from strop.ops import linear, native
 from strop.ops.registered import LIB, define
 
 NORM_ROWS = 64
@@ -156,15 +156,15 @@ def _gate_autograd(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gate_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
-    return torch.nn.functional.linear(_gate(gate, up), weight)
+    return linear.linear(_gate(gate, up), weight)
 
 
 def _gate_linear_autograd(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Optional[Tensor]]:
     gate, up, weight = ctx.saved_tensors
     train = ctx.needs_input_grad[2]
-    d_product = dy @ weight
+    d_product = linear.d_input(dy, weight)
     d_gate, d_up, product = torch.ops.strop.silu_mul_backward(d_product, gate, up, train)
-    d_weight = dy.flatten(0, -2).t() @ product.flatten(0, -2) if train else None
+    d_weight = linear.d_weight(dy, product) if train else None
     return d_gate, d_up, d_weight
 
 

@@ -54,6 +54,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
 CPU_SIGNATURES: dict[str, tuple[Any, ...]] = {
     "strop_huge_pages": (_P, _N),
     "strop_head_supported": (_I,),
+    "strop_head_uses_amx": (),
     "strop_head_pack": (_P, _I, _N, _N, _N, _P),
     "strop_head_walk": (_P, _P, _I, _N, _N, _N, _N, _N, _N, _P, _HEAD, _WALK, _P, _P, _P),
     "strop_head_grad": (_P, _P, _I, _N, _N, _N, _N, _N, _N, _P, _HEAD, _P, _P, _P),
@@ -66,6 +67,9 @@ CPU_SIGNATURES: dict[str, tuple[Any, ...]] = {
     "strop_gate": (_P, _P, _I, _N, _P),
     "strop_gate_grad": (_P, _P, _P, _I, _N, _P, _P, _P),
     "strop_turn": (_P, _I, _N, _N, _P, _P, _N, _N, _N, _I, _P),
+    "strop_linear": (_P, _P, _P, _N, _N, _N, _P, _P),
+    "strop_linear_d_input": (_P, _P, _N, _N, _N, _P, _P),
+    "strop_linear_d_weight": (_P, _P, _N, _N, _N, _P, _P),
     "strop_attend": (_P, _P, _P),
     "strop_attend_grad": (_P, _P, _P, _P, _P, _P, _P),
 }
@@ -123,10 +127,27 @@ def has_avx512(dtype: torch.dtype) -> bool:
     return lib is not None and dtype in DTYPES["cpu"] and bool(lib.strop_head_supported(DTYPES["cpu"][dtype]))
 
 
-def has_fused_head(dtype: torch.dtype) -> bool:
-    """Whether matmul and softmax run as one kernel: AVX-512. AMX multiplies bf16 several times as fast as
-    AVX-512 does, so there torch's matmul is kept."""
-    return has_avx512(dtype) and not (dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
+@functools.cache
+def has_amx() -> bool:
+    """Whether the fused head multiplies bf16 by AMX; a CPU that could but may not is named once."""
+    if not has_avx512(torch.bfloat16):
+        return False
+    lib = library("cpu")
+    assert lib is not None
+    if not (found := bool(lib.strop_head_uses_amx())) and torch.cpu._is_amx_tile_supported():
+        log.warning(
+            "this CPU has AMX, but %s was built without it (g++ 11 or newer knows it) or the system refuses "
+            "it: AVX-512 does the head's bf16 matmuls, with the same accuracy and more slowly",
+            lib._name,
+        )
+    return found
+
+
+def head_kernel(dtype: torch.dtype) -> str:
+    """What makes matmul and softmax one kernel for dtype on this CPU: "amx", "avx512", or "" for nothing."""
+    if not has_avx512(dtype):
+        return ""
+    return "amx" if dtype == torch.bfloat16 and has_amx() else "avx512"
 
 
 def takes(x: Tensor, what: str) -> bool:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from strop.config_check import REFERENCE_FREE
+
 Loss = Callable[[Tensor, Tensor, float, float, float], Tensor]
 
 
@@ -108,9 +110,5 @@ KINDS: dict[str, Loss] = {
     "orpo": orpo,
 }
 """By name; the position is the number that the kernels know it by (strop_dpo_kind)."""
-REFERENCE_FREE = ("simpo", "orpo")
-"""Losses on the policy's log-probs alone."""
 AVERAGED = ("ipo", "sigmoid_norm", *REFERENCE_FREE)
 """Losses that are defined on values averaged over a completion's tokens."""
-NEEDS_SMOOTHING = ("robust", "exo_pair")
-"""Losses that are another one, or not defined, without label smoothing."""

@@ -35,20 +35,7 @@ def is_of(out: Path, checkpoint: Path, dtype: Optional[str]) -> bool:
 def is_done(out: Path, run: Path, step: str, dtype: Optional[str]) -> bool:
     """Whether `out` is the export of the run's checkpoint that `step` means. Where the checkpoints were
     deleted since, what was exported stands."""
-    checkpoint = chosen(run, step)
+    checkpoint = attempts.find_checkpoint(run, step)
     if checkpoint is None:
         return (out / RECORD).is_file()
     return is_of(out, checkpoint, dtype)
-
-
-def chosen(run: Path, step: str) -> Optional[Path]:
-    """The checkpoint that best, latest or a number means; None if it is not there."""
-    if step == "best":
-        best = files.read_json(run / "checkpoints" / "BEST.json")
-        number = best.get("step") if isinstance(best, dict) else None
-    else:
-        number = attempts.committed_step(run) if step == "latest" else int(step)
-    if number is None:
-        return None
-    directory = run / "checkpoints" / f"step-{number:06d}"
-    return directory if (directory / "manifest.json").is_file() else None

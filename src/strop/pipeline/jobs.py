@@ -7,6 +7,7 @@ told by `strop.slurm.dependants`, by the job itself or, where the successor was 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,7 +18,27 @@ from strop.pipeline.parts import Part
 from strop.pipeline.standing import Standing
 from strop.slurm import attempts, command, dependants, env, successor
 
+SETTLE_S = 150.0
+"""Slurm's KillWait (30 s) and UnkillableStepTimeout (60 s), and some more."""
+POLL_S = 1.0
 Say = Callable[[str], None]
+
+
+def settle(graph: Graph, say: Say) -> None:
+    """Wait for the jobs that Slurm is just ending. One that was cancelled still counts as one under way then,
+    and what was made to wait for it would be cancelled with it. UserError if that takes too long."""
+    deadline = time.monotonic() + SETTLE_S
+    told = False
+    while ending := [(number, name) for number, name, state in _queue(graph) if state == "COMPLETING"]:
+        words = ", ".join(f"{name} (job {number})" for number, name in ending)
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{words}: Slurm has not come to its end within {SETTLE_S:.0f} s; try again later"
+            )
+        if not told:
+            say(f"waiting until Slurm has ended {words}")
+            told = True
+        time.sleep(POLL_S)
 
 
 def adopt(graph: Graph) -> list[str]:
@@ -26,7 +47,7 @@ def adopt(graph: Graph) -> list[str]:
     lines = []
     queue = _queue(graph)
     for node in graph.nodes.values():
-        living = [number for number, name in queue if name == parts_module.job_name(graph.name, node.name)]
+        living = [number for number, name, _ in queue if name == parts_module.job_name(graph.name, node.name)]
         if living and not (node.jobs and node.jobs[-1] in living):
             node.jobs.append(living[0])
             node.outputs.append(_output(graph, node.name, living[0]))
@@ -35,8 +56,8 @@ def adopt(graph: Graph) -> list[str]:
     return lines
 
 
-def _queue(graph: Graph) -> list[tuple[str, str]]:
-    """(number, name) of this pipeline's jobs that have not ended, by number."""
+def _queue(graph: Graph) -> list[tuple[str, str, str]]:
+    """(number, name, state) of this pipeline's jobs that have not ended, by number."""
     names = {parts_module.job_name(graph.name, part) for part in graph.nodes}
     text = command.slurm(["squeue", "--me", "--noheader", f"--name={','.join(names)}", "--format=%i %j"])
     found = []
@@ -44,8 +65,8 @@ def _queue(graph: Graph) -> list[tuple[str, str]]:
         record = command.show_job(number)
         own = record is not None and record["JobState"] not in command.ENDED
         if own and record is not None and Path(record.get("StdOut", "")).parent == graph.directory:
-            found.append((number, name))
-    return sorted(found, key=lambda pair: int(pair[0]))
+            found.append((number, name, record["JobState"]))
+    return sorted(found, key=lambda job: int(job[0]))
 
 
 def _output(graph: Graph, part: str, number: str) -> str:
@@ -54,12 +75,15 @@ def _output(graph: Graph, part: str, number: str) -> str:
 
 def to_submit(graph: Graph, standings: Mapping[str, Standing]) -> tuple[list[str], list[str]]:
     """(parts to submit, jobs to take out of the queue before): what is not done and not under way, and what
-    waits for such a part. UserError for one that runs already, though what it needs is not there."""
+    waits for such a part. What is done stays, unless a run before it goes on: an export or a store that was
+    deleted is made again as it was. UserError for a part that runs already, though what it needs is not
+    there."""
     wanted: list[str] = []
+    other_than_before: set[str] = set()
     to_cancel: list[str] = []
     for node in graph.nodes.values():
         s = standings[node.name]
-        anew = set(node.after) & set(wanted)
+        anew = set(node.after) & (other_than_before if s.state == "done" else set(wanted))
         if (s.state == "done" or s.active) and not anew:
             continue
         if s.state == "unknown":
@@ -71,6 +95,8 @@ def to_submit(graph: Graph, standings: Mapping[str, Standing]) -> tuple[list[str
         if s.active and s.job_id is not None:
             to_cancel.append(s.job_id)
         wanted.append(node.name)
+        if node.kind == "run" or other_than_before.intersection(node.after):
+            other_than_before.add(node.name)
     return wanted, to_cancel
 
 
@@ -159,13 +185,16 @@ def planned(graph: Graph, parts: Sequence[Part], standings: Mapping[str, Standin
                  if n in wanted or standings[n].state != "done"]  # fmt: skip
         dependency = f"afterok:{':'.join(names)}" if names else ""
         lines.append(f"# {part.name}")
+        if graph.executor == "local":
+            lines.append(parts_module.shown(parts_module.local_command(part, "python")))
+            continue
         lines.append(parts_module.shown(parts_module.sbatch(graph.name, graph.directory, part, dependency)))
     return lines
 
 
 def cancel(graph: Graph) -> list[str]:
     """Take all jobs of the pipeline out of the queue, the last ones first. Their numbers."""
-    numbers = [number for number, _ in reversed(_queue(graph))]
+    numbers = [number for number, _, _ in reversed(_queue(graph))]
     if numbers:
         command.slurm(["scancel", *numbers])
     return numbers

@@ -21,9 +21,8 @@ stages:
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -32,9 +31,10 @@ import yaml
 
 from strop import config as config_module
 from strop import config_load
-from strop.config import ALGOS, SCORING, Config
+from strop.config import ALGOS, Config, trains_reward_model
 from strop.config_load import Entry
 from strop.errors import UserError
+from strop.similar import meant_or_known
 from strop.slurm import naming
 
 TOP = ("name", "dir", "set", "slurm", "stages")
@@ -190,7 +190,7 @@ def _place(entry: Entry, common: _Raw, raws: Mapping[str, _Raw]) -> None:
         raw.where = raw.where if raw.values or raw.lines else entry.where
         parts = parts[2:]
     if parts[0] not in known:
-        raise UserError(f"{entry.where}: unknown key {of}{parts[0]}{_nearest(parts[0], known)}")
+        raise UserError(f"{entry.where}: unknown key {of}{parts[0]}{meant_or_known(parts[0], known)}")
     if parts[0] == "set":
         raw.settings.append(_setting(entry, ".".join(parts[1:])))
     elif parts[0] == "slurm":
@@ -200,7 +200,7 @@ def _place(entry: Entry, common: _Raw, raws: Mapping[str, _Raw]) -> None:
     elif parts[0] == "export":
         key = ".".join(parts[1:])
         if key not in EXPORT:
-            raise UserError(f"{entry.where}: unknown key {of}export.{key}{_nearest(key, EXPORT)}")
+            raise UserError(f"{entry.where}: unknown key {of}export.{key}{meant_or_known(key, EXPORT)}")
         raw.export[key] = entry.value if entry.text is None else entry.text
         raw.lines[f"export.{key}"] = entry.where
     else:
@@ -235,15 +235,11 @@ def _place_word(entry: Entry, common: _Raw, raws: Mapping[str, _Raw]) -> None:
         common.values[head] = entry.text
         common.lines[head] = entry.where
     elif dot and head in raws:
-        raws[head].settings.append(_setting(entry, key))
+        own = Entry(entry.key, entry.value, entry.text, f"{entry.where}, stage {head}")
+        raws[head].settings.append(_setting(own, key))
     else:
         text = f"{entry.where}: {entry.key}: expected name=, dir= or STAGE.KEY="
-        raise UserError(f"{text}{_nearest(head, list(raws))}")
-
-
-def _nearest(key: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(key, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else f"; there is {', '.join(known)}"
+        raise UserError(f"{text}{meant_or_known(head, list(raws))}")
 
 
 def _text(raw: _Raw, key: str) -> Optional[str]:
@@ -277,7 +273,9 @@ def _stage(name: str, raw: _Raw, common: _Raw, above: tuple[str, ...], raws: Map
     for key, others in (("after", after), ("prepares", [_text(raw, "prepares") or name])):
         for other in others:
             if other not in raws:
-                raise UserError(f"{raw.lines[key]}: {key}: there is no stage {other}{_nearest(other, raws)}")
+                raise UserError(
+                    f"{raw.lines[key]}: {key}: there is no stage {other}{meant_or_known(other, raws)}"
+                )
     slurm = {k: v for k, v in {**common.slurm, **raw.slurm}.items() if v is not False}
     shared = {k: v for k, v in slurm.items() if k in ("partition", "account", "qos", "reservation")}
     export_slurm = {k: v for k, v in {**shared, **raw.export_slurm}.items() if v is not False}
@@ -324,7 +322,8 @@ def _with_sources(stages: dict[str, Stage], raws: Mapping[str, _Raw]) -> dict[st
             raise UserError(
                 f"{stage.where}: model of {name} is {source}, a preparation, which gives no model"
             )
-        if source is not None and stages[source].algo in SCORING and stage.algo not in SCORING:
+        from_scores = source is not None and trains_reward_model(stages[source].algo)
+        if from_scores and not trains_reward_model(stage.algo):
             raise UserError(
                 f"{stage.where}: {name} would start from the export of {source}, a reward model, which is no "
                 "language model; name another stage with after: or model:"

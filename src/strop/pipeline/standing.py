@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from strop import files
+from strop.errors import EXIT_TERM, EXIT_YIELD
 from strop.obs import run_files, status
 from strop.obs.status import RUNNING, Status
 from strop.pipeline import exports
@@ -29,6 +30,8 @@ WAITING = ("queued", "waiting", "held")
 ACTIVE = (*WORKING, *WAITING)
 TAIL_BYTES = 20_000
 DEADLINE_S = 4.0
+ON_REQUEST = "on request"
+"""How the detail of a part begins that its owner has stopped."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,9 @@ class Facts:
     exit_code: Optional[int] = None
     words: str = ""
     """What it said last, in one line."""
+    refused: bool = False
+    """Of a run: the newest job could not begin an attempt (the code was changed, say), so the records tell of
+    others."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +117,12 @@ def _facts(node: Node, job: Optional[Mapping[str, str]]) -> Facts:
         if not run_files.is_run(result):
             return Facts(False, None, job, is_alive(node), node.exit_code, _last_words(node))
         standing = status.assess(run_files.read(result, quick=True, slurm_deadline_s=DEADLINE_S))
-        code = (attempts.read_all(result) or [{}])[-1].get("exit_code")
+        newest = (attempts.read_all(result) or [{}])[-1]
         done = standing.state == "finished" and not node.again
-        if _was_refused(standing, job):
-            code = _exit_code(job)
-        told = "" if done else _last_words(node)
-        return Facts(done, standing, job, is_alive(node), node.exit_code if code is None else code, told)
+        refused = _was_refused(node, newest, job)
+        code = _exit_code(job) if refused else newest.get("exit_code")
+        code = node.exit_code if code is None else code
+        return Facts(done, standing, job, is_alive(node), code, "" if done else _last_words(node), refused)
     if node.kind == "prepare":
         done = stores_are_there(result)
     else:
@@ -162,7 +168,7 @@ def judge(graph: Graph, facts: Mapping[str, Facts]) -> dict[str, Standing]:
         state, detail = _state(node, f)
         cause = None
         broken = next((found[up.name] for up in graph.above(node) if found[up.name].bad), None)
-        if broken is not None and state in ("not submitted", "cancelled", "failed") and _never_began(f):
+        if broken is not None and node.jobs and state in ("cancelled", "failed") and _never_began(f):
             root = found[broken.cause] if broken.cause else broken
             state, cause = "cancelled", root.name
             detail = f"{root.name} {told(root)}"
@@ -202,17 +208,24 @@ def _state(node: Node, f: Facts) -> tuple[str, str]:
     if node.again or not node.jobs:
         return "not submitted", "its configuration has changed" if node.again else ""
     if s is not None:
-        return ("failed", f.words) if _was_refused(s, job) else (s.state, _message(s))
+        return ("failed", f.words) if f.refused else (s.state, _message(s))
     if node.jobs[-1].startswith("local-"):
+        if f.exit_code in (EXIT_TERM, EXIT_YIELD):
+            return "stopped", f"{ON_REQUEST}; what is finished is kept"
+        if f.exit_code == 0:
+            return "failed", f"it ended with exit code 0, but {node.result} is not there"
         return ("failed", f.words) if f.exit_code is not None else ("dead", "its process is gone")
     if f.job is None:
         return "unknown", f"job {node.jobs[-1]}: Slurm does not answer"
     if not job:
-        return "failed", f.words or f"job {node.jobs[-1]} has left no result, and Slurm has forgotten it"
+        told = f"{node.result} is not there, and Slurm has forgotten job {node.jobs[-1]}"
+        return "failed", f"{told}; it said: {f.words}" if f.words else told
     if job["JobState"] == "CANCELLED":
-        return "cancelled", "" if _never_began(f) else f.words
+        return "cancelled", f"{ON_REQUEST}, before it began" if _never_began(f) else f.words
     if job["JobState"] == "COMPLETED":
         return "failed", f"it ended with exit code 0, but {node.result} is not there"
+    if _exit_code(job) == EXIT_YIELD:
+        return "stopped", f.words
     return "failed", f.words or job["JobState"]
 
 
@@ -232,11 +245,12 @@ def _never_began(f: Facts) -> bool:
     return not f.words and (not f.job or _unstarted(f.job))
 
 
-def _was_refused(s: Status, job: Optional[Mapping[str, str]]) -> bool:
-    """The newest job could not begin an attempt (the code was changed, say): the records tell of others."""
-    if not job or job.get("JobState") != "FAILED" or not s.attempts:
+def _was_refused(node: Node, newest: Mapping[str, Any], job: Optional[Mapping[str, str]]) -> bool:
+    if node.jobs and node.jobs[-1].startswith("local-"):
+        return bool(node.exit_code) and node.jobs[-1] != f"local-{newest.get('pid')}"
+    if not job or job.get("JobState") != "FAILED":
         return False
-    before = s.attempts[-1].job_id or ""
+    before = newest.get("target") or newest.get("job_id") or ""
     return before.isdigit() and int(job["JobId"]) > int(before)
 
 
@@ -260,12 +274,16 @@ def _exit_code(job: Optional[Mapping[str, str]]) -> Optional[int]:
 def _message(s: Status) -> str:
     last = s.attempts[-1].summary if s.attempts else ""
     lines = last.splitlines()
+    if s.attempts and s.attempts[-1].cause == "cancelled":
+        done = s.checkpoints.committed
+        return f"{ON_REQUEST}, " + (f"committed up to step {done[-1]}" if done else "nothing committed yet")
     return " ... ".join(dict.fromkeys([lines[0], lines[-1]])) if lines else s.detail
 
 
 def told(s: Standing) -> str:
-    """ "failed (exit 78): optim.lr is ..." """
-    code = f" (exit {s.exit_code})" if s.exit_code is not None else ""
+    """ "failed (exit 78): optim.lr is ..."; the code of what somebody has stopped tells nothing more."""
+    asked = s.detail.startswith(ON_REQUEST)
+    code = f" (exit {s.exit_code})" if s.exit_code is not None and not asked else ""
     return f"{s.state}{code}" + (f": {s.detail}" if s.detail else "")
 
 
@@ -275,6 +293,9 @@ def _next(node: Node, state: str, cause: Optional[str], graph: Graph) -> str:
     if state == "held":
         return f"see to the cause, then: scontrol release {node.jobs[-1] if node.jobs else ''}".rstrip()
     again = f"python -m tools.pipeline {shlex.quote(graph.source)}"
+    again += " --executor local" if graph.executor == "local" else ""
+    if state == "stopped" or (node.kind == "run" and state == "cancelled"):
+        return f"to go on: {again}"
     if node.kind == "run" and state in ("failed", "dead", "stopped", "pending"):
         run = Path(node.result)
         shown = run.relative_to(graph.cwd) if run.is_relative_to(graph.cwd) else run
@@ -284,12 +305,14 @@ def _next(node: Node, state: str, cause: Optional[str], graph: Graph) -> str:
 
 
 def overall(standings: Mapping[str, Standing]) -> str:
-    """done, failed (something will not go on by itself), running, waiting or unknown."""
+    """done; where something will not go on by itself failed, or cancelled or stopped, where somebody wanted
+    it so; running, waiting, unknown."""
     states = list(standings.values())
     if all(s.state == "done" for s in states):
         return "done"
-    if any(s.bad for s in states):
-        return "failed"
+    ended = {s.state for s in states if s.bad and s.cause is None}
+    if ended:
+        return "failed" if ended - {"cancelled", "stopped"} else min(ended)
     if any(s.state in WORKING for s in states):
         return "running"
     return next((s.state for s in states if s.state != "done"), "done")

@@ -62,7 +62,7 @@ def _line(
     s = shown(stage, graph, standings)
     of = {n.kind: standings[n.name] for n in graph.nodes.values() if n.stage == stage}
     text = Text(f"{lead}{stage}".ljust(width + 2))
-    text.append(s.state.ljust(13), style=style("finished" if s.state == "done" else s.state))
+    text.append(f"{s.state} ".ljust(13), style=style("finished" if s.state == "done" else s.state))
     run = of.get("run")
     parts = []
     if run is not None and run.step is not None and (run.state in ACTIVE or run.step):
@@ -82,7 +82,7 @@ def _reasons(
 ) -> list[RenderableType]:
     s = shown(stage, graph, standings)
     lines = []
-    if s.state in ACTIVE:
+    if s.state in (*ACTIVE, "not submitted"):
         lines += [s.detail] if s.detail else []
     elif s.cause is not None:
         lines += [s.detail.splitlines()[0][:160]]

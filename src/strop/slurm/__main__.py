@@ -1,10 +1,12 @@
-"""`python3 -m strop.slurm begin|collect|end|term`, for sbatch/lib.sh: on the host, standard library only.
+"""`python3 -m strop.slurm begin|collect|end|term` for sbatch/lib.sh, `gpus|end-tool` for sbatch/tool.sh: on
+the host, standard library only.
 
 `begin ALGO ARGS` prints shell assignments for the ranks. `end --exit CODE --signals "USR1 TERM"` prints
 "ACTION EXIT_CODE"; the summary for the reader goes to stderr, which is the job's output file. `term` is
 called when TERM has reached the batch shell of a job with a successor. `collect` runs on every node;
 `collect earlier`, before the ranks start, leaves out this attempt. `show ARGS` prints a command line without
-its secrets.
+its secrets. `gpus` prints how many this node has in the allocation. `end-tool` has the options of `end`, and
+prints the job's exit code.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from collections.abc import Sequence
 
 from strop.errors import EXIT_DONE, EXIT_STORAGE, EXIT_USER, STORAGE_ERRNOS, UserError
 from strop.obs import secrets
-from strop.slurm import body, collect, command, env, lease, stop
+from strop.slurm import body, collect, command, env, lease, stop, tool_end
 
 
 def main(argv: Sequence[str]) -> int:
@@ -24,6 +26,11 @@ def main(argv: Sequence[str]) -> int:
         return begin(argv[1], list(argv[2:]))
     if argv[:1] == ["end"]:
         return end(list(argv[1:]))
+    if argv[:1] == ["end-tool"]:
+        return end_tool(list(argv[1:]))
+    if argv[:1] == ["gpus"]:
+        print(env.num_gpus())
+        return EXIT_DONE
     if argv[:1] == ["collect"]:
         return collect_logs(earlier=argv[1:] == ["earlier"])
     if argv[:1] == ["show"]:
@@ -35,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_DONE
     print(
         "usage: python3 -m strop.slurm begin ALGO ARGS | collect [earlier] | "
-        "end --exit CODE --signals NAMES | term | show ARGS",
+        "end --exit CODE --signals NAMES | end-tool (likewise) | gpus | term | show ARGS",
         file=sys.stderr,
     )
     return EXIT_USER
@@ -95,11 +102,7 @@ def collect_logs(*, earlier: bool) -> int:
 
 
 def end(argv: list[str]) -> int:
-    stop.block_signals()  # the requeue that this very command asks for sends TERM to it
-    parser = argparse.ArgumentParser(prog="python3 -m strop.slurm end")
-    parser.add_argument("--exit", type=int, required=True)
-    parser.add_argument("--signals", default="")
-    options = parser.parse_args(argv)
+    options = _how_it_ended("end", argv)
     job = env.read_job()
     decision = body.end(job, options.exit, options.signals.split())
     text = f"run {job.run_dir}, attempt {job.attempt}: {decision.summary}"
@@ -109,6 +112,22 @@ def end(argv: list[str]) -> int:
         body.discard_unnamed(job)
     print(decision.action, decision.exit_code)
     return 0
+
+
+def end_tool(argv: list[str]) -> int:
+    options = _how_it_ended("end-tool", argv)
+    ending = tool_end.end(env.read_job(), options.exit, options.signals.split())
+    say(ending.words)
+    print(ending.exit_code)
+    return 0
+
+
+def _how_it_ended(name: str, argv: list[str]) -> argparse.Namespace:
+    stop.block_signals()  # the requeue that this very command asks for sends TERM to it
+    parser = argparse.ArgumentParser(prog=f"python3 -m strop.slurm {name}")
+    parser.add_argument("--exit", type=int, required=True)
+    parser.add_argument("--signals", default="")
+    return parser.parse_args(argv)
 
 
 def say(text: str) -> None:

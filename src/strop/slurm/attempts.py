@@ -28,6 +28,8 @@ from strop.errors import UserError
 from strop.obs import log_line, secrets
 from strop.slurm import lease, stop
 
+MARKER = "COMMITTED.json"
+"""In a checkpoint's directory: without it that is rubble."""
 STATES = ("X", "DONE", "YIELD", "FAIL")
 LAST_TIME = 253402300800.0
 """The year 10000, in Unix seconds."""
@@ -175,12 +177,27 @@ def holds_lease(run_dir: Path, attempt: int) -> bool:
     return not record_file(run_dir, attempt + 1).exists()
 
 
+def committed_steps(checkpoints: Path) -> list[int]:
+    """Steps in a run's directory of checkpoints that have the commit marker, ascending."""
+    names = os.listdir(checkpoints) if checkpoints.is_dir() else []
+    steps = sorted(int(name[5:]) for name in names if re.fullmatch(r"step-\d{6,}", name))
+    return [step for step in steps if (checkpoints / f"step-{step:06d}" / MARKER).is_file()]
+
+
 def committed_step(run_dir: Path) -> Optional[int]:
     """Step of the newest committed checkpoint; None before the first."""
-    folder = run_dir / "checkpoints"
-    names = os.listdir(folder) if folder.is_dir() else []
-    steps = [int(name[5:]) for name in names if re.fullmatch(r"step-\d+", name)]
-    return max((s for s in steps if (folder / f"step-{s:06d}" / "COMMITTED.json").exists()), default=None)
+    return next(reversed(committed_steps(run_dir / "checkpoints")), None)
+
+
+def find_checkpoint(run_dir: Path, which: str) -> Optional[Path]:
+    """The committed checkpoint that best, latest or a number means; None if it is not there."""
+    root = run_dir / "checkpoints"
+    if which == "best":
+        best = files.read_json(root / "BEST.json")
+        step = best.get("step") if isinstance(best, dict) else None
+    else:
+        step = committed_step(run_dir) if which == "latest" else int(which)
+    return root / f"step-{step:06d}" if step in committed_steps(root) else None
 
 
 def write_verdict(

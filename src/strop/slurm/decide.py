@@ -213,7 +213,7 @@ def classify(facts: Facts) -> Cause:
         return Cause("segfault", crash.message, crash.fingerprint, facts.step, crash.rank)
     if facts.job.requeued:
         return Cause("requeued")
-    asked = _why_stopped(facts)
+    asked = why_stopped(facts.job, facts.signals, facts.stop_requested)
     if facts.state == "YIELD" and facts.launcher_exit != 0 and asked is None:
         return Cause("killed", facts.last_words)  # the TERM that rank 0 obeyed was srun's: another rank died
     if facts.state == "YIELD":
@@ -330,14 +330,14 @@ def _in_preflight(phase: Optional[str]) -> bool:
     return (phase or "").upper() == "PREFLIGHT"
 
 
-def _why_stopped(facts: Facts) -> Optional[str]:
-    if facts.job.preempted:
+def why_stopped(job: JobState, signals: Sequence[str], stop_requested: bool = False) -> Optional[str]:
+    if job.preempted:
         return "preempted"
-    if facts.job.time_limit:
+    if job.time_limit:
         return "time_limit"
-    if "USR1" in facts.signals and "TERM" not in facts.signals:
+    if "USR1" in signals and "TERM" not in signals:
         return "time_limit"
-    return "stopped" if facts.signals or facts.stop_requested else None
+    return "stopped" if signals or stop_requested else None
 
 
 def _act(facts: Facts, cause: Cause, past: Sequence[Past]) -> tuple[str, int, str]:

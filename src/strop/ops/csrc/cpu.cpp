@@ -21,6 +21,7 @@
 #include "cpu_avx512.h"
 #include "cpu_head_grad.h"
 #include "cpu_layers.h"
+#include "cpu_linear.h"
 #define VARIANTS __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define VARIANTS
@@ -330,6 +331,15 @@ int strop_head_supported(int dtype) {
     return 0;
 }
 
+int strop_head_uses_amx(void) {
+#ifdef STROP_AMX
+    static const bool granted = strop_head_supported(STROP_BF16) && tiles::start();  // asked once in the process
+    return granted;
+#else
+    return 0;
+#endif
+}
+
 #ifdef STROP_FUSED
 namespace {
 
@@ -370,8 +380,10 @@ int strop_head_walk(const void* packed, const void* weight, int dtype, int64_t n
     if (status != STROP_OK) return status;
     const head::Head h = {packed, weight, num_rows, head::pad(num_rows), hidden_size, stride, first, num_words,
                           target, *head};
-    dtype == STROP_F32 ? head::walk<head::F32>(h, *walk, exps, tops, partial)
-                       : head::walk<head::Bf16>(h, *walk, exps, tops, partial);
+    const auto run = dtype == STROP_F32      ? head::walk<head::F32>
+                     : strop_head_uses_amx() ? head::walk<head::Amx>
+                                             : head::walk<head::Bf16>;
+    run(h, *walk, exps, tops, partial);
     return STROP_OK;
 }
 
@@ -385,7 +397,10 @@ int strop_head_grad(const void* packed, const void* weight, int dtype, int64_t n
     if (status != STROP_OK) return status;
     const head::Head h = {packed, weight, num_rows, head::pad(num_rows), hidden_size, stride, first, num_words,
                           target, *head};
-    dtype == STROP_F32 ? head::grad<head::F32>(h, lse, grad, out) : head::grad<head::Bf16>(h, lse, grad, out);
+    const auto run = dtype == STROP_F32      ? head::grad<head::F32>
+                     : strop_head_uses_amx() ? head::grad<head::Amx>
+                                             : head::grad<head::Bf16>;
+    run(h, lse, grad, out);
     return STROP_OK;
 }
 
@@ -418,8 +433,8 @@ int strop_head_d_weight(const void* d_words, const void* turned, int64_t num_row
     if (status != STROP_OK) return status;
     if (num_words < 0) return STROP_ESHAPE;
     if (num_words > 0 && num_rows > 0 && (!d_words || !turned || !d_weight)) return STROP_ENULL;
-    head::weight_product(d_words, (const uint16_t*)turned, head::pad(num_rows), hidden_size, num_words,
-                         (uint16_t*)d_weight);
+    const auto run = strop_head_uses_amx() ? head::weight_product<head::Amx> : head::weight_product<head::Bf16>;
+    run(d_words, (const uint16_t*)turned, head::pad(num_rows), hidden_size, num_words, (uint16_t*)d_weight);
     return STROP_OK;
 }
 
@@ -429,8 +444,9 @@ int strop_head_d_hidden(const void* d_words, const void* weight, int64_t num_row
     if (status != STROP_OK || num_rows == 0) return status;
     if (num_words < 0) return STROP_ESHAPE;
     if (!d_words || !weight || !scratch || !d_hidden) return STROP_ENULL;
-    head::hidden_product((const uint16_t*)d_words, (const uint16_t*)weight, head::pad(num_rows), hidden_size, stride,
-                         num_words, (uint16_t*)scratch, d_hidden);
+    const auto run = strop_head_uses_amx() ? head::hidden_product<head::Amx> : head::hidden_product<head::Bf16>;
+    run((const uint16_t*)d_words, (const uint16_t*)weight, head::pad(num_rows), hidden_size, stride, num_words,
+        (uint16_t*)scratch, d_hidden);
     return STROP_OK;
 }
 
@@ -439,6 +455,12 @@ namespace {
 int check_layer(int dtype, int64_t num_rows, int64_t size) {
     if (!is_dtype(dtype) || !strop_head_supported(dtype)) return STROP_EDTYPE;
     return num_rows < 0 || size <= 0 ? STROP_ESHAPE : STROP_OK;
+}
+
+int check_linear(int64_t num_tokens, int64_t num_in, int64_t num_out) {
+    const int status = check_layer(STROP_BF16, num_tokens, num_in);
+    if (status != STROP_OK) return status;
+    return num_out <= 0 || num_in % 2 || num_out % 2 ? STROP_ESHAPE : STROP_OK;
 }
 
 int check_attention(const strop_attention* a) {
@@ -519,6 +541,36 @@ int strop_turn(const void* x, int dtype, int64_t token_stride, int64_t head_stri
     return STROP_OK;
 }
 
+int strop_linear(const void* x, const void* weight, const void* bias, int64_t num_tokens, int64_t num_in,
+                 int64_t num_out, void* scratch, void* y) {
+    const int status = check_linear(num_tokens, num_in, num_out);
+    if (status != STROP_OK || num_tokens == 0) return status;
+    if (!x || !weight || !scratch || !y) return STROP_ENULL;
+    linear::forward((const uint16_t*)x, (const uint16_t*)weight, (const uint16_t*)bias, num_tokens, num_in, num_out,
+                    (uint16_t*)scratch, (uint16_t*)y);
+    return STROP_OK;
+}
+
+int strop_linear_d_input(const void* dy, const void* weight, int64_t num_tokens, int64_t num_in, int64_t num_out,
+                         void* scratch, void* dx) {
+    const int status = check_linear(num_tokens, num_in, num_out);
+    if (status != STROP_OK || num_tokens == 0) return status;
+    if (!dy || !weight || !scratch || !dx) return STROP_ENULL;
+    linear::input_gradient((const uint16_t*)dy, (const uint16_t*)weight, num_tokens, num_in, num_out,
+                           (uint16_t*)scratch, (uint16_t*)dx);
+    return STROP_OK;
+}
+
+int strop_linear_d_weight(const void* dy, const void* x, int64_t num_tokens, int64_t num_in, int64_t num_out,
+                          void* scratch, void* d_weight) {
+    const int status = check_linear(num_tokens, num_in, num_out);
+    if (status != STROP_OK) return status;
+    if (!d_weight || (num_tokens > 0 && (!dy || !x || !scratch))) return STROP_ENULL;
+    linear::weight_gradient((const uint16_t*)dy, (const uint16_t*)x, num_tokens, num_in, num_out, (uint16_t*)scratch,
+                            (uint16_t*)d_weight);
+    return STROP_OK;
+}
+
 int strop_attend(const strop_attention* a, void* out, float* lse) {
     const int status = check_attention(a);
     if (status != STROP_OK || a->num_tokens == 0) return status;
@@ -570,6 +622,11 @@ int strop_gate_grad(const void*, const void*, const void*, int, int64_t, void*, 
 int strop_turn(const void*, int, int64_t, int64_t, const void*, const void*, int64_t, int64_t, int64_t, int, void*) {
     return STROP_EDTYPE;
 }
+int strop_linear(const void*, const void*, const void*, int64_t, int64_t, int64_t, void*, void*) {
+    return STROP_EDTYPE;
+}
+int strop_linear_d_input(const void*, const void*, int64_t, int64_t, int64_t, void*, void*) { return STROP_EDTYPE; }
+int strop_linear_d_weight(const void*, const void*, int64_t, int64_t, int64_t, void*, void*) { return STROP_EDTYPE; }
 int strop_attend(const strop_attention*, void*, float*) { return STROP_EDTYPE; }
 int strop_attend_grad(const strop_attention*, const void*, const void*, const float*, void*, void*, void*) {
     return STROP_EDTYPE;

@@ -4,7 +4,7 @@
 // a panel of 12 words: 24 accumulators, 2 registers of hidden, 1 broadcast of the weight. A panel's rows stay
 // in L1 while it meets the tiles of a group of tokens, whose packed hidden states stay in L2. A work item is a
 // segment of words by a group of tokens with partial sums of its own, merged in the order of the segments:
-// the result does not depend on which thread did what.
+// the result does not depend on which thread did what. cpu_amx.h has the product of AMX, with all else from here.
 #pragma once
 // gcc 12's own headers initialise a register with itself (its bug 105593) and warn of it wherever it is inlined.
 #pragma GCC diagnostic push
@@ -88,8 +88,16 @@ AVX512 INLINE __m512 tanh16(__m512 x) {
     return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(t), sign));
 }
 
+struct Nothing {
+    Nothing() {}
+};
+
 struct Bf16 {
     static constexpr int64_t bytes = 2, depth = 2;  // depth: elements of H in one 32-bit step
+    static constexpr int64_t panels = 1;            // that one product computes
+    static constexpr int64_t words = 1024;          // that hidden's gradient sums in registers: a panel fills half of L1
+    static constexpr int64_t columns = PANEL;       // of the weight that are turned at a time
+    using Tiles = Nothing;                          // what a work item needs around its products
     AVX512 static INLINE __m512 dot(__m512 acc, __m512i a, __m512i b) {
         return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
     }
@@ -104,7 +112,8 @@ struct Bf16 {
 };
 
 struct F32 {
-    static constexpr int64_t bytes = 4, depth = 1;
+    static constexpr int64_t bytes = 4, depth = 1, panels = 1;
+    using Tiles = Nothing;
     AVX512 static INLINE __m512 dot(__m512 acc, __m512i a, __m512i b) {
         return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), acc);
     }
@@ -147,13 +156,15 @@ AVX512 __attribute__((noinline)) void tile_product(const char* tile, const char*
     for (int64_t i = 0; i < PANEL; i++) z[i][0] = acc[i][0], z[i][1] = acc[i][1];
 }
 
-// The logits of a panel (its last words repeat where it has fewer) for a tile.
+// The logits of T::panels panels (the last word repeats where there are fewer) for a tile.
 template <class T>
-AVX512 INLINE void tile_logits(const Head& h, int64_t tile, int64_t word, int64_t words, __m512 (&z)[PANEL][2]) {
+AVX512 INLINE void tile_logits(const Head& h, int64_t tile, int64_t word, int64_t words,
+                               __m512 (&z)[T::panels][PANEL][2]) {
     const char* rows[PANEL];
     for (int64_t i = 0; i < PANEL; i++)
         rows[i] = (const char*)h.weight + (word + std::min(i, words - 1)) * h.stride * T::bytes;
-    tile_product<T>((const char*)h.packed + tile * TILE * h.hidden_size * T::bytes, rows, h.hidden_size / T::depth, z);
+    tile_product<T>((const char*)h.packed + tile * TILE * h.hidden_size * T::bytes, rows, h.hidden_size / T::depth,
+                    z[0]);
 }
 
 inline bool is_plain(const strop_head& head) {
@@ -226,6 +237,39 @@ inline void load_targets(const Head& h, int64_t begin, int64_t end, int32_t* out
     for (int64_t n = begin; n < end; n++) out[n - begin] = n < h.num_rows ? (int32_t)h.target[n] : -1;
 }
 
+struct Item {  // of the walk: a segment by a group of tokens
+    const Head& h;
+    Partial sums;
+    const int32_t* target;  // of the tokens from `begin`
+    int64_t begin;
+    bool plain_head, stream;
+    float* at_target;
+    void* exps;
+    float* tops;
+};
+
+// The panel of words w .. w + words - 1 (of h.first on) and the tile of tokens from n.
+template <class T>
+AVX512 INLINE void walk_tile(const Item& item, __m512 (&z)[PANEL][2], int64_t w, int64_t words, int64_t n) {
+    const Head& h = item.h;
+    const int64_t word = h.first + w;
+    alignas(64) char lines[PANEL * TILE * T::bytes];
+    for (int half = 0; half < 2; half++) {
+        const int64_t at = n + 16 * half;
+        const int32_t* target = item.target + at - item.begin;
+        if (!item.plain_head)
+            for (int64_t i = 0; i < words; i++) apply_head(h.head, word + i, z[i][half]);
+        __mmask16 hits = targets_here(target, word, words);
+        for (int lane = 0; hits; lane++, hits >>= 1)
+            if (hits & 1) item.at_target[at + lane] = ((float*)&z[target[lane] - word][half])[lane];
+        float* panel_top = item.tops == nullptr ? nullptr : item.tops + w / PANEL * h.padded + at;
+        walk_half<T>(z, half, words, item.sums, at, item.exps == nullptr ? nullptr : lines, panel_top);
+    }
+    if (item.exps != nullptr)
+        keep_tile(lines, words, TILE * T::bytes, (char*)item.exps + (w * h.padded + n) * T::bytes,
+                  h.padded * T::bytes, item.stream);
+}
+
 // The walk of one segment over the tokens begin .. end - 1 (multiples of the tile).
 template <class T>
 AVX512 void walk_item(const Head& h, int64_t segment, int64_t begin, int64_t end, const Partial& partial,
@@ -239,27 +283,16 @@ AVX512 void walk_item(const Head& h, int64_t segment, int64_t begin, int64_t end
         sums.top[n] = -INFINITY;
         sums.total[n] = sums.weighted[n] = sums.plain[n] = 0.0f;
     }
-    const bool plain_head = is_plain(h.head);
     const bool stream = h.num_words * h.padded * T::bytes > CACHED_BYTES && (uintptr_t)exps % 64 == 0;
-    alignas(64) char lines[PANEL * TILE * T::bytes];
-    for (int64_t w = from; w < to; w += PANEL) {
-        const int64_t word = h.first + w, words = std::min(PANEL, to - w);
+    const Item item = {h, sums, target, begin, is_plain(h.head), stream, at_target, exps, tops};
+    [[maybe_unused]] const typename T::Tiles tiles;
+    for (int64_t w = from; w < to; w += T::panels * PANEL) {
+        const int64_t words = std::min(T::panels * PANEL, to - w);
         for (int64_t n = begin; n < end; n += TILE) {
-            __m512 z[PANEL][2];
-            tile_logits<T>(h, n / TILE, word, words, z);
-            for (int half = 0; half < 2; half++) {
-                const int64_t at = n + 16 * half;
-                if (!plain_head)
-                    for (int64_t i = 0; i < words; i++) apply_head(h.head, word + i, z[i][half]);
-                __mmask16 hits = targets_here(target + at - begin, word, words);
-                for (int lane = 0; hits; lane++, hits >>= 1)
-                    if (hits & 1) at_target[at + lane] = ((float*)&z[target[at - begin + lane] - word][half])[lane];
-                float* panel_top = tops == nullptr ? nullptr : tops + w / PANEL * h.padded + at;
-                walk_half<T>(z, half, words, sums, at, exps == nullptr ? nullptr : lines, panel_top);
-            }
-            if (exps != nullptr)
-                keep_tile(lines, words, TILE * T::bytes, (char*)exps + (w * h.padded + n) * T::bytes,
-                          h.padded * T::bytes, stream);
+            __m512 z[T::panels][PANEL][2];
+            tile_logits<T>(h, n / TILE, h.first + w, words, z);
+            for (int64_t p = 0; p * PANEL < words; p++)
+                walk_tile<T>(item, z[p], w + p * PANEL, std::min(PANEL, words - p * PANEL), n);
         }
     }
 }
@@ -317,6 +350,33 @@ AVX512 INLINE __mmask16 is_target(const int32_t* target, int64_t word) {
     return _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(target), _mm512_set1_epi32((int32_t)word));
 }
 
+struct GradItem {  // of the tokens from `begin`
+    const Head& h;
+    const int32_t* target;
+    const float *lse, *grad;
+    int64_t begin;
+    bool plain_head;
+    void* out;
+};
+
+// The panel of words w .. w + words - 1 (of h.first on) and the tile of tokens from n.
+template <class T>
+AVX512 INLINE void grad_tile(const GradItem& item, __m512 (&z)[PANEL][2], int64_t w, int64_t words, int64_t n) {
+    const Head& h = item.h;
+    for (int half = 0; half < 2; half++) {
+        const int64_t at = n + 16 * half - item.begin;
+        __m512 l = _mm512_loadu_ps(item.lse + at), g = _mm512_loadu_ps(item.grad + at);
+        for (int64_t i = 0; i < words; i++) {
+            const int64_t word = h.first + w + i;
+            __m512 slope = _mm512_set1_ps(1.0f);
+            if (!item.plain_head) slope = apply_head(h.head, word, z[i][half]);
+            __m512 p = exp16(_mm512_sub_ps(z[i][half], l));
+            __m512 d = gradient(g, p, is_target(item.target + at, word), slope);
+            T::store(item.out, (w + i) * h.padded + item.begin + at, d);
+        }
+    }
+}
+
 // Panels `from` to `to` words (of h.first on), tokens begin .. end - 1.
 template <class T>
 AVX512 void grad_item(const Head& h, int64_t from, int64_t to, int64_t begin, int64_t end, const float* lse,
@@ -325,23 +385,15 @@ AVX512 void grad_item(const Head& h, int64_t from, int64_t to, int64_t begin, in
     alignas(64) float lses[MAX_GROUP], grads[MAX_GROUP];
     load_targets(h, begin, end, target);
     load_rows(lse, grad, 1.0f, h.num_rows, begin, end, lses, grads);
-    const bool plain_head = is_plain(h.head);
-    for (int64_t w = from; w < to; w += PANEL) {
-        const int64_t word = h.first + w, words = std::min(PANEL, to - w);
+    const GradItem item = {h, target, lses, grads, begin, is_plain(h.head), out};
+    [[maybe_unused]] const typename T::Tiles tiles;
+    for (int64_t w = from; w < to; w += T::panels * PANEL) {
+        const int64_t words = std::min(T::panels * PANEL, to - w);
         for (int64_t n = begin; n < end; n += TILE) {
-            __m512 z[PANEL][2];
-            tile_logits<T>(h, n / TILE, word, words, z);
-            for (int half = 0; half < 2; half++) {
-                const int64_t at = n + 16 * half - begin;
-                __m512 l = _mm512_loadu_ps(lses + at), g = _mm512_loadu_ps(grads + at);
-                for (int64_t i = 0; i < words; i++) {
-                    __m512 slope = _mm512_set1_ps(1.0f);
-                    if (!plain_head) slope = apply_head(h.head, word + i, z[i][half]);
-                    __m512 p = exp16(_mm512_sub_ps(z[i][half], l));
-                    __m512 d = gradient(g, p, is_target(target + at, word + i), slope);
-                    T::store(out, (w + i) * h.padded + begin + at, d);
-                }
-            }
+            __m512 z[T::panels][PANEL][2];
+            tile_logits<T>(h, n / TILE, h.first + w, words, z);
+            for (int64_t p = 0; p * PANEL < words; p++)
+                grad_tile<T>(item, z[p], w + p * PANEL, std::min(PANEL, words - p * PANEL), n);
         }
     }
 }

@@ -1,5 +1,5 @@
 // What libstrop_cpu.so has beyond strop_ops.h: the head's matmul and the walk over its logits in one kernel,
-// for CPUs with AVX-512 (fp32) and its bf16 dot product (bf16). Logits live in registers only, in fp32; one
+// for CPUs with AVX-512 (fp32) and its bf16 dot product or AMX beside it (bf16). Logits live in registers only, in fp32; one
 // row's sums never depend on the rows beside it, nor on the number of threads.
 //
 // Legend: N tokens, padded to n = ceil(N / STROP_TILE) * STROP_TILE; H hidden size; words are rows of the
@@ -21,6 +21,11 @@ int strop_huge_pages(void* memory, int64_t bytes);
 
 // Whether this CPU runs these kernels for dtype. H must be even for bf16.
 int strop_head_supported(int dtype);
+
+// Whether the head multiplies bf16 by AMX in this process; if not, by AVX-512's dot product. The first call asks
+// the CPU and the system (Linux gives AMX's registers to processes that ask for them). No function below needs to
+// be told; sums are in another order, so bits differ.
+int strop_head_uses_amx(void);
 
 // hidden [N, H], rows `stride` elements apart -> packed, n * H elements, as the functions below want it.
 int strop_head_pack(const void* hidden, int dtype, int64_t num_rows, int64_t hidden_size, int64_t stride,
@@ -78,6 +83,19 @@ int strop_gate_grad(const void* gate, const void* up, const void* dy, int dtype,
 // inverse is its gradient.
 int strop_turn(const void* x, int dtype, int64_t token_stride, int64_t head_stride, const void* cosine,
                const void* sine, int64_t num_tokens, int64_t num_heads, int64_t size, int inverse, void* y);
+
+// A linear layer, bf16: x [T, in], weight [out, in], bias [out] or NULL, dy and y [T, out]. in and out are even.
+// Sums run in fp32 over their whole depth and are rounded once; a row of y or dx depends on no other row.
+// y = x weight^T + bias. scratch: ceil(out / STROP_TILE) * STROP_TILE * in elements.
+int strop_linear(const void* x, const void* weight, const void* bias, int64_t num_tokens, int64_t num_in,
+                 int64_t num_out, void* scratch, void* y);
+// dx [T, in] = dy weight. scratch: ceil(in / STROP_TILE) * STROP_TILE * out elements.
+int strop_linear_d_input(const void* dy, const void* weight, int64_t num_tokens, int64_t num_in, int64_t num_out,
+                         void* scratch, void* dx);
+// d_weight [out, in] = dy^T x, zeros for no tokens. scratch: ceil(in / STROP_TILE) * STROP_TILE +
+// ceil(out / STROP_PANEL) * STROP_PANEL, times the tokens rounded up to an even number.
+int strop_linear_d_weight(const void* dy, const void* x, int64_t num_tokens, int64_t num_in, int64_t num_out,
+                          void* scratch, void* d_weight);
 
 // Causal attention within each of S sequences (bf16; size a multiple of 16; num_heads one of num_kv_heads).
 // cu_queries, cu_keys int32 [S+1]: a sequence with more keys than queries begins with keys of the one before it.

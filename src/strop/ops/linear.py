@@ -1,0 +1,134 @@
+"""A linear layer in bf16 on CPUs with AVX-512's bf16 dot product and without AMX: native kernels for
+y = x W^T + b and for both products of its backward, whose sums run in fp32 and are rounded once.
+
+A row of y does not depend on the rows beside it, which torch's bf16 matmuls do not promise, and nothing
+depends on the number of threads. Shapes: T tokens, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from strop.ops import native
+from strop.ops.registered import LIB, define
+
+
+def takes(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> bool:
+    """Whether `linear` has kernels for these: plain bf16 tensors, I and O even."""
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    return weight.ndim == 2 and _has_kernels_for(*weight.shape, *tensors)
+
+
+def _has_kernels_for(num_out: int, num_in: int, *tensors: Tensor) -> bool:
+    return (
+        all(t.device.type == "cpu" and t.dtype == torch.bfloat16 for t in tensors)
+        and num_out % 2 == num_in % 2 == 0 < num_out * num_in
+        and _has_kernels()
+    )
+
+
+@torch.compiler.assume_constant_result
+def _has_kernels() -> bool:
+    """With AMX torch multiplies bf16 several times as fast as AVX-512 can."""
+    return native.has_avx512(torch.bfloat16) and not torch.cpu._is_amx_tile_supported()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+    """x W^T + b: x [..., I], weight [O, I], bias [O] -> [..., O]. What `takes` refuses goes to torch.
+
+    Raises ValueError for shapes that do not fit.
+    """
+    if not takes(x, weight, bias):
+        return F.linear(x, weight, bias)
+    num_out, num_in = weight.shape
+    if x.ndim == 0 or x.shape[-1] != num_in or (bias is not None and bias.shape != (num_out,)):
+        of_bias = None if bias is None else tuple(bias.shape)
+        raise ValueError(f"weight {tuple(weight.shape)} and bias {of_bias} for x {tuple(x.shape)}")
+    return torch.ops.strop.linear(x, weight, bias)
+
+
+def d_input(dy: Tensor, weight: Tensor) -> Tensor:
+    """dy [..., O], weight [O, I] -> [..., I], the gradient by x."""
+    if not takes(dy, weight, None):
+        return dy @ weight
+    return torch.ops.strop.linear_d_input(dy, weight)
+
+
+def d_weight(dy: Tensor, x: Tensor) -> Tensor:
+    """dy [..., O], x [..., I] -> [O, I], the gradient by the weight."""
+    if not _has_kernels_for(dy.shape[-1], x.shape[-1], dy, x):
+        return dy.flatten(0, -2).t() @ x.flatten(0, -2)
+    return torch.ops.strop.linear_d_weight(dy, x)
+
+
+def _padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    x, weight = x.contiguous(), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    num_out, num_in = weight.shape
+    y = x.new_empty(*x.shape[:-1], num_out)
+    scratch = x.new_empty(_padded(num_out, native.TILE) * num_in)
+    native.call("strop_linear", x, x, weight, bias, x.numel() // num_in, num_in, num_out, scratch, y)
+    return y
+
+
+def _d_input(dy: Tensor, weight: Tensor) -> Tensor:
+    dy, weight = dy.contiguous(), weight.contiguous()
+    num_out, num_in = weight.shape
+    dx = dy.new_empty(*dy.shape[:-1], num_in)
+    scratch = dy.new_empty(_padded(num_in, native.TILE) * num_out)
+    native.call("strop_linear_d_input", dy, dy, weight, dy.numel() // num_out, num_in, num_out, scratch, dx)
+    return dx
+
+
+def _d_weight(dy: Tensor, x: Tensor) -> Tensor:
+    dy, x = dy.contiguous(), x.contiguous()
+    num_out, num_in = dy.shape[-1], x.shape[-1]
+    num_tokens = dy.numel() // num_out
+    d_weight = x.new_empty(num_out, num_in)
+    columns = _padded(num_in, native.TILE) + _padded(num_out, native.PANEL)
+    scratch = x.new_empty(columns * _padded(num_tokens, 2))
+    native.call("strop_linear_d_weight", dy, dy, x, num_tokens, num_in, num_out, scratch, d_weight)
+    return d_weight
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Only what a gradient needs is kept."""
+    x, weight, _ = inputs
+    need_x, need_weight = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
+
+
+def _autograd(ctx: Any, dy: Tensor) -> tuple[Optional[Tensor], ...]:
+    x, weight = ctx.saved_tensors
+    need_x, need_weight, need_bias = ctx.needs_input_grad
+    return (
+        torch.ops.strop.linear_d_input(dy, weight) if need_x else None,
+        torch.ops.strop.linear_d_weight(dy, x) if need_weight else None,
+        dy.flatten(0, -2).sum(0) if need_bias else None,
+    )
+
+
+define(
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    _linear,
+    lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
+)
+define(
+    "linear_d_input(Tensor dy, Tensor weight) -> Tensor",
+    _d_input,
+    lambda dy, weight: dy.new_empty(*dy.shape[:-1], weight.shape[1]),
+)
+define(
+    "linear_d_weight(Tensor dy, Tensor x) -> Tensor",
+    _d_weight,
+    lambda dy, x: x.new_empty(dy.shape[-1], x.shape[-1]),
+)
+torch.library.register_autograd("strop::linear", _autograd, setup_context=_setup, lib=LIB)
