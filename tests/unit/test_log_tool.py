@@ -143,7 +143,7 @@ def test_runs_without_logs(tmp_path: Path) -> None:
     run.attempt(1, {0: 0.0, 1: 0.0})
     out, err = call(run.directory)
     assert (out, err) == ("", "logs: attempt 1: rank 0-1 of 2 wrote nothing\n")
-    assert "there is empty" in call("emty", cwd=tmp_path, code=78)[1]
+    assert "did you mean empty" in call("emty", cwd=tmp_path, code=78)[1]
     assert "no runs there" in call("--dir", tmp_path / "none", code=78)[1]
 
 

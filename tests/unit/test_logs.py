@@ -55,8 +55,8 @@ SPOKEN = [
 @pytest.mark.parametrize("rank", [0, 3])
 def test_logging_warnings_and_prints(tmp_path, rank):
     out, _ = launched(tmp_path, SPEAK, rank)
-    got = read(tmp_path, rank)
-    assert len(got) == len(SPOKEN)
+    got = [line for line in read(tmp_path, rank) if line["logger"] != "raw"]  # a mark, in time or not
+    assert len(got) == len(SPOKEN), got
     for line, (level, logger, message) in zip(got, SPOKEN):
         assert (line["level"], line["logger"]) == (level, logger)
         assert message in line["message"]
