@@ -64,7 +64,8 @@ class Node:
     @property
     def outdated(self) -> bool:
         """Its newest job was submitted for something else than what is wanted now."""
-        return self.again or (self.submitted is not None and self.submitted != self.words)
+        # Sorted: options may stand in another order in the file without being others.
+        return self.again or (self.submitted is not None and sorted(self.submitted) != sorted(self.words))
 
 
 @dataclass
