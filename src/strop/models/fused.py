@@ -1,10 +1,10 @@
 """A model's own code exchanged for `ops.layers` and `ops.linear`, where it is shown to compute just that.
 
 Linear layers are those of `nn.Linear` itself, but for the head, which has kernels of its own. Norms, gated
-MLPs and the rotary embedding are found by what they hold, not by the model's name. Each module's own `forward`
-is tried on a few numbers, since two of one class may differ: what gives another result (a weight counted from
-1, another activation, another order of halves) keeps its own code. So does whatever runs elsewhere than on a
-CPU with the kernels, which is asked at each call, since it costs nothing.
+MLPs and the rotary embedding are found by what they hold, not by the model's name. Each module's `forward` is
+tried on a few numbers, since two of one class may differ: what gives another result (a weight counted from 1,
+another activation, another order of halves) keeps its own code. So does whatever runs elsewhere than on a CPU
+with the kernels, which is asked at each call, since it costs nothing.
 
 What is exchanged computes the same formula. In bf16 it may round elsewhere, and is then at least as close to
 the exact result: the rotary embedding is rounded once, not at each of three steps. A norm that rounds less
@@ -131,7 +131,7 @@ def _mlp(self: nn.Module, x: Tensor) -> Tensor:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a call of it runs its class's `forward`, or ours, and no hooks, so that it need not be called."""
+    """Whether a call runs its class's `forward`, or ours, and no hooks: then it need not be called."""
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
