@@ -44,7 +44,7 @@ def install(model: nn.Module) -> None:
         if "forward" in vars(module):
             continue
         if type(module) is nn.Linear and module is not head:
-            module.forward = types.MethodType(_linear, module)
+            module.forward = types.MethodType(_linear, module)  # type: ignore[method-assign]
         elif _looks_like_norm(module) and _is_norm(module):
             module.forward = types.MethodType(_norm, module)
         elif _looks_like_mlp(module) and _is_mlp(module):
