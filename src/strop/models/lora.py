@@ -115,8 +115,8 @@ class Adapters:
     def __init__(self, lm: PreTrainedModel, config: LoraConfig, dtype: Optional[torch.dtype] = None) -> None:
         """Puts adapters into `lm` and freezes the rest, in `dtype` from now on (its values are lost).
 
-        Raises UserError for a name that no layer has, a rank that is larger than a layer, an embedding, and
-        a head that is tied to one.
+        Raises UserError for a name that no layer has, a rank that is larger than a layer, an embedding,
+        a head that is tied to one, a layer that is trained whole, and where no layer is left.
         """
         modules = dict(lm.named_modules())
         names = [] if config.modules_to_save is None else _listed(config.modules_to_save)
@@ -124,7 +124,18 @@ class Adapters:
         if isinstance(modules.get(SCORE), nn.Module) and SCORE not in self.whole:
             self.whole.append(SCORE)
         inside = {n for n in modules for whole in self.whole if n == whole or n.startswith(f"{whole}.")}
-        chosen = [name for name in choose(lm, config.targets) if name not in inside]
+        chosen = choose(lm, config.targets)
+        if config.targets == ALL_LINEAR:  # all that are left
+            chosen = [name for name in chosen if name not in inside]
+        for name in inside.intersection(chosen):
+            raise UserError(
+                f"lora.targets: {name} is trained whole (lora.modules_to_save): no adapter beside it"
+            )
+        if not chosen:
+            raise UserError(
+                f"lora.modules_to_save: {', '.join(self.whole)} leaves no layer for an adapter; "
+                "lora.rank=null trains all weights"
+            )
         for name in chosen:
             _check_layer(lm, name, modules[name], config)
         lm.requires_grad_(False)
