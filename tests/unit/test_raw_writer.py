@@ -215,7 +215,10 @@ def test_a_slow_reader_of_a_pipe_that_does_not_block_gets_everything():
     read, write = os.pipe()
     os.set_blocking(write, False)
     data = os.urandom(1 << 20)
-    code = "import hashlib, sys, time; time.sleep(0.2); print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())"
+    code = (
+        "import hashlib, sys, time; time.sleep(0.2);"
+        "print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())"
+    )
     reader = subprocess.Popen([sys.executable, "-c", code], stdin=read, stdout=subprocess.PIPE, text=True)
     os.close(read)
     raw_writer.Descriptor(write).write(data)

@@ -369,6 +369,7 @@ def _in_order(stages: Mapping[str, Stage]) -> tuple[Stage, ...]:
 
 def _configured(pipeline: Pipeline, raws: Mapping[str, _Raw], common: _Raw) -> Pipeline:
     """Every run's configuration, loaded as its trainer will."""
+    known = {*config_load.leaves(Config), *config_load.ALIASES}
     stages: list[Stage] = []
     for stage in pipeline.stages:
         if not stage.trains:
@@ -386,7 +387,13 @@ def _configured(pipeline: Pipeline, raws: Mapping[str, _Raw], common: _Raw) -> P
             own.append(Entry("model.revision", None, "null", stage.where))
         if model is not None:
             own.append(Entry("model.path", model, None, raw.lines.get("model", stage.where)))
-        config = config_module.load(stage.algo, file, [*common.settings, *raw.settings, *own])
+        # What is set for all stages may be for some of them; a key that is none is told by any.
+        common_to = [
+            entry
+            for entry in common.settings
+            if config_module.owner_of(entry.key) in (None, stage.algo) or entry.key not in known
+        ]
+        config = config_module.load(stage.algo, file, [*common_to, *raw.settings, *own])
         step = stage.step or ("best" if config.checkpoint.best_metric else "latest")
         if step == "best" and not config.checkpoint.best_metric:
             where = raw.lines["export.step"]

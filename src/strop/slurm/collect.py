@@ -29,7 +29,8 @@ def sync(local: Path, shared: Path, rank: Optional[int] = None) -> list[Path]:
     """Bring the copies up to date: of one rank, or of all that have files here. The local files.
 
     For the rank itself, copies of segments that it has deleted go, too; a collection deletes no copy: of
-    what is not here another one may have taken it. Raises OSError for the first that cannot be copied, once all others are.
+    what is not here another one may have taken it. Raises OSError for the first that cannot be copied, once
+    all others are.
     """
     found = {path.name: path for path in local.iterdir() if _is_of(path, rank)}
     shared.mkdir(parents=True, exist_ok=True)
@@ -110,9 +111,10 @@ def _remove_deleted(found: Container[str], shared: Path, rank: int) -> None:
     here the files were collected, and their copies are all that there is."""
     for copy in shared.iterdir():
         segment = log_line.segment(copy)
-        if segment is not None and segment.rank == rank and copy.name not in found:
-            if dataclasses.replace(segment, index=0).name in found:
-                copy.unlink(missing_ok=True)
+        if segment is None or segment.rank != rank or copy.name in found:
+            continue
+        if dataclasses.replace(segment, index=0).name in found:
+            copy.unlink(missing_ok=True)
 
 
 def _keep_if_new(source: Path, target: Path) -> None:
