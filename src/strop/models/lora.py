@@ -190,11 +190,11 @@ class Adapters:
         )
 
 
-def facts(lm: nn.Module, model: ModelConfig, dist: Dist) -> dict[str, str]:
+def facts(lm: nn.Module, model: ModelConfig, dist: Dist, cache: Path) -> dict[str, str]:
     """What the checkpoints of a run with adapters belong to: the frozen weights, which stand in none of them,
-    and what is trained. Collective."""
+    and what is trained. `cache`: see `hf.weights_digest`. Collective."""
     assert model.path is not None
-    base = dist.broadcast(hf.weights_digest(model.path, model.revision) if dist.is_main else None)
+    base = dist.broadcast(hf.weights_digest(model.path, model.revision, cache) if dist.is_main else None)
     shapes = {n: list(t.shape) for n, t in hf.distinct_state(lm).items() if t.requires_grad}
     trained = hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:24]
     return {"base": base, "trained": trained}
