@@ -1,7 +1,7 @@
 """The head's kernels beside their floor, the naive way and what others offer.
 
     python bench/kernels.py [--shape N,H,V ...] [--data FILE [--model DIR]] [--rounds 7]
-                            [--peers PYTHON] [--json FILE]
+                            [--peers [--env DIR]] [--json FILE]
 
 For each shape, in bf16: log-probs of N targets from hidden states [N, H] and a weight [V, H] (forward), and
 with the gradients of both (forward and backward). *matmul* is torch's own product of the same matrices in
@@ -10,9 +10,9 @@ All ways take turns in one process, a round each; a time is the median of the ro
 run. Extra memory is the growth of the peak of a process that does nothing else.
 
 --data takes rows (JSONL with "text", "prompt" and "chosen", or "question" and "answer") through --model's
-tokenizer and decoder, so that the logits are real ones; without it rows are random. --peers names a Python
-with trl and liger-kernel, in an environment of its own; they run there, on the same shapes, against the naive
-way there.
+tokenizer and decoder, so that the logits are real ones; without it rows are random. --peers installs trl
+and liger-kernel into an environment of their own, if they are not there; they run there, on the same shapes,
+against the naive way there.
 
 The naive forward over the matmul is the most that any head could gain here, and forward and backward over
 three matmuls likewise: on a CPU whose matmul is slow beside its memory, that is little.
@@ -43,7 +43,7 @@ from torch import Tensor
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO / "src"), str(REPO)]
 
-from bench import processes  # noqa: E402
+from bench import peers, processes  # noqa: E402
 from bench.results import write  # noqa: E402
 from strop import ops  # noqa: E402
 from strop.ops import head  # noqa: E402
@@ -201,10 +201,10 @@ def naive_fp64(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return torch.log_softmax(z, 1).gather(1, target[:, None])[:, 0]
 
 
-def peer_times(python: str, shape: tuple[int, int, int], rounds: int) -> dict[str, Any]:
+def peer_times(python: Path, shape: tuple[int, int, int], rounds: int) -> dict[str, Any]:
     """What bench/kernels_peers.py of the other environment says; {} for a peer that does not run there."""
     with tempfile.NamedTemporaryFile(suffix=".json") as out:
-        command = [python, str(REPO / "bench/kernels_peers.py"), *map(str, shape), str(rounds), out.name]
+        command = [str(python), str(REPO / "bench/kernels_peers.py"), *map(str, shape), str(rounds), out.name]
         subprocess.run(command, check=True)
         return json.loads(Path(out.name).read_text(encoding="utf-8"))
 
@@ -238,7 +238,7 @@ def measure(shape: tuple[int, int, int], args: argparse.Namespace) -> dict[str, 
     del rows
     result["extra_mib"] = extra_memory(shape)
     if args.peers:
-        result["peers"] = peer_times(args.peers, shape, args.rounds)
+        result["peers"] = peer_times(peers.interpreter(args.env), shape, args.rounds)
     return result
 
 
@@ -285,7 +285,8 @@ def parse(words: Optional[list[str]] = None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=REPO / "assets/smollm2-135m-instruct")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--slow", action="store_true", help="F.linear_cross_entropy too")
-    parser.add_argument("--peers", help="Python of an environment with trl and liger-kernel")
+    parser.add_argument("--peers", action="store_true", help="TRL's and Liger's ways too")
+    parser.add_argument("--env", type=Path, default=peers.ENV, help="their environment (made if missing)")
     parser.add_argument("--json", type=Path, help="write all numbers here")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     return parser.parse_args(words)

@@ -21,7 +21,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import venv
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -32,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import peers
 from bench.results import write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -250,28 +250,11 @@ def peer_figures(name: str, shape: tuple[int, int, int], forward_ms: float, repe
 
 
 def peers_python() -> tuple[Optional[Path], str]:
-    """The interpreter of the peers' environment, made on first use, or why there is none. It sees this
-    environment's packages behind its own, so everybody runs on the same torch."""
-    folder = ROOT / ".cache/bench-peers-gpu"
-    python = folder / "bin/python"
-    if not (folder / "ready").exists():
-        venv.create(folder, with_pip=True, clear=True)
-        own = subprocess.run(
-            [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-        (Path(own) / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        command = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", *PEERS]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            return (
-                None,
-                f"{' and '.join(PEERS)} could not be installed: {done.stderr.strip().splitlines()[-1]}",
-            )
-        (folder / "ready").touch()
-    return python, ""
+    """The interpreter of the peers' environment, or why there is none."""
+    try:
+        return peers.environment(peers.CACHE / "gpu", [], PEERS), ""
+    except subprocess.CalledProcessError:
+        return None, f"{' and '.join(PEERS)} could not be installed"
 
 
 def run_peers(forward_ms: dict[str, float], repeats: int) -> tuple[list[Figure], str]:

@@ -32,19 +32,19 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("."
 
 import numpy as np  # noqa: E402
 
+from bench import peers  # noqa: E402
 from bench.results import write  # noqa: E402
 from bench.steplib import inputs, sides  # noqa: E402
 from bench.steplib.sides import Job, Outcome, Side  # noqa: E402
 from strop.data import plan  # noqa: E402
 
-TRL = "1.16.0"
 SAME_LOSS = 1e-4
 LR = 2e-5
 
 
 def main() -> int:
     args = parse_args()
-    python = sides.trl_interpreter(TRL, args.env)
+    python = peers.interpreter(args.env)
     result: dict[str, Any] = {"machine": machine(), "packing": packing()}
     print(json.dumps(result["machine"]), *packing_lines(result["packing"]), sep="\n", flush=True)
     good = True
@@ -78,8 +78,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="processes of each side (default 3)")
     parser.add_argument("--steps", type=int, default=4, help="steps of each process (default 4)")
     parser.add_argument("--batch", type=int, default=4, help="rows in a step (default 4)")
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "strop/bench" / f"trl-{TRL}"
-    parser.add_argument("--env", type=Path, default=default, help="TRL's environment (made if missing)")
+    parser.add_argument("--env", type=Path, default=peers.ENV, help="TRL's environment (made if missing)")
     args = parser.parse_args()
     if not (args.model / "config.json").is_file():
         parser.error(f"--model: no model in {args.model}; python -m tools.demo_assets makes it")
@@ -180,7 +179,7 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "load_before": os.getloadavg()[0],
         "torch": torch.__version__,
-        "trl": TRL,
+        "trl": peers.TRL,
         "date": time.strftime("%Y-%m-%d"),
     }
 

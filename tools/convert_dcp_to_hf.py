@@ -75,11 +75,13 @@ def main() -> None:
     parser.add_argument("--finished", action="store_true", help="only of a run that has finished")
     parser.add_argument("--update", action="store_true", help="replace an existing --out if it is outdated")
     args = parser.parse_args()
-    if args.run is not None and args.finished:
-        refuse_unfinished(args.run)
     by_path = args.config is not None and args.dcp_ckpt_path is not None and args.out is not None
     if (args.run is None) == (not by_path):
         parser.error("give --run, or --config with --dcp-ckpt-path and --hf-ckpt-path")
+    if by_path and (args.finished or args.update):
+        parser.error("--finished and --update need --run")
+    if args.finished:
+        refuse_unfinished(args.run)
 
     end_on_term()
     os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: what is not cached is an error
@@ -97,7 +99,7 @@ def main() -> None:
         config = read_config(args.run / "config.yaml")
         directory = export.find_checkpoint(args.run, args.step)
         out = args.out or args.run / "export" / (directory.name + ("-adapter" if args.adapter else ""))
-        if args.update and exports.is_of(out, directory, args.dtype):
+        if args.update and exports.is_of(out, directory, args.dtype, args.adapter):
             print(f"{out} is of {directory} already", file=sys.stderr)
             return
     if args.update:  # a job that was killed before this one has left what it had written
@@ -114,7 +116,7 @@ def main() -> None:
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     if not by_path:
-        exports.mark(out, directory, args.dtype)
+        exports.mark(out, directory, args.dtype, args.adapter)
     print(f"wrote {out}", file=sys.stderr)
 
 

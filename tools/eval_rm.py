@@ -2,13 +2,15 @@
 
     python -m tools.eval_rm --model DIR --data FILE [FILE ...] [--json OUT] [--by FIELD] [--max-length N]
                             [--batch-tokens N] [--dtype fp32|bf16|fp16] [--chat-template FILE]
+                            [--split NAME] [--subset NAME]
 
     python -m tools.convert_dcp_to_hf --run runs/my-rm --step best
     python -m tools.eval_rm --model runs/my-rm/export/step-000100 --data heldout.jsonl
 
 DIR is any Hugging Face sequence classifier of one label (or a hub name): an export of --algo rm, or a reward
 model of others. FILE holds the rows of DPO and RM (prompt, chosen, rejected; JSONL, JSON, Parquet, a
-directory with validation.jsonl, a hub name), rendered with the tokenizer's chat template as in training.
+directory with validation.jsonl, a hub name), rendered with the tokenizer's chat template as in training. Of a
+hub set --split is scored, by default the validation split that strop knows of it, and of --subset, if given.
 
 What it tells:
   accuracy      share of the pairs whose chosen completion scores higher, with a 95 % interval (Wilson). A
@@ -54,6 +56,8 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"))
     parser.add_argument("--chat-template", metavar="FILE", help="a Jinja chat template, or a file of one")
+    parser.add_argument("--split", metavar="NAME", help="of hub sets")
+    parser.add_argument("--subset", metavar="NAME", help="of hub sets: configuration name")
     options = parser.parse_args(argv)
     for name in ("max_length", "batch_tokens"):
         if (value := getattr(options, name)) is not None and value < 1:
@@ -69,7 +73,7 @@ def evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from strop.config import ModelConfig
+    from strop.config import DataConfig, ModelConfig
     from strop.data.render import chat_template
     from strop.data.tokenise import load_tokenizer
     from strop.eval import agreement, rewards, text
@@ -86,6 +90,7 @@ def evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         chat_template(options.chat_template, tokenizer),
         options.max_length or rewards.longest(model),
         options.by,
+        DataConfig(hub_validation_split=options.split, hub_subset=options.subset),
     )
     print(ledger.table(), file=sys.stderr)
     progress = Progress()

@@ -64,10 +64,10 @@ def say(line: str) -> None:
 
 def main() -> None:
     options = parse()
-    pipeline = spec.load(options.file, options.words)
     if options.cancel:
-        cancel(pipeline)
+        cancel(spec.directory(options.file, options.words))
         return
+    pipeline = spec.load(options.file, options.words)
     if options.dry_run:
         graph, found, _ = begin.plan(pipeline, options.executor, options.allow_config_change)
         standings = standing.look(graph)
@@ -103,9 +103,12 @@ def advance(pipeline: spec.Pipeline, options: argparse.Namespace) -> tuple[Graph
     wanted, to_cancel = jobs.to_submit(graph, standings)
     inputs.check(pipeline, {graph.nodes[name].stage for name in wanted})
     begin.write(pipeline, graph, changed)
+    without_stage, lines = jobs.left_over(graph)
+    for line in [*lines, *jobs.unchanged(graph, standings)]:
+        say(line)
     jobs.check(graph, found, wanted)
-    if to_cancel:
-        command.slurm(["scancel", *to_cancel])
+    if without_stage or to_cancel:
+        command.slurm(["scancel", *without_stage, *to_cancel])
     jobs.submit(graph, found, standings, wanted, say)
     if wanted and not options.wait:
         say(f"to see how it stands: python -m tools.status --pipeline {graph.name}")
@@ -163,10 +166,10 @@ def finish(graph: Graph, standings: dict[str, Standing]) -> int:
     return failed.exit_code or 1
 
 
-def cancel(pipeline: spec.Pipeline) -> None:
-    graph = graph_module.read(pipeline.directory)
+def cancel(directory: Path) -> None:
+    graph = graph_module.read(directory)
     if graph is None:
-        raise UserError(f"{pipeline.directory}: nothing of it was submitted")
+        raise UserError(f"{directory}: nothing of it was submitted")
     if graph.executor == "local":
         pid = local.cancel(graph)
         say(f"asked process {pid} to stop: a run commits first" if pid else "nothing of it runs")

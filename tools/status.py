@@ -21,7 +21,7 @@ no such run.
     checkpoints: committed best damaged unfinished size_bytes
     attempts: attempt job_id nodes began ended state cause action steps committed_step lost_s resume_s
               repeated_steps summary
-each pipeline has name directory state parts, each part of it
+each pipeline has name directory state parts (detail, where the state is unreadable), each part of it
     name stage kind state detail job_id exit_code result step total_steps eta_s tokens_per_s cause next_action
 Times are unix seconds, durations seconds, what is not known null. Keys may be added, none is renamed.
 """
@@ -88,6 +88,8 @@ def newest_first(root: Path) -> list[Path]:
 class View:
     runs: list[Status]
     pipelines: list[tuple[Graph, dict[str, Standing]]]
+    unreadable: dict[Path, str] = dataclasses.field(default_factory=dict)
+    """Directories of pipelines of another version, and what is wrong with each."""
 
     @property
     def goes_on(self) -> bool:
@@ -102,8 +104,16 @@ def look(options: argparse.Namespace) -> View:
     if options.runs:
         return View([assess(run_files.read(path)) for path in find(options.runs, options.dir)], [])
     runs = [assess(run_files.read(path, quick=True)) for path in newest_first(options.dir)]
-    read = (graph_module.read(path) for path in graph_module.find(options.dir))
-    return View(runs, [(graph, standing.look(graph)) for graph in read if graph is not None])
+    pipelines, unreadable = [], {}
+    for path in graph_module.find(options.dir):
+        try:
+            graph = graph_module.read(path)
+        except UserError as error:
+            unreadable[path] = str(error)
+            continue
+        if graph is not None:
+            pipelines.append((graph, standing.look(graph)))
+    return View(runs, pipelines, unreadable)
 
 
 def _pipeline(root: Path, name: str) -> Graph:
@@ -116,6 +126,8 @@ def _pipeline(root: Path, name: str) -> Graph:
 
 def render(view: View, options: argparse.Namespace) -> RenderableType:
     trees = [pipeline_text.tree(graph, standings) for graph, standings in view.pipelines]
+    for path, why in view.unreadable.items():
+        trees.append(Text(f"pipeline {path.stem}  unreadable\n      {why}"))
     if options.pipeline is not None:
         return Group(*trees)
     if not view.runs and not trees:
@@ -128,6 +140,9 @@ def render(view: View, options: argparse.Namespace) -> RenderableType:
 
 def as_json(view: View) -> str:
     pipelines = [standing.as_dict(graph, standings) for graph, standings in view.pipelines]
+    for path, why in view.unreadable.items():
+        what = {"name": path.stem, "directory": str(path), "state": "unreadable", "detail": why, "parts": []}
+        pipelines.append(what)
     return json.dumps({"runs": [dataclasses.asdict(s) for s in view.runs], "pipelines": pipelines})
 
 

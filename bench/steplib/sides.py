@@ -1,8 +1,7 @@
 """One training of a few steps by either side, as a process tree of its own whose memory is watched.
 
 strop is started as its launcher starts it on one node (sbatch/lib.sh without Slurm): one rank with all
-threads, or one rank a thread. TRL runs in a virtual environment of its own that borrows this interpreter's
-packages, so that both use the same torch and transformers.
+threads, or one rank a thread. TRL runs in an environment of its own (bench/peers.py).
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-import sysconfig
 import threading
 import uuid
 from collections.abc import Sequence
@@ -60,21 +58,6 @@ class Outcome:
     seconds: list[float]
     losses: list[float]
     peak_gib: float
-
-
-def trl_interpreter(version: str, folder: Path) -> Path:
-    """Python of an environment with TRL, made at its first use."""
-    python = folder / "bin" / "python"
-    if not (folder / "ready").exists():
-        print(f"installing trl {version} into {folder}", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        ask = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-        packages = subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip()
-        Path(packages, "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        install = [str(python), "-m", "pip", "install", "--quiet", f"trl=={version}", "accelerate"]
-        subprocess.run(install, check=True)
-        (folder / "ready").touch()
-    return python
 
 
 def train(side: Side, job: Job, trl_python: Path) -> Outcome:

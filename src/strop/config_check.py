@@ -192,6 +192,8 @@ def check(flat: Mapping[str, Any], where: Mapping[str, str], path: Path) -> None
     for key in [key for key in flat if key.startswith("validation.watch.")]:
         if not isinstance(flat[key], str) or not re.fullmatch(r"[\w-]+", key.split(".", 2)[2]):
             fail(key, "must be a path or hub name under a plain name", "validation.watch")
+    if flat["data.completion_template"] is not None and KINDS[flat["algo"]] != "sft":
+        fail("data.completion_template", f"must be null for {flat['algo']}: it is for rows of SFT")
     _check_lora(flat, fail)
     every = flat["checkpoint.every"]
     if every is not None and not _is_interval(every):

@@ -61,7 +61,7 @@ class DataConfig:
     """Put before conversations that have no system message of their own."""
     prompt_template: Optional[str] = None
     """The prompt of rows of plain fields: "Question: {input}\\nAnswer: " or a file with that. {name} is the
-    row's field of that name, {{ and }} are braces. null: the field prompt (SFT: or input)."""
+    row's field, {{ and }} are braces; messages give way to it. null: the field prompt (SFT: or input)."""
     completion_template: Optional[str] = None
     """SFT: the completion, likewise. null: the field completion or output."""
     max_length: int = 1024

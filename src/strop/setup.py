@@ -27,7 +27,7 @@ from strop.data import labels, plan
 from strop.data.mismatched import Mismatched
 from strop.data.repeats import find_overlap
 from strop.data.sets import Maker, RowSet, open_set
-from strop.data.store import TokenStore
+from strop.data.store import WORTH_SHARING, TokenStore
 from strop.data.tokenise import load_tokenizer, tokenizer_digest
 from strop.dist import Dist
 from strop.dist import start as start_dist
@@ -45,9 +45,6 @@ log = logging.getLogger("strop")
 
 FIRST_LOSS_SCALE = 2.0**16
 """Of fp16; halved at the first overflow."""
-
-WORTH_SHARING = 0.95
-"""Prompts are shared where that leaves at most this part of the tokens."""
 
 
 def build(run: Run, config: Config, position: Position, report: Report) -> Trainer:

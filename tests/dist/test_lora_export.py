@@ -181,3 +181,12 @@ def test_command_line(runs):
     assert (step / "model.safetensors").is_file()
     assert (step.with_name("step-000003-adapter") / "adapter_config.json").is_file()
     assert json.loads((step / "config.json").read_text())["dtype"] == "float32"
+    # In the merged model's place the adapters are something else, though of the same checkpoint.
+    update = ["--run", str(run_dir), "--adapter", "--update", "--out", str(step)]
+    for told in (f"wrote {step}", f"{step} is of {run_dir / 'checkpoints/step-000003'} already"):
+        command = [sys.executable, "-m", "tools.convert_dcp_to_hf", *update]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert told in done.stderr
+        assert (step / "adapter_model.safetensors").is_file()
+        assert not (step / "model.safetensors").exists()

@@ -195,3 +195,13 @@ def test_a_refused_start_without_a_name_leaves_nothing(start):
         output, _ = job.communicate(timeout=60)
         assert job.returncode == 78, output
         assert [path.name for path in Path("runs").iterdir()] == left
+
+
+def test_no_ranks_at_all(start):
+    """It would end well, and have done nothing."""
+    for told in (0, -1):
+        process = start("run.name=none", ranks=told)
+        out, _ = process.communicate(timeout=30)
+        assert process.returncode == 78, out
+        assert f"STROP_LOCAL_RANKS is '{told}'; expected how many ranks to start, 1 or more" in out
+    assert not Path("runs/none").exists()

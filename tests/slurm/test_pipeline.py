@@ -224,6 +224,33 @@ def test_killed_between_two_submissions(on_slurm, monkeypatch):
 
 
 @pytest.mark.slurm
+def test_a_pipeline_that_is_changed_while_it_waits(on_slurm):
+    """New options and a stage that is taken out reach the queue; a changed configuration needs no new job."""
+    stages = {name: {"config": f"{name}.yaml"} for name in ("cpt", "sft", "dpo")}
+    write(stages, slurm={"begin": "now+1hour"})
+    assert call().returncode == 0
+    first = jobs()
+    assert call("cpt.optim.lr=3e-6").returncode == 0
+    assert jobs() == first
+    del stages["sft"]
+    stages["dpo"]["slurm"] = {"comment": "new"}
+    write(stages, slurm={"begin": "now+1hour"})
+    done = call("cpt.optim.lr=3e-6")
+    assert done.returncode == 0, done.stderr
+    assert f"p-sft: no such stage any more; job {first['sft'][0]} is cancelled" in done.stdout
+    second = jobs()
+    assert {name: len(numbers) for name, numbers in second.items()} == {
+        **dict.fromkeys(("cpt", "cpt.export"), 1),
+        **dict.fromkeys(("dpo", "dpo.export"), 2),
+    }
+    gone = [first[name][0] for name in ("sft", "sft.export", "dpo", "dpo.export")]
+    assert {command.show_job(number)["JobState"] for number in gone} == {"CANCELLED"}
+    record = command.show_job(second["dpo"][1])
+    waits_for = f"afterok:{second['cpt.export'][0]}(unfulfilled)"
+    assert (record["JobState"], record["Comment"], record["Dependency"]) == ("PENDING", "new", waits_for)
+
+
+@pytest.mark.slurm
 def test_mistakes_are_found_before_anything_is_submitted(on_slurm):
     """What only Slurm knows, for the last stage; and a typing error there."""
     last = {"config": "sft.yaml", "slurm": {"partition": "nosuch"}}

@@ -9,6 +9,7 @@ import pytest
 
 from strop.obs import run_files
 from strop.slurm import command
+from tests.unit.pipeline_helpers import CONFIG
 from tests.unit.status_runs import RunDir
 
 
@@ -51,3 +52,20 @@ def look_at(tmp_path):
     from tests.unit import look_helpers
 
     return functools.partial(look_helpers.look, tmp_path)
+
+
+@pytest.fixture
+def pipeline_place(tmp_path, monkeypatch):
+    """The working directory: one with a configuration of each algorithm that the pipelines have."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    for algo in ("cpt", "sft", "dpo"):
+        (tmp_path / f"configs/{algo}.yaml").write_text(CONFIG)
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """use(engine, keep): from now on linear_logprob computes like that (ops_engines.choose)."""
+    from tests.unit import ops_engines  # torch, which most tests here do without
+
+    return functools.partial(ops_engines.choose, monkeypatch)

@@ -221,6 +221,13 @@ def test_code_is_pinned_once_there_is_a_checkpoint(here, monkeypatch):
     (run / "checkpoints/step-000001/COMMITTED.json").write_text("{}")
     with pytest.raises(UserError, match="digest b then, digest c now"):
         body.begin("dpo", ["run.name=x"], job(restart=2))
+    stage = here / "runs/p.pipeline/sft.yaml"  # a pipeline's command line needs the stage's name
+    stage.parent.mkdir()
+    stage.write_text("run:\n  name: x\n")
+    monkeypatch.setattr(code, "identify", lambda: {"digest": "c", "commit": None})
+    for words, said in ((["--config", str(stage)], "sft.run.allow"), (["run.name=x"], "run.allow")):
+        with pytest.raises(UserError, match=rf" say {said}_code_change=true to go on"):
+            body.begin("dpo", words, job(restart=2))
     begun = body.begin("dpo", ["run.name=x", "run.allow_code_change=true"], job(restart=2))
     assert "going on" in begun.notes[0]
     assert body.begin("dpo", ["run.name=x"], job(restart=3)).notes == ()  # it is c's run now

@@ -165,6 +165,7 @@ def test_the_ledger_tells_of_cut_and_dropped_rows(tmp_path):
                 {"line": 4, "message": "2 of 12 tokens cut"},
             ],
             "wanted": False,
+            "halves": 0,
         }
     }
     assert Ledger.load(store.path / "ledger.json") == ledger

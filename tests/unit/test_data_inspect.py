@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from data_helpers import CHATML, tiny_tokenizer, write_jsonl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from strop.config import TrainConfig
+from strop import trainer
+from strop.config import Config, DataConfig, TrainConfig
 from strop.data import ends, inspect, looking, samples, units
 from strop.data.spans import spans
 from strop.errors import UserError
@@ -104,6 +106,44 @@ def test_steps_by_hand(look_at):
     assert (s.per_epoch, s.total, s.epochs, s.micro_batches) == (3, 6, 2.0, 1.0)
     assert (s.tokens_per_epoch, s.trained_per_epoch) == (5 * length, 5 * 2)  # the digit and EOS
     assert s.filled == pytest.approx(5 * length / (3 * train.micro_batch_tokens))
+
+
+def test_steps_of_a_blend_and_of_shared_prompts_are_the_trainers(look_at, tmp_path):
+    """Against `trainer.step_bins` over whole epochs, with the store that it would train on."""
+    short, long = (
+        [pair("a", "b", f"{i}") for i in range(6)],
+        [pair("a" * 60, "b" * 9, f"{i}") for i in range(3)],
+    )
+    file = write_jsonl(tmp_path / "more.jsonl", long)
+    write_jsonl(tmp_path / "train.jsonl", short)
+    train = TrainConfig(global_batch_size=3, micro_batch_tokens=200, max_steps=4, shared_prefix=True)
+    data = DataConfig(train=[str(tmp_path / "train.jsonl"), str(file)], weights=[1.0, 2.0])
+    config = Config(data=data, train=train)
+    report = looking.look(config, "preference", tiny_tokenizer(), tmp_path / "cache", 2, lambda *args: None)
+    s, store = report.steps, report.looks["train"].rows
+    own = np.diff(store.offsets).reshape(-1, 2).sum(axis=1)
+    # 9 slots by shares of 1 and 2: 3 of the six short rows, and the three long ones twice
+    assert s.tokens_per_epoch == own[:6].sum() // 2 + 2 * own[6:].sum()
+    for seen, rows in (((s.filled, s.micro_batches), store), (s.shared, store.sharing_prompts())):
+        policy = types.SimpleNamespace(config=config, dist=types.SimpleNamespace(world_size=1))
+        policy.train_store, policy.steps_per_epoch = rows, 3
+        bins = [own for step in range(3) for [own] in [trainer.step_bins(policy, step)]]
+        tokens = sum(int(rows.row_lengths[own].sum()) for step in bins for own in step)
+        num = sum(len(step) for step in bins)
+        assert seen == pytest.approx((tokens / (num * 200), num / 3))
+    without = dataclasses.replace(config, train=dataclasses.replace(train, shared_prefix=False))
+    assert inspect.steps(report.looks["train"], without, 1).shared is None
+
+
+def test_rows_that_were_to_be_left_out_are_a_note(look_at, tmp_path, monkeypatch):
+    (tmp_path / "own_adapter.py").write_text(
+        "def ties(row):\n    return None if row['prompt'] == 'tie' else row\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = [pair("tie" if i % 3 else "q", "a", f"{i}") for i in range(9)]
+    report, _ = look_at("preference", {"train": rows}, adapter="own_adapter:ties")
+    [concern] = [c for c in report.concerns["train"] if c.name == "left_out"]
+    assert (concern.level, concern.count, concern.advice) == ("note", 6, "")
 
 
 def test_chunks_change_nothing(look_at, monkeypatch):

@@ -7,14 +7,42 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import tiny_tokenizer
+from data_helpers import tiny_tokenizer, write_jsonl
 
+from strop.config import Config, DataConfig
 from strop.data import concerns, inspect_text, looking, samples
 from strop.data.spans import Span, spans, special_mask
 from strop.errors import UserError
 from tests.unit.look_helpers import GOOD, dialogue, pair
 
 # --- which rows
+
+
+def test_a_row_is_found_by_whole_parts_of_its_path(tmp_path):
+    """hard-training.jsonl is another file than training.jsonl, and two of that name must be told apart."""
+    files = [tmp_path / name for name in ("hard-training.jsonl", "a/training.jsonl", "b/training.jsonl")]
+    for i, file in enumerate(files):
+        file.parent.mkdir(exist_ok=True)
+        write_jsonl(file, [dialogue(f"{n}?", f"{i}.") for n in range(3 if i < 2 else 5)] + [{"messages": []}])
+    data = {"on_bad_row": "skip", "max_dropped_fraction": 0.5}
+    config = Config(data=DataConfig(train=[str(file) for file in files[:2]], **data))
+    tokenizer = tiny_tokenizer()
+
+    def pick(config, name):
+        report = looking.look(config, "sft", tokenizer, tmp_path / "cache", 1, lambda *args: None)
+        return looking.pick(report, config, "sft", tokenizer, "train", n=1, rows=[name])[0].place
+
+    assert pick(config, "training.jsonl:3") == f"{files[1]}, line 3"
+    assert pick(config, "hard-training.jsonl:3") == f"{files[0]}, line 3"
+    with pytest.raises(UserError, match=f"{files[1]}, line 4 is not used"):
+        pick(config, "training.jsonl:4")
+    config = Config(data=DataConfig(train=[str(file) for file in files], **data))
+    for line in (3, 4, 5, 6):  # used in both, used in one, not used in the other
+        with pytest.raises(UserError) as raised:
+            pick(config, f"training.jsonl:{line}")
+        assert f"{files[1]} and {files[2]} end so: name more" in str(raised.value)
+    assert pick(config, "b/training.jsonl:5") == f"{files[2]}, line 5"
+    assert pick(config, f"{files[1]}:2") == f"{files[1]}, line 2"
 
 
 def test_rows_by_name(look_at, tmp_path):

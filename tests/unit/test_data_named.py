@@ -69,7 +69,7 @@ def test_a_hub_set_as_it_is():
 
 def test_something_here_of_that_name_wins_and_says_so(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
-    sources._say_path.cache_clear()
+    sources.say_path.cache_clear()
     (tmp_path / "gsm8k").mkdir()
     write_jsonl(tmp_path / "gsm8k" / "train.jsonl", [{"prompt": "a", "completion": "b"}])
     with caplog.at_level("INFO"):

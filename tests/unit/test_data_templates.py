@@ -103,7 +103,7 @@ def test_rows_of_plain_fields():
 def test_rows_of_messages_go_their_own_way():
     talk = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
     head = "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n|"
-    assert rendered({"messages": talk}, prompt_template="{input}") == [head + "A<|im_end|>\n"]
+    assert rendered({"messages": talk}) == [head + "A<|im_end|>\n"]
     pair = {"question": "Q", "chosen": talk[1:], "rejected": [{**talk[1], "content": "B"}]}
     assert rendered(pair, "preference", prompt_template="{question}") == [
         head + "A<|im_end|>\n",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -289,6 +291,36 @@ def test_mistakes_are_named(model_dir, tmp_path):
         "and rejected, with prompt unless they are message lists that share their beginning",
     ]
     assert fail(model_dir, file, "--batch-tokens", "0") == "--batch-tokens 0: must be greater than 0"
+
+
+def test_sets_of_several_splits(model_dir, tmp_path):
+    """--split chooses; without it the message names the option, not a key of the trainer."""
+    saved = tmp_path / "saved"
+    splits = {name: datasets.Dataset.from_list(ROWS[:n]) for name, n in (("train", 1), ("check", 3))}
+    datasets.DatasetDict(splits).save_to_disk(saved)
+    words = ["--model", str(model_dir), "--data", str(saved)]
+    report, _ = eval_rm.evaluate(eval_rm.parse([*words, "--split", "check"]))
+    assert report["rows"]["read"] == 3
+    assert fail(model_dir, "tulu3-preference").startswith("--split is not set: which split of allenai/")
+    assert "data." not in fail(model_dir, "tulu3-preference")
+    file = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    for option in ("--split", "--subset"):
+        assert fail(model_dir, file, option, "check") == f"{option}: {file} is no hub set, which has such"
+
+
+def test_many_categories_cost_no_more_than_their_pairs():
+    """20,000 of one pair each: a mask of all pairs for each would be 400 MB; order by size, then by place."""
+    num = 20_000
+    names = [f"c{i}" for i in range(num)] + ["c7", "c3", "c7"]
+    scores = np.stack([np.arange(num + 3.0), np.full(num + 3, 5.0)], axis=1)
+    none = np.full(num + 3, NAN)
+    tracemalloc.start()
+    found = agreement.report(scores, np.stack([none, none], axis=1), none, names)["categories"]
+    assert tracemalloc.get_traced_memory()[1] < 100 * 2**20
+    tracemalloc.stop()
+    assert list(found)[:4] == ["c7", "c3", "c0", "c1"]
+    assert found["c7"]["margin"]["mean"] == pytest.approx((2 + (num - 5) + (num - 3)) / 3)
+    assert (found["c3"]["pairs"], found["c3"]["accuracy"], found["c5"]["ties"]) == (2, 0.5, 1)
 
 
 def test_damaged_models_are_named(model_dir, tmp_path):

@@ -62,6 +62,7 @@ def named(name: str) -> str | None:
 def of_name(name: str, key: str, config: DataConfig, kind: str) -> Use | None:
     """For an entry that is no path. A short name brings its own adapter, whatever `data.adapter` says; the
     name of a repository does where that is not set."""
+    _check_args(config)
     if name in TABLE:
         return _of_table(name, key, kind)
     if config.adapter is None and (own := named(name)) is not None:
@@ -71,9 +72,8 @@ def of_name(name: str, key: str, config: DataConfig, kind: str) -> Use | None:
 
 def of_path(config: DataConfig, kind: str) -> Use | None:
     """For files and directories: what `data.adapter` says."""
+    _check_args(config)
     if config.adapter is None or config.adapter == NONE:
-        if config.adapter_args:
-            raise UserError("data.adapter_args: there is no data.adapter to take them")
         return None
     if (own := named(config.adapter)) is not None:
         if config.adapter_args:
@@ -87,6 +87,11 @@ def of_path(config: DataConfig, kind: str) -> Use | None:
             f"{KEY}: no adapter is called {config.adapter!r}{hint} (or package.module:name, or none)"
         )
     return Use(config.adapter, kind, dict(config.adapter_args))
+
+
+def _check_args(config: DataConfig) -> None:
+    if config.adapter_args and config.adapter in (None, NONE):
+        raise UserError("data.adapter_args: there is no data.adapter to take them")
 
 
 def _of_table(name: str, key: str, kind: str) -> Use:
@@ -134,7 +139,8 @@ def rows(raw: Iterable[Row | BadRow], use: Use | None) -> Iterator[Row | BadRow]
 
 
 def _made(row: Row, fields: Any, make: Callable[[Any, Row], Made]) -> Iterator[Row | BadRow]:
-    """`dealt_by` keeps all rows of one line on one side of `data.split`."""
+    """`dealt_by` keeps all rows of one line on one side of `data.split`; documents of text are each dealt by
+    their own text, so that equal ones land together whatever line they came from (parts.split_of)."""
     try:
         made = make(fields, row)
     except Refused as refused:

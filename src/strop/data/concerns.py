@@ -134,8 +134,9 @@ def _dropped(ledger: Ledger, config: Config) -> list[Concern]:
         share = count / ledger.read
         text = f"{count:,} of {ledger.read:,} rows ({percent(share)}) are left out: {reason}"
         advice = ADVICE.get(reason, "correct them, or data.on_bad_row=skip leaves them out")
-        wanted = reason == "over_length" and share <= config.data.max_dropped_fraction
-        level = "note" if wanted else "warn"
+        meant = all(rows.wanted for _, rows in entries)  # by an adapter
+        expected = meant or (reason == "over_length" and share <= config.data.max_dropped_fraction)
+        level, advice = "note" if expected else "warn", "" if meant else advice
         out.append(Concern(level, reason, text, advice, count, share, examples[:3]))
     return out
 

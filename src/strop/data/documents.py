@@ -63,6 +63,8 @@ def find(entry: str, key: str, split: str, config: DataConfig) -> list[Source]:
     taken, in the order of their names. Raises UserError.
     """
     path = Path(entry).expanduser()
+    if path.exists():
+        sources.say_path(entry, key)
     if path.is_file():
         if not path.name.lower().endswith(SUFFIXES):
             raise UserError(f"{key}: {entry} has none of the endings {', '.join(SUFFIXES)}")
@@ -78,17 +80,19 @@ def beside(entry: str, config: DataConfig) -> list[Source]:
     """The validation set that lies beside an entry of `data.train`, where there is one."""
     path = Path(entry).expanduser()
     if path.is_dir():
-        return _named(path, entry, "data.train", "validation", config)
+        return _named(path, entry, "data.train", "validation", config, beside=True)
     found = sources.beside(entry, config, KIND)
     return [] if found is None else [found]
 
 
-def _named(path: Path, entry: str, key: str, split: str, config: DataConfig) -> list[Source]:
+def _named(
+    path: Path, entry: str, key: str, split: str, config: DataConfig, beside: bool = False
+) -> list[Source]:
     """training.txt, training.jsonl and the like, or a set of `datasets`: one source or none."""
     files = [path / f"{stem}{suffix}" for stem in sources.FILE_NAMES[split] for suffix in TEXT_SUFFIXES]
     found = [_as_source(p, str(Path(entry) / p.name), key, config) for p in files if p.is_file()]
-    source = sources.directory(path, entry, split, config, KIND)
-    if source is not None and (source.format != "hub" or _is_hub_set(path)):
+    source = sources.directory(path, entry, split, config, KIND, beside)
+    if source is not None and (source.format != "hub" or _is_hub_set(path, entry, key)):
         found.append(source)
     if len(found) > 1:
         raise UserError(f"{entry} holds both {found[0].name} and {found[1].name}: name one of them")
@@ -101,25 +105,37 @@ def _as_source(file: Path, name: str, key: str, config: DataConfig) -> Source:
     return sources.as_file(file, name, key, adapt.of_path(config, KIND))
 
 
-def _is_hub_set(path: Path) -> bool:
-    """Saved by `datasets`, or a copy of a hub set: not just texts with a README.md among them."""
-    saved = any((path / mark).exists() for mark in ("dataset_dict.json", "state.json"))
-    return saved or any(True for suffix in sources.SUFFIXES for _ in path.rglob(f"*{suffix}"))
+def _is_hub_set(path: Path, entry: str, key: str) -> bool:
+    """Saved by `datasets`, or a copy of a hub set: not just texts with a README.md among them. UserError
+    where it may be either: `datasets` would pass over the texts, and all files may be several splits."""
+    if any((path / mark).exists() for mark in ("dataset_dict.json", "state.json")):
+        return True
+    files = list(_files(path))
+    data = [file for file in files if not file.name.lower().endswith(TEXT_SUFFIXES)]
+    texts = [file for file in files if file not in data and file != path / "README.md"]
+    if data and texts:
+        marks = [mark for mark in ("README.md", "data") if (path / mark).exists()]
+        raise UserError(
+            f"{key}: {entry} holds {' and '.join(marks)}, as a copy of a hub set does, and beside "
+            f"{data[0].relative_to(path)} texts such as {texts[0].relative_to(path)}: name the files to take "
+            f"all of them, or move the texts away"
+        )
+    return bool(data)
 
 
 def _all_files(path: Path, entry: str, key: str, config: DataConfig) -> list[Source]:
-    found = []
-    for file in sorted(path.rglob("*")):
-        inner = file.relative_to(path)
-        if (
-            file.is_file()
-            and file.name.lower().endswith(SUFFIXES)
-            and not any(p.startswith(".") for p in inner.parts)
-        ):
-            found.append(_as_source(file, str(Path(entry) / inner), key, config))
+    found = [_as_source(p, str(Path(entry) / p.relative_to(path)), key, config) for p in _files(path)]
     if not found:
         raise UserError(f"{key}: {entry} holds no file that ends in {', '.join(SUFFIXES)}")
     return found
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """All that can be read below a directory, hidden ones left out, in the order of their names."""
+    for file in sorted(path.rglob("*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        if file.is_file() and file.name.lower().endswith(SUFFIXES) and not hidden:
+            yield file
 
 
 def pieces(index: int, source: Source, config: PrepareConfig) -> list[Piece]:
@@ -165,8 +181,8 @@ def _row_groups(index: int, source: Source) -> list[Piece]:
     try:
         with pyarrow.parquet.ParquetFile(source.path) as file:
             groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{source.name}: damaged Parquet ({error})") from None
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise sources.damaged_parquet(source, 0, error) from None
     firsts = itertools.accumulate((group.num_rows for group in groups), initial=1)
     return [
         Piece(index, i, i + 1, first, group.total_byte_size)
@@ -198,14 +214,7 @@ def _rows(source: Source, piece: Piece) -> Iterator[Row | BadRow]:
                     yield sources.parse_line(source, number, line)
                 number += 1
     elif source.format == "parquet":
-        import pyarrow.parquet
-
-        with pyarrow.parquet.ParquetFile(source.path) as file:
-            groups = list(range(piece.begin, piece.end))
-            batches = file.iter_batches(batch_size=sources.READ_ROWS, row_groups=groups)
-            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-            for number, fields in enumerate(rows, start=piece.first_line):
-                yield Row(source.name, number, fields)
+        yield from sources.read_parquet(source, list(range(piece.begin, piece.end)), piece.first_line)
     elif source.format == "hub":
         rows = sources.load_hub(source).select(range(piece.begin, piece.end))
         for number, fields in enumerate(rows, start=piece.first_line):

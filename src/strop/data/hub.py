@@ -29,7 +29,11 @@ def load(name: str, path: str, subset: str | None, split: str | None) -> Any:
         if (Path(path) / "state.json").exists():
             return datasets.load_from_disk(path)
         return datasets.load_dataset(path, subset, split=split)
-    except (datasets.exceptions.DatasetNotFoundError, ValueError) as error:
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise _damaged(name, error) from None
+    except (datasets.exceptions.DatasetsError, FileNotFoundError, ValueError) as error:
+        if Path(path).is_dir():
+            raise UserError(f"{name}: {first_line(error)}") from None
         text = f"{name}: {first_line(error)} (neither a local path nor a hub set)"
         raise UserError(text + nearest) from None
     except ConnectionError as error:
@@ -39,13 +43,34 @@ def load(name: str, path: str, subset: str | None, split: str | None) -> Any:
         raise ConnectionError(text) from None
 
 
+def _damaged(name: str, error: Exception) -> BaseException:
+    """What to raise for rows that `datasets` cannot read: the disk's own error, where it is that one."""
+    cause = error.__cause__ or error
+    if getattr(cause, "errno", None):
+        return cause
+    why = "" if cause is error else f" ({first_line(cause)})"
+    return UserError(f"{name}: {first_line(error)}{why}")
+
+
+def check_saved(path: Path, name: str, key: str, asked: str | None, beside: bool) -> None:
+    """UserError if a set saved by `Dataset.save_to_disk`, which has no splits, is asked for one (key, asked)
+    that it was not when it was saved, or for one beside the training set that it is."""
+    try:
+        held = json.loads((path / "state.json").read_text(encoding="utf-8")).get("_split")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{name}: damaged state.json ({first_line(error)})") from None
+    if asked is not None and (beside or asked != held):
+        advice = "data.validation names another one, data.split makes one of it" if beside else "leave it out"
+        raise UserError(
+            f"{key}={asked}: {name} is one set without splits, saved by Dataset.save_to_disk; {advice}"
+        )
+
+
 def splits(path: Path, subset: str | None) -> list[str]:
-    """Names of the splits in a directory; none, where `datasets` saved a set without any. UserError for one
-    that it cannot read."""
+    """Names of the splits in a directory that `datasets` saved or that is a copy of a hub set. UserError for
+    one that it cannot read."""
     import datasets
 
-    if (path / "state.json").exists():
-        return []
     if (path / "dataset_dict.json").exists():
         return list(json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"])
     try:

@@ -7,18 +7,19 @@ row and 12 a sequence are kept of it. Nothing is judged here: see `concerns`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from strop.config import TrainConfig
+from strop.config import Config, TrainConfig
 from strop.data import ends, plan, repeats, spans, units
 from strop.data.blocks import Blocks
 from strop.data.ledger import Ledger
 from strop.data.repeats import Contents
 from strop.data.sets import RowSet
+from strop.data.store import WORTH_SHARING, TokenStore
 from strop.data.units import Chunk
 
 EXAMPLES = 3
@@ -232,34 +233,60 @@ class Steps:
     """Share of micro_batch_tokens that the packed micro batches use, empty ones included."""
     micro_batches: float
     """Of each rank in a step, on average."""
+    shared: tuple[float, float] | None
+    """Both with the prompt of each pair once, where train.shared_prefix has or allows that."""
 
 
-def steps(look: Look, config: TrainConfig, world_size: int) -> Steps:
-    """filled and micro_batches are those of a few steps, spread over the first epoch."""
-    num_rows = look.rows.num_rows
-    per_epoch = plan.steps_per_epoch(num_rows, config.global_batch_size, config.limit_train_batches)
-    total = config.max_steps or int(np.ceil(config.max_epochs * per_epoch))
+def steps(look: Look, config: Config, world_size: int) -> Steps:
+    """The tokens of an epoch are those of an average one, where sources are blended."""
+    train, num_rows = config.train, look.rows.num_rows
+    per_epoch = plan.steps_per_epoch(num_rows, train.global_batch_size, train.limit_train_batches)
+    total = train.max_steps or int(np.ceil(train.max_epochs * per_epoch))
+    tokens, trained = (_of_epoch(look, of, config.data.weights) for of in (look.lengths_S, look.trained_S))
+    packed = _packed(look, look.rows.row_lengths, config, world_size)
+    once = _prompts_once(look.rows, train)
+    shared = None if once is None else _packed(look, once, config, world_size)
+    return Steps(per_epoch, total, total / per_epoch, tokens, trained, *packed, shared)
+
+
+def _of_epoch(look: Look, counts_S: np.ndarray, weights: Sequence[float] | None) -> int:
+    """Tokens, summed over as many rows of each source as an epoch has."""
+    if weights is None:
+        return int(counts_S.sum())
+    rows = look.rows
+    units = [p.end - p.begin for p in rows.parts] if isinstance(rows, Blocks) else rows.part_rows
+    ends = np.cumsum(units)[:-1] * look.seqs_per_row
+    sums = [int(own.sum()) for own in np.split(counts_S, ends)]
+    epoch = plan.blend_counts(rows.part_rows, weights)
+    return round(sum(num * new / old for num, new, old in zip(sums, epoch, rows.part_rows)))
+
+
+def _prompts_once(rows: RowSet, config: TrainConfig) -> np.ndarray | None:
+    """int64 [num_rows]: tokens of each pair with its prompt once; None where they are not shared."""
+    if config.shared_prefix is False or not isinstance(rows, TokenStore) or rows.seqs_per_row == 1:
+        return None
+    once = rows.sharing_prompts().row_lengths
+    pays = once.sum() < WORTH_SHARING * rows.row_lengths.sum()
+    return once if config.shared_prefix or pays else None
+
+
+def _packed(look: Look, row_lengths: np.ndarray, config: Config, world_size: int) -> tuple[float, float]:
+    """filled and micro_batches of a few steps, spread over the first epoch."""
+    c, weights, num_rows = config.train, config.data.weights, look.rows.num_rows
+    per_epoch = plan.steps_per_epoch(num_rows, c.global_batch_size, c.limit_train_batches)
     tokens = bins_used = 0
     chosen = np.unique(np.linspace(0, per_epoch - 1, min(per_epoch, PACKED_STEPS)).astype(int)).tolist()
     for step in chosen:
-        rows = plan.step_rows(
-            num_rows, config.global_batch_size, config.seed, step, config.limit_train_batches
-        )
+        rows = plan.step_rows(num_rows, c.global_batch_size, c.seed, step, c.limit_train_batches)
+        if weights is not None:
+            rows = plan.blend(rows, look.rows.part_rows, weights, c.seed, epoch=0)
         packed = plan.pack(
             rows,
-            look.rows.row_lengths,
+            row_lengths,
             world_size=world_size,
-            max_tokens=config.micro_batch_tokens,
-            max_rows=config.micro_batch_size,
+            max_tokens=c.micro_batch_tokens,
+            max_rows=c.micro_batch_size,
         )
         bins_used += sum(len(own) for own in packed)
-        tokens += int(look.rows.row_lengths[rows].sum())
-    return Steps(
-        per_epoch,
-        total,
-        total / per_epoch,
-        int(look.lengths_S.sum()),
-        int(look.trained_S.sum()),
-        tokens / (bins_used * config.micro_batch_tokens),
-        bins_used / world_size / len(chosen),
-    )
+        tokens += int(row_lengths[rows].sum())
+    return tokens / (bins_used * c.micro_batch_tokens), bins_used / world_size / len(chosen)

@@ -214,6 +214,12 @@ def totals_text(look: Look, steps: Steps | None, micro_batch_tokens: int, paper:
             f"micro batches of {micro_batch_tokens:,} tokens are {percent(steps.filled)} full, "
             f"{steps.micro_batches:.1f} a step and rank"
         )
+        if steps.shared is not None:
+            filled, micro_batches = steps.shared
+            lines[-1] += (
+                f"; where the prompt of a pair is computed once (train.shared_prefix), {percent(filled)} "
+                f"full, {micro_batches:.1f}"
+            )
     return "\n".join(paper.wrap(line, rest="  ") for line in lines)
 
 

@@ -36,6 +36,8 @@ class BadRow:
     """For the user: what is wrong with this very row, without its place."""
     tokens: int = 0
     """Its length where that is known."""
+    half: bool = False
+    """As `TokenisedRow.half`."""
     wanted: bool = False
     """An adapter left it out though it is sound: no error, and no part of `data.max_dropped_fraction`."""
     dealt_by: Any = field(default=None, repr=False, compare=False)
@@ -76,6 +78,8 @@ class Dropped:
     """[{line, message}] of the first few."""
     wanted: bool = False
     """As `BadRow.wanted`."""
+    halves: int = 0
+    """Of the rows, those that are halves of pairs."""
 
     def add(self, line: int, message: str, tokens: int) -> None:
         self.rows += 1
@@ -96,6 +100,8 @@ class SourceLedger:
     """Tokens of the longest sequence that is used."""
     other_split: int = 0
     """Rows that `data.split` gives to another set; not counted as read."""
+    halves: int = 0
+    """Rows that are halves of pairs, used or dropped; two are one line, as a pair that cannot be used is."""
     merged_boundary: int = 0
     """Used rows in which a token spans the end of the prompt; it is trained."""
     dropped: dict[str, Dropped] = field(default_factory=dict)
@@ -131,6 +137,7 @@ class Ledger:
             policy = entry.truncated.setdefault(over_length, Dropped())
             policy.add(row.line, f"{row.num_cut:,} of {total:,} tokens cut", row.num_cut)
         entry.used += 1
+        entry.halves += row.half
         entry.merged_boundary += row.merged_boundary
         for tokens, trained in row.sequences:
             entry.tokens += len(tokens)
@@ -140,6 +147,8 @@ class Ledger:
     def drop(self, row: BadRow) -> None:
         entry = self.of(row.source).dropped.setdefault(row.reason, Dropped(wanted=row.wanted))
         entry.add(row.line, row.message, row.tokens)
+        entry.halves += row.half
+        self.of(row.source).halves += row.half
 
     def drop_many(
         self,
@@ -170,22 +179,26 @@ class Ledger:
         return sum(entry.read for entry in self.sources.values())
 
     def check(self, max_dropped_fraction: float, wanted: Collection[str] = ()) -> None:
-        """UserError if too many rows were left out (for other reasons than `wanted` ones), or all of them."""
+        """UserError if too many rows were left out (for other reasons than `wanted` ones), or all of them.
+
+        Counted as lines, of which two halves are one, so that a file is judged alike by all algorithms; those
+        that an adapter was to leave out are not counted at all.
+        """
         entries = self.sources.values()
-        meant = sum(
-            d.rows for entry in entries for reason, d in entry.dropped.items() if d.wanted or reason in wanted
-        )
-        dropped = self.read - self.used - meant
-        if self.used and dropped <= max_dropped_fraction * self.read:
+        left_out = [(reason in wanted, d) for entry in entries for reason, d in entry.dropped.items()]
+        meant = sum(d.rows for _, d in left_out if d.wanted)
+        read = self.read - meant - sum(entry.halves for entry in entries) / 2
+        dropped = sum(d.rows - d.halves / 2 for filtered, d in left_out if not (d.wanted or filtered))
+        if self.used and dropped <= max_dropped_fraction * read:
             return
         if not self.read:
             elsewhere = sum(entry.other_split for entry in self.sources.values())
             why = f": data.split gives all {elsewhere:,} rows to the other sets" if elsewhere else ""
             raise UserError(f"the {self.split} set has no rows{why}")
         lines = [
-            f"{dropped:,} of {self.read:,} rows of the {self.split} set ({dropped / self.read:.1%}) were "
+            f"{_number(dropped)} of {_number(read)} rows of the {self.split} set ({dropped / read:.1%}) were "
             f"dropped, more than data.max_dropped_fraction={max_dropped_fraction} allows"
-            if dropped > max_dropped_fraction * self.read
+            if dropped > max_dropped_fraction * read
             else f"all {self.read:,} rows of the {self.split} set were dropped"
         ]
         for entry in self.sources.values():
@@ -247,6 +260,11 @@ class Ledger:
             f"{found['prompts']:,} others have a prompt of one; nothing was taken out. The first:"
         )
         return text + "".join(f"\n  {example}" for example in found["examples"])
+
+
+def _number(lines: float) -> str:
+    """1,234 or, where one half of a pair is among them, 1,234.5."""
+    return f"{lines:,.1f}".removesuffix(".0")
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:

@@ -64,7 +64,7 @@ def look(
         if name != "train":
             found[name] += concerns.leaks(looks["train"], own)
     world_size = (config.cluster.nodes or 1) * (config.cluster.gpus_per_node or 1)
-    return Report(looks, inspect.steps(looks["train"], config.train, world_size), found)
+    return Report(looks, inspect.steps(looks["train"], config, world_size), found)
 
 
 def _prepared(

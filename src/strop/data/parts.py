@@ -79,11 +79,13 @@ def group(pieces: Iterable[Piece]) -> tuple[tuple[Piece, ...], ...]:
     """Neighbouring pieces until they have PIECE_BYTES: many small files make one part."""
     out: list[tuple[Piece, ...]] = []
     held: list[Piece] = []
+    num_bytes = 0
     for piece in pieces:
         held.append(piece)
-        if sum(p.num_bytes for p in held) >= documents.PIECE_BYTES:
+        num_bytes += piece.num_bytes
+        if num_bytes >= documents.PIECE_BYTES:
             out.append(tuple(held))
-            held = []
+            held, num_bytes = [], 0
     return tuple([*out, tuple(held)] if held else out)
 
 

@@ -8,9 +8,11 @@ interrupted preparation goes on, and two at once share them or end with one of t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,6 +34,8 @@ PIPELINE = 1
 """Raise it when the same text would be filtered or tokenised in another way than before."""
 COPY_TOKENS = 4 * 2**20
 """Tokens that are copied at a time."""
+STALE_S = 24 * 3600
+"""A copy in the making in which no file has come or gone for so long is a dead process's."""
 
 Progress = Callable[[int, int], None]
 
@@ -108,6 +112,7 @@ def _make(
         raise UserError(f"{', '.join(source.name for source in found)}: the data set is empty")
     task = Task(tuple(found), config.data, config.prepare, tokenizer, split, work, parts.group(pieces))
     work.mkdir(parents=True, exist_ok=True)
+    _sweep(work)
     parts.build_all(task, workers, progress)
     return task
 
@@ -121,9 +126,33 @@ def _finish(
     tokenizer_digest: str,
     label: str,
 ) -> None:
-    """The parts to a corpus at `path`."""
+    """The parts to a corpus at `path`, by way of a directory that does not outlive an error."""
     aside = task.work / f"corpus-{uuid.uuid4().hex[:8]}"
     aside.mkdir()
+    try:
+        _write(config, entries, task, aside, digest, tokenizer_digest, label)
+        publish(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sweep(work: Path) -> None:
+    """Take away what killed processes left of their copies; a living one's may be among the younger ones."""
+    for aside in work.glob("corpus-*"):
+        with contextlib.suppress(FileNotFoundError):  # it was a living one's
+            if time.time() - aside.stat().st_mtime > STALE_S:
+                shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write(
+    config: Config,
+    entries: dict[str, list[Source]],
+    task: Task,
+    aside: Path,
+    digest: str,
+    tokenizer_digest: str,
+    label: str,
+) -> None:
     table = _read(task, entries)
     _drop_duplicates(table, task, aside)
     for name, ledger in _ledgers(table, entries, task, label).items():
@@ -139,7 +168,6 @@ def _finish(
         digest=digest,
         tokenizer=tokenizer_digest,
     )
-    publish(aside, path)
 
 
 @dataclass(frozen=True)

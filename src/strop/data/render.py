@@ -24,6 +24,7 @@ from strop.data.fields import (
     conversation,
     known,
     label_of,
+    listed,
     margin_of,
     tools_of,
     weight,
@@ -60,6 +61,8 @@ class Rendered:
     """The template wrote BOS and end-of-turn tokens; plain text still needs BOS and EOS."""
     value: float = math.nan
     """See `TokenisedRow.value`; of unpaired rows the label: 1 desirable, 0 undesirable."""
+    half: bool = False
+    """As `TokenisedRow.half`."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ class Renderer:
         if self.kind != "unpaired" or isinstance(rendered, BadRow) or len(rendered.texts) == 1:
             return [rendered]
         return [
-            dataclasses.replace(rendered, texts=[text], value=label)
+            dataclasses.replace(rendered, texts=[text], value=label, half=True)
             for text, label in zip(rendered.texts, (1.0, 0.0))
         ]
 
@@ -169,7 +172,10 @@ class Renderer:
         return self._templated(self._with_system(head), tails, tools), True, label
 
     def _sft(self, fields: dict[str, Any], tools: Any) -> tuple[list[Text], bool]:
-        if (messages := known(fields.get("messages"))) is not None:
+        messages = known(fields.get("messages"))
+        filled = {"prompt": self.options.prompt, "completion": self.options.completion}
+        keys = [f"data.{name}_template" for name, own in filled.items() if own is not None]
+        if messages is not None and not keys:
             if isinstance(messages, str):
                 raise Refused("wrong_fields", "messages is a string, not a list of messages")
             return [self._dialogue(self._with_system(messages), tools)], True
@@ -182,6 +188,9 @@ class Renderer:
                 return [self._plain(prompt, completion)], False
             head, [tail] = conversation(prompt, [completion])
             return [self._answer(self._with_system(head), tail, tools)], True
+        if messages is not None:
+            text = f"{' and '.join(keys)} goes before its messages, but the other half is not there"
+            raise Refused("wrong_fields", f"{text}; it has the fields {listed(fields)}")
         raise wrong_fields("sft", fields)
 
     def _field(

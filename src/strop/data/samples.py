@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from strop.config import Config
-from strop.data import prepare
+from strop.data import prepare, sources
 from strop.data.blocks import Blocks
 from strop.data.ledger import BadRow, Ledger, place
 from strop.data.sets import RowSet
@@ -54,16 +55,16 @@ def longest(rows: RowSet, n: int) -> list[int]:
 
 
 def by_name(rows: RowSet, name: str, what: str) -> list[int]:
-    """The row of "N" (from 1) or those of "SOURCE:LINE" (the end of a source's name will do; a line can give
+    """The row of "N" (from 1) or those of "SOURCE:LINE" (the end of a source's path will do; a line can give
     several rows); none if the set has no such line. Text: the block in which the document begins."""
     if name.isdigit():
         if not 1 <= int(name) <= rows.num_rows:
             raise UserError(f"--row {name}: the {what} set has the rows 1 to {rows.num_rows:,}")
         return [int(name) - 1]
-    source, line = split_name(name)
+    asked, line = split_name(name)
     lines: list[tuple[int, str, int]] = []
     if isinstance(rows, Blocks):
-        begin = 0
+        begin, all_sources = 0, [own for part in rows.parts for own in part.corpus.sources]
         for part, num in zip(rows.parts, rows.part_rows):
             own = part.corpus.rows[part.begin : part.end]
             for d in np.flatnonzero(own[:, 1] == line).tolist():
@@ -71,9 +72,18 @@ def by_name(rows: RowSet, name: str, what: str) -> list[int]:
                 lines.append((begin + at // (rows.length - 1), *part.corpus.row_id(part.begin + d)))
             begin += num
     else:
+        all_sources = list(rows.sources)
         lines = [(r, *rows.row_id(r)) for r in np.flatnonzero(rows.row_sources[:, 1] == line).tolist()]
-    found = [(row, own) for row, own, _ in lines if own.endswith(source)]
-    return [row for row, own in found if own == found[0][1]]
+    source = _the_source(asked, all_sources)
+    return [row for row, own, _ in lines if own == source]
+
+
+def _the_source(asked: str, names: Iterable[str]) -> str | None:
+    """The name that is `asked`, else the only one whose path ends so. UserError where several do."""
+    found = [name for name in dict.fromkeys(names) if name == asked or name.endswith("/" + asked)]
+    if len(found) > 1 and asked not in found:
+        raise UserError(f"--row {asked}: {' and '.join(found[:3])} end so: name more of one")
+    return asked if asked in found else next(iter(found), None)
 
 
 def split_name(name: str) -> tuple[str, int]:
@@ -85,17 +95,18 @@ def split_name(name: str) -> tuple[str, int]:
 
 def why_not(config: Config, kind: str, tokenizer: Any, split: str, name: str) -> str:
     """Why a line of a source is not in the set; for rows, which can be rendered anew."""
-    source, line = split_name(name)
+    asked, line = split_name(name)
+    source = _the_source(asked, (own.name for own in sources.find(config.data, split, kind)))
     found = (
         row
         for row in prepare.rendered(config, tokenizer, kind, split, Ledger(split))
-        if row.line == line and row.source.endswith(source)
+        if row.line == line and row.source == source
     )
     tokeniser = Tokeniser(tokenizer, config.data.max_length, config.data.over_length)
     for row in tokeniser(itertools.islice(found, 1)):
         if isinstance(row, BadRow):
             return f"{place(row.source, row.line)} is not used: {row.reason}: {row.message}"
-    return f"the {split} set has no line {line} of {source}"
+    return f"the {split} set has no line {line} of {asked}"
 
 
 def sample(rows: RowSet, row: int, tokenizer: Any) -> Sample:

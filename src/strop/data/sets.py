@@ -193,11 +193,14 @@ def _place(ranges: list[tuple[Corpus, Range]]) -> Place:
 
 
 def _ledger(name: str, made: list[tuple[Corpus, str]]) -> Ledger:
-    """The ledgers of several corpora as one."""
+    """The ledgers of several corpora as one. Two may have an entry of the same name."""
     ledger = Ledger(name)
     for one, split in made:
-        if split == "train" or any(r.split == split for r in one.ranges):
-            ledger.sources |= Ledger.load(one.path / f"ledger-{split}.json").sources
+        if split != "train" and not any(r.split == split for r in one.ranges):
+            continue
+        for entry in Ledger.load(one.path / f"ledger-{split}.json").sources.values():
+            own = f"{one.path}: {entry.name}" if entry.name in ledger.sources else entry.name
+            ledger.sources[own] = dataclasses.replace(entry, name=own)
     return ledger
 
 

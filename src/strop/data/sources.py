@@ -61,7 +61,7 @@ class Row:
     """From 1; the number of the row where the format has no lines."""
     fields: dict[str, Any]
     dealt_by: Any = None
-    """Where one line was made into several rows: all of them, which `data.split` keeps together."""
+    """Where one line was made into several rows: all of them, which `data.split` keeps together; not text."""
 
 
 def find(config: DataConfig, split: str, kind: str) -> list[Source]:
@@ -115,8 +115,8 @@ def names(value: Any, key: str) -> list[str]:
 
 def find_one(name: str, key: str, split: str, config: DataConfig, kind: str) -> Source:
     path = Path(name).expanduser()
-    if path.exists() and name in adapt.TABLE:
-        _say_path(name, key)
+    if path.exists():
+        say_path(name, key)
     if path.is_file():
         return as_file(path, name, key, adapt.of_path(config, kind))
     if path.is_dir():
@@ -134,15 +134,17 @@ def find_one(name: str, key: str, split: str, config: DataConfig, kind: str) -> 
 
 
 @functools.cache
-def _say_path(name: str, key: str) -> None:
-    log.info("%s: %s is taken from here, where something has this name, and not from the hub", key, name)
+def say_path(name: str, key: str) -> None:
+    """Once, of a path here that is called as a known set is."""
+    if name in adapt.TABLE:
+        log.info("%s: %s is taken from here, where something has this name, and not from the hub", key, name)
 
 
 def beside(name: str, config: DataConfig, kind: str) -> Source | None:
     """The validation set that lies beside a training set, where there is one."""
     path = Path(name).expanduser()
     if path.is_dir():
-        return directory(path, name, "validation", config, kind)
+        return directory(path, name, "validation", config, kind, beside=True)
     if path.exists() or looks_like_path(name):
         return None
     if _split_of(config, "validation", adapt.of_name(name, "data.train", config, kind)) is None:
@@ -157,8 +159,11 @@ def as_file(path: Path, name: str, key: str, use: adapt.Use | None = None) -> So
     raise UserError(f"{key}: {name} has none of the endings {', '.join(SUFFIXES)}")
 
 
-def directory(path: Path, name: str, split: str, config: DataConfig, kind: str) -> Source | None:
-    """training.jsonl and the like by name, else what `datasets` saved or a copy of a hub set."""
+def directory(
+    path: Path, name: str, split: str, config: DataConfig, kind: str, beside: bool = False
+) -> Source | None:
+    """training.jsonl and the like by name, else what `datasets` saved or a copy of a hub set. beside: for
+    validation, of a directory that is named for training."""
     wanted = _wanted(split)
     found = [entry for entry in path.iterdir() if entry.name.lower() in wanted and entry.is_file()]
     found.sort(key=lambda entry: (wanted.index(entry.name.lower()), entry.name))
@@ -169,6 +174,10 @@ def directory(path: Path, name: str, split: str, config: DataConfig, kind: str) 
         return as_file(found[0], str(Path(name) / found[0].name), name, use)
     if not any((path / mark).exists() for mark in ("dataset_dict.json", "state.json", "data", "README.md")):
         return None
+    if (path / "state.json").exists():
+        key = "hub_split" if split == "train" else "hub_validation_split"
+        hub.check_saved(path, name, f"data.{key}", getattr(config, key), beside)
+        return None if beside else Source(f"{name}:{split}", "hub", str(path), adapter=use)
     if split == "validation" and config.hub_validation_split is None:
         wanted_split = _split_of(config, split, use)
         if wanted_split is None or wanted_split not in hub.splits(path, _subset(config, use)):
@@ -193,8 +202,7 @@ def _hub(name: str, path: str, split: str, config: DataConfig, use: adapt.Use | 
 
 
 def _subset(config: DataConfig, use: adapt.Use | None) -> str | None:
-    own = use.known.subset if use is not None and use.known is not None else None
-    return config.hub_subset or own
+    return config.hub_subset or (use.known.subset if use is not None and use.known is not None else None)
 
 
 def _split_of(config: DataConfig, split: str, use: adapt.Use | None) -> str | None:
@@ -249,7 +257,7 @@ def read(source: Source) -> Iterator[Row | BadRow]:
 
 def read_raw(source: Source) -> Iterator[Row | BadRow]:
     """The rows as they are there."""
-    readers = {"jsonl": _read_jsonl, "json": _read_json, "parquet": _read_parquet, "hub": _read_hub}
+    readers = {"jsonl": _read_jsonl, "json": _read_json, "parquet": read_parquet, "hub": _read_hub}
     empty = True
     for row in readers[source.format](source):
         empty = False
@@ -293,9 +301,8 @@ def _as_row(source: Source, number: int, value: Any) -> Row | BadRow:
     if isinstance(value, dict):
         return Row(source.name, number, value)
     names = {list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return BadRow(
-        source.name, number, "not_an_object", f"{names.get(type(value), 'a number')}, not an object of fields"
-    )
+    message = f"{names.get(type(value), 'a number')}, not an object of fields"
+    return BadRow(source.name, number, "not_an_object", message)
 
 
 def _read_json(source: Source) -> Iterator[Row | BadRow]:
@@ -306,34 +313,46 @@ def _read_json(source: Source) -> Iterator[Row | BadRow]:
         if not text.lstrip().startswith("["):
             yield from _read_jsonl(source)
             return
-        rows = json.loads(text)
+        rows = _list_of(source, text)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{source.name}: damaged gzip data ({error})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{source.name}: not UTF-8 at byte {error.start + 1}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{source.name}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}"
-        ) from None
     for number, value in enumerate(rows, start=1):
         yield _as_row(source, number, value)
 
 
-def _read_parquet(source: Source) -> Iterator[Row | BadRow]:
+def _list_of(source: Source, text: str) -> list[Any]:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{source.name}, line {error.lineno}, column {error.colno}"
+        raise UserError(f"{where}: not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # as in `parse_line`
+        raise UserError(f"{source.name}: not readable JSON: {error}") from None
+
+
+def read_parquet(source: Source, groups: list[int] | None = None, first: int = 1) -> Iterator[Row | BadRow]:
+    """groups: row groups, all if None; first: the number of their first row."""
     import pyarrow
     import pyarrow.parquet
 
-    number = 0
+    number = first - 1
     try:
         with pyarrow.parquet.ParquetFile(source.path) as file:
-            for batch in file.iter_batches(batch_size=READ_ROWS):
+            for batch in file.iter_batches(batch_size=READ_ROWS, row_groups=groups):
                 for fields in batch.to_pylist():
                     number += 1
                     yield Row(source.name, number, fields)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        if getattr(error, "errno", None):  # the disk's fault, not the file's
-            raise
-        raise UserError(f"{source.name}: damaged Parquet after row {number} ({error})") from None
+        raise damaged_parquet(source, number, error) from None
+
+
+def damaged_parquet(source: Source, row: int, error: Exception) -> Exception:
+    """What to raise for an error of its reader: itself, where it is the disk's fault and not the file's."""
+    if getattr(error, "errno", None):
+        return error
+    return UserError(f"{source.name}: damaged Parquet after row {row} ({error})")
 
 
 def _read_hub(source: Source) -> Iterator[Row | BadRow]:

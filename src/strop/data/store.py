@@ -39,6 +39,9 @@ CHUNK_ROWS = 4096
 
 SEQS_PER_ROW = {"preference": 2, "sft": 1, "unpaired": 1}
 
+WORTH_SHARING = 0.95
+"""Prompts are shared where that leaves at most this part of the tokens."""
+
 
 @dataclass(frozen=True)
 class TokenisedRow:
@@ -54,6 +57,8 @@ class TokenisedRow:
     """A number that the row brings along for its loss, such as a margin; NaN where it has none."""
     num_cut: int = 0
     """Tokens of it that `data.over_length` took away."""
+    half: bool = False
+    """One of the two that a pair was taken apart into."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ the completion is trained. Pad ids play no part.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -90,10 +91,12 @@ class Tokeniser:
                 yield row
                 continue
             sequences = [next(masked) for _ in row.texts]
+            item: TokenisedRow | BadRow
             try:
-                yield self._row(row, sequences)
+                item = self._row(row, sequences)
             except Refused as refused:
-                yield BadRow(row.source, row.line, refused.reason, refused.message)
+                item = BadRow(row.source, row.line, refused.reason, refused.message)
+            yield dataclasses.replace(item, half=True) if row.half else item
 
     def _masked(self, texts: list[Text]) -> list[tuple[list[int], np.ndarray | None, bool]]:
         """[(ids, trained bool [T], a token spans the boundary)]; no mask where there is no way to find it.

@@ -31,8 +31,7 @@ def report(
     scores_P2, ratings_P2: chosen, rejected. human_margins_P: by how much people prefer the chosen one.
     """
     margins_P = scores_P2[:, 0] - scores_P2[:, 1]
-    groups = {name: np.array([c == name for c in categories_P]) for name in dict.fromkeys(categories_P)}
-    by_size = sorted(groups.items(), key=lambda item: -int(item[1].sum()))
+    by_size = sorted(_members(categories_P).items(), key=lambda item: -len(item[1]))
     return {
         **of_margins(margins_P),
         "reward": {
@@ -46,8 +45,16 @@ def report(
             "margins": correlations(margins_P, human_margins_P),
             "ratings": correlations(scores_P2.flatten(), ratings_P2.flatten()),
         },
-        "categories": {name: of_margins(margins_P[mask_P]) for name, mask_P in by_size},
+        "categories": {name: of_margins(margins_P[members]) for name, members in by_size},
     }
+
+
+def _members(categories_P: Sequence[str]) -> dict[str, np.ndarray]:
+    """category -> its pairs in their order, int64; categories in the order of their first pairs."""
+    numbers: dict[str, int] = {}
+    number_P = np.array([numbers.setdefault(name, len(numbers)) for name in categories_P])
+    ends = np.cumsum(np.bincount(number_P))[:-1]
+    return dict(zip(numbers, np.split(np.argsort(number_P, kind="stable"), ends)))
 
 
 def of_margins(margins_P: np.ndarray) -> dict[str, Any]:

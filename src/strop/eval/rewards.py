@@ -48,6 +48,9 @@ KEYS = {
     "model.path": "--model",
     "model.tokenizer": "--model: the tokenizer",
     "data.max_length=": "--max-length ",
+    "data.hub_validation_split": "--split",
+    "data.hub_subset": "--subset",
+    " (data.split makes one)": "",
 }
 """Of the configuration, and what they are called here."""
 
@@ -66,12 +69,21 @@ class Pair:
 
 
 def read_pairs(
-    names: Sequence[str], tokenizer: Any, template: Optional[str], max_length: int, by: Optional[str]
+    names: Sequence[str],
+    tokenizer: Any,
+    template: Optional[str],
+    max_length: int,
+    by: Optional[str],
+    config: Optional[DataConfig] = None,
 ) -> tuple[list[Pair], Ledger, Optional[str]]:
     """The usable rows of files, directories or hub sets, the ledger of all, and the field of the categories:
-    `by`, else the first of CATEGORIES that a row has. Raises UserError if no row can be used, or none has
-    `by`."""
-    found = [sources.find_one(name, "--data", "validation", DataConfig(), "preference") for name in names]
+    `by`, else the first of CATEGORIES that a row has. config: split and subset of hub sets. Raises UserError
+    if no row can be used, or none has `by`."""
+    config = config or DataConfig()
+    found = [sources.find_one(name, "--data", "validation", config, "preference") for name in names]
+    for key in ("hub_validation_split", "hub_subset"):
+        if getattr(config, key) is not None and not any(source.format == "hub" for source in found):
+            raise UserError(f"data.{key}: {', '.join(names)} is no hub set, which has such")
     renderer = Renderer("preference", tokenizer, template)
     waiting: deque[dict[str, Any]] = deque()
 
@@ -82,12 +94,15 @@ def read_pairs(
                 yield renderer(row) if isinstance(row, Row) else row
 
     ledger = Ledger("evaluation")
-    used: list[tuple[dict[str, Any], Pair]] = []
+    known: set[str] = set()
+    candidates = CATEGORIES if by is None else (by,)
+    used: list[tuple[dict[str, Any], Pair]] = []  # what may be the category; the texts would fill the memory
     for item in Tokeniser(tokenizer, max_length)(rendered()):  # in the order of the rows
         fields = waiting.popleft()
         if isinstance(item, TokenisedRow):
             try:
-                used.append((fields, _pair(item, fields)))
+                used.append(({name: fields.get(name) for name in candidates}, _pair(item, fields)))
+                known |= {key for key, value in fields.items() if value is not None}
                 ledger.use(item)
                 continue
             except Refused as refused:
@@ -95,7 +110,7 @@ def read_pairs(
         ledger.drop(dataclasses.replace(item, message=for_the_tool(item.message)))
     if not used:
         raise UserError(_nothing_usable(ledger))
-    field = _category_field([fields for fields, _ in used], by)
+    field = _category_field(known, by)
     return [_with_category(fields, pair, field) for fields, pair in used], ledger, field
 
 
@@ -121,8 +136,7 @@ def _ratings(fields: dict[str, Any]) -> tuple[float, float]:
     return math.nan, math.nan
 
 
-def _category_field(rows: list[dict[str, Any]], by: Optional[str]) -> Optional[str]:
-    known = {key for fields in rows for key, value in fields.items() if value is not None}
+def _category_field(known: set[str], by: Optional[str]) -> Optional[str]:
     if by is not None and by not in known:
         raise UserError(f"--by {by}: no usable row has that field; there are {', '.join(sorted(known))}")
     return by or next((name for name in CATEGORIES if name in known), None)

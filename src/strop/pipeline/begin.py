@@ -8,7 +8,7 @@ leave the runs that began with its former export behind: that is refused too.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -62,12 +62,25 @@ def plan(pipeline: Pipeline, executor: str, allow_change: bool) -> tuple[Graph, 
         if lines or _is_longer(stage.config, kept):
             extended.add(stage.name)
     found = parts_module.of(pipeline, ["run.allow_config_change=true"] if allow_change else [])
+    if executor == "local":
+        _count_ranks(found)
     graph = Graph(pipeline.name, directory, str(pipeline.file), cwd, executor, {})
     graph = graph_module.merged(old, graph, found)
     for node in graph.nodes.values():
-        if node.kind == "run" and node.stage in extended:
-            node.again = True
+        if node.run is not None and node.kind == "run":
+            # A job that waits for its first attempt reads the new configuration when it begins.
+            begun = bool(attempts.read_all(Path(node.run)))
+            node.again = begun and (node.again or node.stage in extended)
     return graph, found, changed
+
+
+def _count_ranks(found: Sequence[Part]) -> None:
+    for part in found:
+        try:
+            if part.kind == "run":
+                parts_module.local_ranks(part.slurm)
+        except UserError as error:
+            raise UserError(f"stage {part.stage}: {error}") from error
 
 
 def _kept(file: Path) -> Optional[dict[str, Any]]:
@@ -88,7 +101,7 @@ def refuse_conflicts(graph: Graph, standings: Mapping[str, Standing]) -> None:
         if node.kind != "run" or standings[node.name].state in ("done", *ACTIVE):
             continue
         for other in graph.nodes.values():
-            if other.kind == "run" and node in graph.above(other):
+            if other.kind == "run" and node in graph.starts_from(other):
                 assert other.run is not None
                 if attempts.committed_step(Path(other.run)) is not None:
                     raise UserError(

@@ -14,22 +14,23 @@ from strop.slurm import attempts
 RECORD = "strop_export.json"
 
 
-def identity(checkpoint: Path, dtype: Optional[str]) -> dict[str, Any]:
+def identity(checkpoint: Path, dtype: Optional[str], adapter: bool) -> dict[str, Any]:
     """What a checkpoint's export is told by: the hash of the manifest, which has the hashes of all files."""
     return {
         "run": checkpoint.parent.parent.name,
         "checkpoint": checkpoint.name,
         "manifest": files.sha256(checkpoint / "manifest.json"),
         "dtype": dtype,
+        **({"adapter": True} if adapter else {}),
     }
 
 
-def mark(out: Path, checkpoint: Path, dtype: Optional[str]) -> None:
-    files.write_json(out / RECORD, identity(checkpoint, dtype))
+def mark(out: Path, checkpoint: Path, dtype: Optional[str], adapter: bool = False) -> None:
+    files.write_json(out / RECORD, identity(checkpoint, dtype, adapter))
 
 
-def is_of(out: Path, checkpoint: Path, dtype: Optional[str]) -> bool:
-    return files.read_json(out / RECORD) == identity(checkpoint, dtype)
+def is_of(out: Path, checkpoint: Path, dtype: Optional[str], adapter: bool = False) -> bool:
+    return files.read_json(out / RECORD) == identity(checkpoint, dtype, adapter)
 
 
 def is_done(out: Path, run: Path, step: str, dtype: Optional[str]) -> bool:

@@ -17,15 +17,17 @@ import fcntl
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
 from strop import files
 from strop.errors import UserError
+from strop.pipeline import parts as parts_module
 from strop.pipeline.parts import Part
+from strop.slurm import naming
 
-SUFFIX = ".pipeline"
+SUFFIX = naming.PIPELINE_SUFFIX
 
 
 @dataclass
@@ -52,6 +54,18 @@ class Node:
     """pid and start of a local process that has not ended."""
     again: bool = False
     """Its configuration was changed or extended: what it has done does not count until it has run again."""
+    source: Optional[str] = None
+    """Of a run: the part whose export it starts from."""
+    words: list[str] = field(default_factory=list)
+    """Of sbatch, with the parts that it waits for in place of their jobs; not those of one call only."""
+    submitted: Optional[list[str]] = None
+    """The words of its newest job; None if that is not known."""
+
+    @property
+    def outdated(self) -> bool:
+        """Its newest job was submitted for something else than what is wanted now."""
+        # Sorted: options may stand in another order in the file without being others.
+        return self.again or (self.submitted is not None and sorted(self.submitted) != sorted(self.words))
 
 
 @dataclass
@@ -82,6 +96,15 @@ class Graph:
                 waiting += self.nodes[name].after
         return list(found.values())
 
+    def starts_from(self, node: Node) -> list[Node]:
+        """The parts of the runs whose exports a run starts from, one from the other, nearest first."""
+        found: list[Node] = []
+        while node.source is not None:
+            export = self.nodes[node.source]
+            node = self.nodes[export.stage]
+            found += [export, node]
+        return found
+
 
 def read(directory: Path) -> Optional[Graph]:
     """None if nothing was submitted yet."""
@@ -109,11 +132,15 @@ def merged(old: Optional[Graph], new: Graph, parts: Sequence[Part]) -> Graph:
             run=None if part.run is None else str(part.run),
             step=part.step,
             dtype=dtype,
+            source=part.source,
+            words=parts_module.sbatch(
+                new.name, new.directory, replace(part, once=()), f"afterok:{':'.join(part.after)}"
+            ),
         )
         before = old.nodes.get(part.name) if old else None
         if before is not None:
             node.jobs, node.outputs, node.exit_code = before.jobs, before.outputs, before.exit_code
-            node.process, node.again = before.process, before.again
+            node.process, node.again, node.submitted = before.process, before.again, before.submitted
         new.nodes[part.name] = node
     return new
 

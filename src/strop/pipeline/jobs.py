@@ -15,7 +15,7 @@ from strop.errors import UserError
 from strop.pipeline import parts as parts_module
 from strop.pipeline.graph import Graph, Node
 from strop.pipeline.parts import Part
-from strop.pipeline.standing import Standing
+from strop.pipeline.standing import WAITING, WORKING, Standing
 from strop.slurm import attempts, command, dependants, env, successor
 
 SETTLE_S = 150.0
@@ -51,17 +51,33 @@ def adopt(graph: Graph) -> list[str]:
         if living and not (node.jobs and node.jobs[-1] in living):
             node.jobs.append(living[0])
             node.outputs.append(_output(graph, node.name, living[0]))
-            node.again = False
+            node.again, node.submitted = False, None
             lines.append(f"{node.name}: job {living[0]} is in the queue already")
     return lines
 
 
+def left_over(graph: Graph) -> tuple[list[str], list[str]]:
+    """(jobs that wait for stages that are in the file no more, lines that say so). Those that have begun have
+    a run to lose, and are only told of."""
+    own = {parts_module.job_name(graph.name, part) for part in graph.nodes}
+    numbers, lines = [], []
+    for number, name, state in _queue(graph):
+        if name not in own and state == "PENDING":
+            numbers.append(number)
+            lines.append(f"{name}: no such stage any more; job {number} is cancelled")
+        elif name not in own:
+            lines.append(f"{name}: no such stage any more; job {number} goes on (scancel {number} ends it)")
+    return numbers, lines
+
+
 def _queue(graph: Graph) -> list[tuple[str, str, str]]:
-    """(number, name, state) of this pipeline's jobs that have not ended, by number."""
-    names = {parts_module.job_name(graph.name, part) for part in graph.nodes}
-    text = command.slurm(["squeue", "--me", "--noheader", f"--name={','.join(names)}", "--format=%i %j"])
+    """(number, name, state) of this pipeline's jobs that have not ended, by number; those of stages that were
+    taken out of the file too."""
+    text = command.slurm(["squeue", "--me", "--noheader", "--format=%i %j"])
     found = []
     for number, _, name in (line.strip().partition(" ") for line in text.splitlines()):
+        if not name.startswith(parts_module.job_name(graph.name, "")):
+            continue
         record = command.show_job(number)
         own = record is not None and record["JobState"] not in command.ENDED
         if own and record is not None and Path(record.get("StdOut", "")).parent == graph.directory:
@@ -74,21 +90,24 @@ def _output(graph: Graph, part: str, number: str) -> str:
 
 
 def to_submit(graph: Graph, standings: Mapping[str, Standing]) -> tuple[list[str], list[str]]:
-    """(parts to submit, jobs to take out of the queue before): what is not done and not under way, and what
-    waits for such a part. What is done stays, unless a run before it goes on: an export or a store that was
-    deleted is made again as it was. UserError for a part that runs already, though what it needs is not
-    there."""
+    """(parts to submit, jobs to take out of the queue before): what is not done and not under way, what waits
+    for such a part, and what waits in the queue with other options than are wanted now. What is done stays,
+    unless a run before it goes on: an export or a store that was deleted is made again as it was. UserError
+    for a part that runs already, though what it needs is not there."""
     wanted: list[str] = []
     other_than_before: set[str] = set()
     to_cancel: list[str] = []
     for node in graph.nodes.values():
         s = standings[node.name]
-        anew = set(node.after) & (other_than_before if s.state == "done" else set(wanted))
-        if (s.state == "done" or s.active) and not anew:
+        # What is done needs to be done again for its model's sake only, not for the order of the stages.
+        made_from = {node.stage if node.kind == "export" else node.source or ""}
+        anew = made_from & other_than_before if s.state == "done" else set(node.after) & set(wanted)
+        stale = s.state in WAITING and node.outdated
+        if (s.state == "done" or s.active) and not anew and not stale:
             continue
         if s.state == "unknown":
             raise UserError(f"{node.name}: {s.detail}; try again when it does")
-        if s.active and s.state not in ("waiting", "queued", "held"):
+        if s.active and s.state not in WAITING:
             raise UserError(
                 f"{node.name} is {s.state} (job {s.job_id}), but {', '.join(anew)} must run first"
             )
@@ -98,6 +117,15 @@ def to_submit(graph: Graph, standings: Mapping[str, Standing]) -> tuple[list[str
         if node.kind == "run" or other_than_before.intersection(node.after):
             other_than_before.add(node.name)
     return wanted, to_cancel
+
+
+def unchanged(graph: Graph, standings: Mapping[str, Standing]) -> list[str]:
+    """Lines about the jobs that have begun already with other options than are wanted now."""
+    return [
+        f"{node.name}: job {standings[node.name].job_id} has begun and goes on as it was submitted"
+        for node in graph.nodes.values()
+        if standings[node.name].state in WORKING and node.outdated
+    ]
 
 
 def check(graph: Graph, parts: Sequence[Part], wanted: Sequence[str]) -> None:
@@ -138,6 +166,7 @@ def submit(
         node.jobs.append(number)
         node.outputs.append(_output(graph, node.name, number))
         node.again, node.exit_code, node.process = False, None, None
+        node.submitted = node.words
         graph.write()
         for other in before:
             if other.kind == "run":

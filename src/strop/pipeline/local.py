@@ -95,7 +95,7 @@ def _start(graph: Graph, node: Node, part: Part) -> subprocess.Popen[bytes]:
     root = code.REPOSITORY
     variables |= {
         "STROP_LAUNCHER": "local",
-        "STROP_LOCAL_RANKS": str(parts_module.local_ranks(part.slurm)),
+        "STROP_LOCAL_RANKS": str(parts_module.local_ranks(part.slurm) if part.kind == "run" else 1),
         "PYTHON": python,
         "PYTHONPATH": os.pathsep.join(filter(None, [f"{root}/src", str(root), variables.get("PYTHONPATH")])),
     }
@@ -112,6 +112,7 @@ def _start(graph: Graph, node: Node, part: Part) -> subprocess.Popen[bytes]:
     node.jobs.append(f"local-{process.pid}")
     node.outputs.append(str(output))
     node.process, node.exit_code, node.again = _process(process.pid), None, False
+    node.submitted = None
     graph.write()
     return process
 

@@ -21,33 +21,23 @@ stages:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
-
-import yaml
 
 from strop import config as config_module
 from strop import config_load
 from strop.config import ALGOS, Config, trains_reward_model
 from strop.config_load import Entry
 from strop.errors import UserError
+from strop.pipeline import file as pipeline_file
+from strop.pipeline.file import NAME, Raw, text
 from strop.similar import meant_or_known
 from strop.slurm import naming
 
-TOP = ("name", "dir", "set", "slurm", "stages")
-STAGE = ("algo", "config", "set", "after", "model", "prepares", "slurm", "export")
 OF_PREPARE = ("algo", "after", "prepares", "slurm")
-EXPORT = ("step", "dtype", "slurm")
 DTYPES = ("bf16", "fp16", "fp32")
-RESERVED = {
-    *("job_name", "output", "error", "open_mode", "dependency", "kill_on_invalid_dep", "parsable", "wrap"),
-    *("array", "hold", "wait", "test_only", "export", "chdir", "signal"),
-}
-"""Options of sbatch that the pipeline sets itself, or that would break its jobs."""
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 @dataclass(frozen=True)
@@ -85,7 +75,7 @@ class Pipeline:
 
     @property
     def directory(self) -> Path:
-        return self.runs / f"{self.name}.pipeline"
+        return self.runs / f"{self.name}{naming.PIPELINE_SUFFIX}"
 
     def stage(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)
@@ -98,38 +88,13 @@ class Pipeline:
         return self.run(stage) / "export" / name
 
 
-@dataclass
-class _Raw:
-    """A stage as it stands in the file."""
-
-    where: str
-    values: dict[str, Any] = field(default_factory=dict)
-    slurm: dict[str, Any] = field(default_factory=dict)
-    export: dict[str, Any] = field(default_factory=dict)
-    export_slurm: dict[str, Any] = field(default_factory=dict)
-    settings: list[Entry] = field(default_factory=list)
-    lines: dict[str, str] = field(default_factory=dict)
-
-
 def load(file: Path, words: Sequence[str] = ()) -> Pipeline:
     """Read and check a pipeline and the configuration of every stage. UserError names file, line and key.
 
     `words`: name=X, dir=X, or STAGE.KEY=VALUE for a key of a stage's strop configuration.
     """
-    common = _Raw(str(file))
-    raws: dict[str, _Raw] = {}
-    entries = config_load.read_file(file, _Sections())
-    for name in _stage_names(file):
-        raws[name] = _Raw(str(file))
-    for entry in entries:
-        _place(entry, common, raws)
-    if not raws:
-        raise UserError(f"{file}: stages is missing: a mapping from names to stages")
-    for entry in config_load.read_words(words):
-        _place_word(entry, common, raws)
-    name = _text(common, "name") or file.stem
-    if not NAME.fullmatch(name):
-        raise UserError(f"{common.lines.get('name', file)}: name is {name!r}; use letters, digits, _ and -")
+    common, raws = pipeline_file.read(file, words)
+    name = _name(common, file)
     stages = {}
     above: tuple[str, ...] = ()
     for stage, raw in raws.items():
@@ -137,123 +102,30 @@ def load(file: Path, words: Sequence[str] = ()) -> Pipeline:
         above = (stage,)
     stages = _with_sources(stages, raws)
     ordered = _in_order(stages)
-    runs = naming.parent_directory(_text(common, "dir") or "runs")
+    runs = naming.parent_directory(text(common, "dir") or "runs")
     pipeline = Pipeline(name, runs, file, ordered)
     return _configured(pipeline, raws, common)
 
 
-# ------------------------------------------------------------------------------------- reading the file
+def directory(file: Path, words: Sequence[str]) -> Path:
+    """Where the state of a pipeline is: of its name and `dir` alone, whatever else is wrong in the file."""
+    common = pipeline_file.read_top(file, words)
+    runs = naming.parent_directory(text(common, "dir") or "runs")
+    return runs / f"{_name(common, file)}{naming.PIPELINE_SUFFIX}"
 
 
-class _Sections(set[str]):
-    """Says which dotted keys of the file are sections: stages have any name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._strop = config_load.sections([*config_load.leaves(Config), *config_load.ALIASES])
-
-    def __contains__(self, key: object) -> bool:
-        parts = str(key).split(".")
-        if parts[0] == "stages" and len(parts) > 2:
-            parts = parts[2:]
-            if parts[0] == "export":
-                return len(parts) == 1 or parts[1:] == ["slurm"]
-        elif parts[0] == "stages":
-            return True
-        if parts[0] == "set":
-            return len(parts) == 1 or ".".join(parts[1:]) in self._strop
-        return parts == ["slurm"]
-
-
-def _stage_names(file: Path) -> list[str]:
-    """In the file's order, empty ones included."""
-    tree = yaml.load(file.read_text(encoding="utf-8"), config_load.Loader)
-    stages = tree.get("stages") if isinstance(tree, dict) else None
-    if stages is None:
-        return []
-    if not isinstance(stages, dict):
-        raise UserError(f"{file}: stages is {stages!r}, expected a mapping from names to stages")
-    for name, value in stages.items():
-        if not NAME.fullmatch(name) or name in TOP:
-            raise UserError(f"{file}: stages.{name}: a stage's name has letters, digits, _ and - only")
-        if value is not None and not isinstance(value, dict):
-            raise UserError(f"{file}: stages.{name} is {value!r}, expected its keys: {', '.join(STAGE)}")
-    return list(stages)
-
-
-def _place(entry: Entry, common: _Raw, raws: Mapping[str, _Raw]) -> None:
-    parts = entry.key.split(".")
-    raw, of = common, ""
-    known: Sequence[str] = TOP
-    if parts[0] == "stages":
-        raw, known, of = raws[parts[1]], STAGE, f"stages.{parts[1]}."
-        raw.where = raw.where if raw.values or raw.lines else entry.where
-        parts = parts[2:]
-    if parts[0] not in known:
-        raise UserError(f"{entry.where}: unknown key {of}{parts[0]}{meant_or_known(parts[0], known)}")
-    if parts[0] == "set":
-        raw.settings.append(_setting(entry, ".".join(parts[1:])))
-    elif parts[0] == "slurm":
-        _place_option(entry, ".".join(parts[1:]), raw.slurm)
-    elif parts[0] == "export" and parts[1:2] == ["slurm"]:
-        _place_option(entry, ".".join(parts[2:]), raw.export_slurm)
-    elif parts[0] == "export":
-        key = ".".join(parts[1:])
-        if key not in EXPORT:
-            raise UserError(f"{entry.where}: unknown key {of}export.{key}{meant_or_known(key, EXPORT)}")
-        raw.export[key] = entry.value if entry.text is None else entry.text
-        raw.lines[f"export.{key}"] = entry.where
-    else:
-        raw.values[parts[0]] = entry.value
-        raw.lines[parts[0]] = entry.where
-
-
-def _place_option(entry: Entry, key: str, options: dict[str, Any]) -> None:
-    name = key.replace("-", "_")
-    if not name:
-        raise UserError(f"{entry.where}: {entry.key} is {entry.value!r}, expected options of sbatch")
-    if name in RESERVED:
-        raise UserError(f"{entry.where}: {entry.key}: the pipeline sets sbatch's --{name.replace('_', '-')}")
-    if isinstance(entry.value, (dict, list)) or entry.value is None:
-        raise UserError(f"{entry.where}: {entry.key} is {entry.value!r}, expected one value, true or false")
-    options[name] = entry.value if isinstance(entry.value, bool) else str(entry.text or entry.value)
-
-
-def _setting(entry: Entry, key: str) -> Entry:
-    """A key of the strop configuration, which `config.load` checks."""
-    if not key:
-        raise UserError(f"{entry.where}: {entry.key} is {entry.value!r}, expected keys of the configuration")
-    if key in ("run.name", "run.dir", "algo"):
-        instead = {"run.name": "name and the stage's name", "run.dir": "dir", "algo": "algo"}[key]
-        raise UserError(f"{entry.where}: {key} of a stage follows from the pipeline's {instead}")
-    return Entry(key, entry.value, entry.text, entry.where)
-
-
-def _place_word(entry: Entry, common: _Raw, raws: Mapping[str, _Raw]) -> None:
-    head, dot, key = entry.key.partition(".")
-    if not dot and head in ("name", "dir"):
-        common.values[head] = entry.text
-        common.lines[head] = entry.where
-    elif dot and head in raws:
-        own = Entry(entry.key, entry.value, entry.text, f"{entry.where}, stage {head}")
-        raws[head].settings.append(_setting(own, key))
-    else:
-        text = f"{entry.where}: {entry.key}: expected name=, dir= or STAGE.KEY="
-        raise UserError(f"{text}{meant_or_known(head, list(raws))}")
-
-
-def _text(raw: _Raw, key: str) -> Optional[str]:
-    value = raw.values.get(key)
-    if value is not None and not isinstance(value, (str, int, float)):
-        raise UserError(f"{raw.lines[key]}: {key} is {value!r}, expected text")
-    return None if value is None else str(value)
+def _name(common: Raw, file: Path) -> str:
+    name = text(common, "name") or file.stem
+    if not NAME.fullmatch(name):
+        raise UserError(f"{common.lines.get('name', file)}: name is {name!r}; use letters, digits, _ and -")
+    return name
 
 
 # -------------------------------------------------------------------------------------------- stages
 
 
-def _stage(name: str, raw: _Raw, common: _Raw, above: tuple[str, ...], raws: Mapping[str, _Raw]) -> Stage:
-    algo = _text(raw, "algo") or name
+def _stage(name: str, raw: Raw, common: Raw, above: tuple[str, ...], raws: Mapping[str, Raw]) -> Stage:
+    algo = text(raw, "algo") or name
     if algo not in ("prepare", *ALGOS):
         told = "algo" in raw.lines
         what = f"{raw.lines['algo']}: algo is {algo!r}" if told else f"{raw.where}: stage {name} has no algo"
@@ -270,7 +142,7 @@ def _stage(name: str, raw: _Raw, common: _Raw, above: tuple[str, ...], raws: Map
     after = [after] if isinstance(after, str) else after or []
     if not isinstance(after, list) or not all(isinstance(other, str) for other in after):
         raise UserError(f"{raw.lines['after']}: after is {after!r}, expected stages, such as [sft]")
-    for key, others in (("after", after), ("prepares", [_text(raw, "prepares") or name])):
+    for key, others in (("after", after), ("prepares", [text(raw, "prepares") or name])):
         for other in others:
             if other not in raws:
                 raise UserError(
@@ -280,7 +152,8 @@ def _stage(name: str, raw: _Raw, common: _Raw, above: tuple[str, ...], raws: Map
     shared = {k: v for k, v in slurm.items() if k in ("partition", "account", "qos", "reservation")}
     export_slurm = {k: v for k, v in {**shared, **raw.export_slurm}.items() if v is not False}
     step, dtype = raw.export.get("step", ""), raw.export.get("dtype")
-    if step and step not in ("best", "latest") and not step.isdecimal():
+    known_step = isinstance(step, str) and (step in ("", "best", "latest") or step.isdecimal())
+    if not known_step:
         raise UserError(f"{raw.lines['export.step']}: step is {step!r}; expected best, latest or a number")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"{raw.lines['export.dtype']}: dtype is {dtype!r}; expected {', '.join(DTYPES)}")
@@ -290,20 +163,20 @@ def _stage(name: str, raw: _Raw, common: _Raw, above: tuple[str, ...], raws: Map
         tuple(dict.fromkeys(after)),
         slurm,
         raw.where,
-        prepares=_text(raw, "prepares"),
+        prepares=text(raw, "prepares"),
         step=step,
         dtype=dtype,
         export_slurm=export_slurm,
     )
 
 
-def _with_sources(stages: dict[str, Stage], raws: Mapping[str, _Raw]) -> dict[str, Stage]:
+def _with_sources(stages: dict[str, Stage], raws: Mapping[str, Raw]) -> dict[str, Stage]:
     """Whose export is whose model, and what prepares what."""
     _in_order(stages)  # a cycle is told before anybody walks it
     found = {}
     for name, stage in stages.items():
         changes: dict[str, Any] = {}
-        model = _text(raws[name], "model")
+        model = text(raws[name], "model")
         if not stage.trains:
             changes["prepares"] = stage.prepares or _only_user(stage, stages)
             if not stages[changes["prepares"]].trains:
@@ -367,7 +240,19 @@ def _in_order(stages: Mapping[str, Stage]) -> tuple[Stage, ...]:
     return tuple(done.values())
 
 
-def _configured(pipeline: Pipeline, raws: Mapping[str, _Raw], common: _Raw) -> Pipeline:
+def _refuse_two_models(stage: Stage, model: Optional[str], raw: Raw) -> None:
+    """Of a stage's own keys; those for all stages, and those of its file, give way to an export."""
+    for entry in raw.settings:
+        key = config_load.rename(entry, []).key
+        if (key == "model.path" and (stage.source or model)) or (key == "model.revision" and stage.source):
+            of = f"the export of {stage.source}" if stage.source else model
+            raise UserError(
+                f"{entry.where}: {entry.key}: stage {stage.name} starts from {of}; to start from another "
+                "model, say model: PATH in its stage"
+            )
+
+
+def _configured(pipeline: Pipeline, raws: Mapping[str, Raw], common: Raw) -> Pipeline:
     """Every run's configuration, loaded as its trainer will."""
     known = {*config_load.leaves(Config), *config_load.ALIASES}
     stages: list[Stage] = []
@@ -376,12 +261,13 @@ def _configured(pipeline: Pipeline, raws: Mapping[str, _Raw], common: _Raw) -> P
             stages.append(stage)
             continue
         raw = raws[stage.name]
-        file = _text(raw, "config")
+        file = text(raw, "config")
         own = [
             Entry("run.name", f"{pipeline.name}-{stage.name}", None, stage.where),
             Entry("run.dir", str(pipeline.runs), None, stage.where),
         ]
-        model = _text(raw, "model")
+        model = text(raw, "model")
+        _refuse_two_models(stage, model, raw)
         if stage.source is not None:  # it is not there yet
             model = str(pipeline.export(next(s for s in stages if s.name == stage.source)))
             own.append(Entry("model.revision", None, "null", stage.where))

@@ -71,7 +71,7 @@ def begin(algo: str, args: Sequence[str], job: env.Job) -> Begun:
     committed = attempts.committed_step(run.directory)
     notes = []
     if committed is not None:
-        note = code.check(code_now, records, allow=run.allow_code_change)
+        note = code.check(code_now, records, allow=run.allow_code_change, stage=run.stage)
         notes += [note] if note else []
     _refuse_if_exhausted(run.directory, records, committed)
     attempt = attempts.begin(

@@ -35,11 +35,14 @@ def _commit() -> Optional[str]:
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
-def check(now: Mapping[str, Any], records: Sequence[Mapping[str, Any]], *, allow: bool) -> Optional[str]:
+def check(
+    now: Mapping[str, Any], records: Sequence[Mapping[str, Any]], *, allow: bool, stage: str = ""
+) -> Optional[str]:
     """Compare with the newest attempt of the run, whichever job it belonged to.
 
     Before the first checkpoint nothing of the old code is in the model, so any code may go on. After it,
-    other code is a UserError, or with `run.allow_code_change=true` a line to print.
+    other code is a UserError, or with `run.allow_code_change=true` a line to print. `stage`: "NAME." of a
+    stage of a pipeline, whose user says that word with the stage before it.
     """
     before = next((r["code"] for r in reversed(records) if r.get("code")), None)
     if before is None or before["digest"] == now["digest"]:
@@ -47,7 +50,8 @@ def check(now: Mapping[str, Any], records: Sequence[Mapping[str, Any]], *, allow
     changed = f"the code has changed since the last attempt: {_name(before)} then, {_name(now)} now"
     if not allow:
         raise UserError(
-            f"{changed}; go back to that code, or say run.allow_code_change=true to go on with the new one"
+            f"{changed}; go back to that code, or say {stage}run.allow_code_change=true "
+            "to go on with the new one"
         )
     return f"{changed}; going on, since run.allow_code_change=true"
 

@@ -323,4 +323,7 @@ def submission_variables(target: str, environ: Optional[Mapping[str, str]] = Non
 def local_ranks(environ: Optional[Mapping[str, str]] = None) -> int:
     """How many ranks the local launcher starts."""
     e = os.environ if environ is None else environ
-    return int(e.get("STROP_LOCAL_RANKS") or 1)
+    told = e.get("STROP_LOCAL_RANKS") or "1"
+    if not told.isdecimal() or int(told) < 1:
+        raise UserError(f"STROP_LOCAL_RANKS is {told!r}; expected how many ranks to start, 1 or more")
+    return int(told)

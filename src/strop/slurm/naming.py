@@ -19,6 +19,8 @@ from strop.errors import UserError
 from strop.slurm.env import Job
 
 PLAIN = "must be a plain name, without / and not starting with a dot"
+PIPELINE_SUFFIX = ".pipeline"
+"""Of the directory with a pipeline's state, the configurations of its stages among it."""
 KEYS = ("name", "dir", "allow_code_change")
 
 
@@ -30,17 +32,21 @@ class RunName:
     given: bool
     """By the user; otherwise it is made of the job's number."""
     allow_code_change: bool
+    stage: str = ""
+    """Of a stage of a pipeline "NAME.": what its keys have before them on the pipeline's command line."""
 
 
 def resolve(algo: str, args: Sequence[str], job: Job, root: Path) -> RunName:
     """`root` is the repository, for the default configs/<algo>.yaml."""
-    settings = scan_config(config_file(algo, args, root))
+    file = config_file(algo, args, root)
+    settings = scan_config(file)
     settings.update(_overrides(args))
     name = settings.get("name")
     given = name is not None
     name = checked(_default(algo, job) if name is None else of_task(name, job.target))
     allow = (settings.get("allow_code_change") or "").lower() == "true"
-    return RunName(name, parent_directory(settings.get("dir") or "runs") / name, given, allow)
+    stage = f"{file.stem}." if file.parent.name.endswith(PIPELINE_SUFFIX) else ""
+    return RunName(name, parent_directory(settings.get("dir") or "runs") / name, given, allow, stage)
 
 
 def of_task(name: str, target: Optional[str]) -> str:
