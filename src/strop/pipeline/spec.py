@@ -243,7 +243,7 @@ def _in_order(stages: Mapping[str, Stage]) -> tuple[Stage, ...]:
 def _refuse_two_models(stage: Stage, model: Optional[str], raw: Raw) -> None:
     """Of a stage's own keys; those for all stages, and those of its file, give way to an export."""
     for entry in raw.settings:
-        key = config_load.rename(entry, []).key
+        key = config_load.rename(entry, [], stage.algo).key
         if (key == "model.path" and (stage.source or model)) or (key == "model.revision" and stage.source):
             of = f"the export of {stage.source}" if stage.source else model
             raise UserError(
