@@ -53,9 +53,9 @@ class Meter:
         for name, (total, count) in metrics.items():
             if count is SMALLEST or count is LARGEST:
                 # The smallest is the largest of the negated ones; a batch that does not count has none.
-                own = (
-                    total.detach().double() * float(count) if weight else total.new_tensor(-math.inf).double()
-                )
+                own = total.detach().double() * float(count)
+                if not weight:
+                    own = torch.full_like(own, -math.inf)
                 self._extremes[name] = (torch.maximum(own, self._extremes.get(name, (own, count))[0]), count)
                 continue
             # fp64: a validation set has more tokens than fp32 can count
@@ -233,7 +233,7 @@ def _forward(
     if seen is not None:
         seen.add(out, batch)
     scaled = loss * factor if out.loss is None else out.loss
-    return scaled, {"loss": (loss, loss.new_tensor(float(count))), **metrics}
+    return scaled, {"loss": (loss, loss.new_full((), count)), **metrics}
 
 
 def _num_tokens(batch: Batch) -> int:

@@ -71,7 +71,7 @@ def step(optimizer: torch.optim.AdamW, lr: float, factor: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
     device = optimizer.param_groups[0]["params"][0].device
-    optimizer.grad_scale = None if factor == 1.0 else torch.tensor(1 / factor, device=device)  # type: ignore[attr-defined]
+    optimizer.grad_scale = None if factor == 1.0 else torch.full((), 1 / factor, device=device)  # type: ignore[attr-defined]
     optimizer.step()
 
 
@@ -80,7 +80,7 @@ def materialise(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for p in group["params"]:
             optimizer.state[p] = {
-                "step": torch.tensor(0.0, device=p.device if p.is_cuda else "cpu"),
+                "step": torch.zeros((), device=p.device if p.is_cuda else "cpu"),
                 "exp_avg": torch.zeros_like(p),
                 "exp_avg_sq": torch.zeros_like(p),
             }

@@ -6,15 +6,18 @@ import dataclasses
 import importlib
 import inspect
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
-from strop import algos, config_check, ops
+from strop import algos, config_check, ops, optim
 from strop.algos import dpo, kto, sft
-from strop.config import ALGOS, Config, DpoConfig, KtoConfig, trains_reward_model
+from strop.config import ALGOS, Config, DpoConfig, KtoConfig, OptimConfig, trains_reward_model
 from strop.data.batch import Batch
+from strop.loop import Meter, _forward
 from strop.models.policy import Output
 from strop.models.reward import Scores
 from strop.ops import native
@@ -300,6 +303,41 @@ def test_metrics_that_a_configuration_may_name_are_those_that_there_are(algo):
     metrics = own.loss(out, batch, Config(algo=algo, dpo=DpoConfig(sft_loss_weight=0.5)))[1]
     derived = own.derived(dict.fromkeys(["loss", *metrics], 0.0))
     assert sorted(config_check.METRICS[algo]) == sorted(["loss", *metrics, *derived])
+
+
+class NoCopies(TorchFunctionMode):
+    """Refuses what makes a tensor of a number of the host: on a GPU that waits for all work before it."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("algo", ALGOS)
+def test_a_step_copies_no_numbers_to_its_device(algo):
+    out, batch = unpaired() if algo == "kto" else example()
+    weight = torch.nn.Parameter(torch.ones(2))
+    if trains_reward_model(algo):
+        out = Scores(torch.arange(6.0), torch.zeros(6, 0))
+        batch = dataclasses.replace(batch, value_R=torch.full((3,), torch.nan))
+    own, meter, optimizer = (
+        algos.load(algo),
+        Meter(),
+        optim.build(OptimConfig(), torch.nn.ParameterList([weight])),
+    )
+    trainer = SimpleNamespace(
+        algo=own, config=Config(algo=algo), dist=SimpleNamespace(device=torch.device("cpu")),
+        policy=lambda batch, parted: out,
+    )  # fmt: skip
+    with NoCopies():
+        metrics = _forward(trainer, batch, 0.0)[1]
+        meter.add(metrics)
+        meter.add(metrics, 0.0)
+        optim.materialise(optimizer)
+        weight.grad = torch.full((2,), 8.0)
+        optim.step(optimizer, 0.1, 0.5)
+    assert float(metrics["loss"][1]) == own.count(batch)
+    assert torch.allclose(optimizer.state[weight]["exp_avg"], torch.tensor(0.4))  # (1 - 0.9) * 8 * 0.5
 
 
 @pytest.mark.parametrize("algo", ALGOS)

@@ -13,9 +13,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen3Config
-from transformers.models.llama import modeling_llama
 
 from strop.models import fused
 from strop.ops import layers, native
@@ -231,9 +229,13 @@ def test_shapes_that_do_not_fit():
     edges = torch.tensor([0, 6])
     with pytest.raises(ValueError, match="does not fit"):  # 3 heads on 2
         layers.attention(q, q[:, :2], q[:, :2], edges, edges, 1.0)
-    for key in (q[:, :, :5], q.float(), q[..., :8]):
-        with pytest.raises(ValueError, match="key"):
-            layers.attention(q, key, key, edges, edges, 1.0)
+    for other in (q[:, :, :5], q.float(), q.to(torch.float8_e4m3fn), q[..., :8], q[0], q.to("meta")):
+        for key, value in ((other, other), (other, q), (q, other)):
+            with pytest.raises(ValueError, match=r"key|value"):
+                layers.attention(q, key, value, edges, edges, 1.0)
+    for cu_queries, cu_keys in ((edges.to("meta"), edges), (edges, edges.to("meta"))):
+        with pytest.raises(ValueError, match="cu_keys on"):
+            layers.attention(q, q, q, cu_queries, cu_keys, 1.0)
     with pytest.raises(ValueError, match="query"):
         layers.attention(q.float(), q.float(), q.float(), edges, edges, 1.0)
     with pytest.raises(ValueError, match="weight"):
@@ -244,8 +246,57 @@ def test_shapes_that_do_not_fit():
         layers.silu_mul_linear(q, q[:, :2], q)
     with pytest.raises(ValueError, match="weight"):
         layers.silu_mul_linear(q, q, q[0, 0, :, :5])
+    with pytest.raises(ValueError, match="weight"):
+        layers.silu_mul_linear(q[0, 0, 0], q[0, 0, 0], q[0, 0, 0])
     with pytest.raises(ValueError, match="cosine"):
         layers.rotate(q, q[0], q[0])
+
+
+@pytest.mark.parametrize("other", [random(16, dtype=FP32), random(16, dtype=BF16).to("meta")])
+def test_another_dtype_or_device_does_not_reach_c(other):
+    """A device without memory stands for a GPU, whose addresses C would read."""
+    x, packed = random(16, dtype=BF16), random(1, 3, 1, 16, dtype=BF16)
+    calls = [
+        lambda: layers.rms_norm(x[None], other, 1e-5),
+        lambda: layers.silu_mul(x, other),
+        lambda: layers.silu_mul_linear(x[None], x[None], other[None]),
+        lambda: layers.silu_mul_linear(x[None], other[None], x[None]),
+        lambda: layers.rotate(packed, x.view(1, 1, 16), other.view(1, 1, 16)),
+        lambda: layers.rotate(packed, other.view(1, 1, 16), x.view(1, 1, 16)),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=str(other.device) + " beside|beside .* on " + str(other.device)):
+            call()
+    with pytest.raises(ValueError, match="of the CPU"):
+        layers.silu_mul(x.to("meta"), x.to("meta"))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_one_token_without_dims_before_it(dtype):
+    inputs = [random(8, dtype=dtype), random(8, dtype=dtype, seed=1), random(4, 8, dtype=dtype, seed=2)]
+    compare(
+        layers.silu_mul_linear,
+        lambda gate, up, weight: F.linear(F.silu(gate) * up, weight),
+        inputs,
+        random(4, dtype=dtype, seed=3),
+        TOLERANCE[dtype],
+    )
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_opcheck_of_transposed_inputs(dtype):
+    """Strides of the results are what torch.compile takes them to be."""
+    x, y, z = (random(1, 6, 20, dtype=dtype, seed=i).transpose(1, 2).requires_grad_() for i in range(3))
+    for product in (False, True):
+        frozen = (z.detach(), x.detach(), y.detach())
+        torch.library.opcheck(torch.ops.strop.silu_mul_backward.default, (*frozen, product))
+    torch.library.opcheck(torch.ops.strop.silu_mul.default, (x, y))
+    weight = random(6, 4, dtype=dtype).t().requires_grad_()
+    torch.library.opcheck(torch.ops.strop.silu_mul_linear.default, (x, y, weight))
+    torch.library.opcheck(torch.ops.strop.rms_norm.default, (x, z[0, 0].detach().requires_grad_(), 1e-5))
+    q = random(1, 16, 2, 6, dtype=dtype).transpose(1, 3).transpose(1, 2).requires_grad_()
+    cosine = random(1, 16, 6, dtype=dtype).transpose(1, 2)
+    torch.library.opcheck(torch.ops.strop.rotate.default, (q, cosine, cosine, False))
 
 
 def test_opcheck():
@@ -321,31 +372,3 @@ def test_the_kernels_are_what_runs(untouched, monkeypatch):
     monkeypatch.setattr(layers, "supports", lambda x: False)  # a GPU, or a CPU without AVX-512
     model(torch.arange(5)[None])
     assert called == []
-
-
-class CountsFromOne(modeling_llama.LlamaRMSNorm):
-    def forward(self, x):
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon) * (1 + self.weight)
-
-
-class Odd(nn.Module):
-    """An MLP with the parts of a gated one, put together in another way."""
-
-    def __init__(self):
-        super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4)
-        self.act_fn = nn.SiLU()
-
-    def forward(self, x):
-        return self.down_proj(self.gate_proj(x) * self.act_fn(self.up_proj(x)))
-
-
-def test_what_only_looks_alike_keeps_its_own_code():
-    norm, mlp = CountsFromOne(8), Odd()
-    x = random(2, 8, dtype=FP32)
-    before = norm(x), mlp(x[:, :4])
-    fused.install(nn.Sequential(norm, mlp))
-    assert "forward" not in vars(norm)
-    assert "forward" not in vars(mlp)
-    assert torch.equal(norm(x), before[0])
-    assert torch.equal(mlp(x[:, :4]), before[1])

@@ -196,6 +196,21 @@ def test_what_c_refuses(name):
         assert "null" in raw(name, *given[:-2], 1, 2, 2, *given[-2:]).lower()
 
 
+def test_the_heads_gradient_of_no_rows_needs_a_place_for_its_zeros():
+    assert "null" in raw("strop_head_d_weight", None, None, 0, 64, 12, None)
+    zeros = torch.ones(12, 64, dtype=BF16)
+    assert raw("strop_head_d_weight", None, None, 0, 64, 12, zeros.data_ptr()) == "no error"
+    assert not zeros.any()
+    assert raw("strop_head_d_weight", None, None, 0, 64, 0, None) == "no error"
+
+
+def test_one_token_without_dims_before_it():
+    inputs, dy = [whole(8), whole(4, 8, seed=1), whole(4, seed=2)], whole(4, seed=3)
+    wanted = run(F.linear, [t.double() for t in inputs], dy.double())
+    for found, exact in zip(run(linear, inputs, dy), wanted, strict=True):
+        assert torch.equal(found, exact.to(BF16))
+
+
 def test_opcheck():
     inputs = [t.requires_grad_() for t in (random(3, 8), random(4, 8, seed=1), random(4, seed=2))]
     torch.library.opcheck(torch.ops.strop.linear.default, inputs)
@@ -203,6 +218,8 @@ def test_opcheck():
     frozen = [t.detach() for t in inputs]
     torch.library.opcheck(torch.ops.strop.linear_d_input.default, (random(3, 4), frozen[1]))
     torch.library.opcheck(torch.ops.strop.linear_d_weight.default, (random(3, 4), frozen[0]))
+    turned = [random(2, 8, 3).transpose(1, 2), random(8, 4, seed=1).t(), random(4, seed=2)]
+    torch.library.opcheck(torch.ops.strop.linear.default, [t.requires_grad_() for t in turned])
 
 
 # ---- In place of a model's own code

@@ -92,7 +92,7 @@ def _ratio(out: Output, batch: Batch, cfg: Config) -> tuple[Tensor, Tensor, Tens
 def _metrics(ratio: Tensor, logp: Tensor, beta: float, out: Output, batch: Batch) -> Metrics:
     """TRL's names: rewards are β times the log-ratio; a tie is not accurate."""
     c, d = ratio[0::2], ratio[1::2]
-    pairs = torch.tensor(float(len(c)), device=c.device)
+    pairs = torch.full((), float(len(c)), device=c.device)  # a fill: a copy to a GPU would wait for it
     tokens = batch.trained_T.float()
     in_chosen = _of_chosen(batch)
     num_chosen, num_rejected = (tokens * in_chosen).sum(), (tokens * ~in_chosen).sum()

@@ -64,7 +64,7 @@ def loss(out: Output, batch: Batch, cfg: Config) -> tuple[Tensor, Metrics]:
     losses_R = weight_R * torch.sigmoid(-sign_R * c.beta * (ratio_R - z0))
     with torch.no_grad():
         metrics = _metrics(c.beta * ratio_R, is_good_R, out, batch)
-        num_rows = ratio_R.new_tensor(float(len(ratio_R)), dtype=torch.float64)
+        num_rows = ratio_R.new_full((), len(ratio_R), dtype=torch.float64)
         metrics["kl"] = (z0 * num_rows, num_rows)
     return losses_R.sum(), metrics
 

@@ -46,7 +46,7 @@ def rewards(out: Scores, batch: Batch, cfg: Config) -> Tensor:
 
 def _metrics(c: Tensor, d: Tensor) -> Metrics:
     """TRL's names; the rewards are those of both halves of the pairs, and a tie is not accurate."""
-    pairs = torch.tensor(float(len(c)), device=c.device)
+    pairs = torch.full((), float(len(c)), device=c.device)  # a fill: a copy to a GPU would wait for it
     return {
         "accuracy": ((c > d).float().sum(), pairs),
         "margin": ((c - d).sum(), pairs),

@@ -51,7 +51,7 @@ def packed_sdpa(
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise PackingUnsupported("attention with a soft cap or sinks")
     _windows_of_attention.add(sliding_window)
-    if layers.attends(query):
+    if layers.attends(query, key, value):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         cu_keys = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
         return layers.attention(query, key, value, cu_seq_lens_q, cu_keys, scale, sliding_window), None

@@ -1,10 +1,14 @@
 """A model's own code exchanged for `ops.layers` and `ops.linear`, where it is shown to compute just that.
 
 Linear layers are those of `nn.Linear` itself, but for the head, which has kernels of its own. Norms, gated
-MLPs and the rotary embedding are found by what they hold, not by the model's name. Each class is tried once,
-on a few numbers and its own `forward`: what gives another result (a weight counted from 1, another
-activation, another order of halves) keeps its own code. So does whatever runs elsewhere than on a CPU with
-the kernels, which is asked at each call, since it costs nothing.
+MLPs and the rotary embedding are found by what they hold, not by the model's name. Each module's `forward` is
+tried on a few numbers, since two of one class may differ: what gives another result (a weight counted from 1,
+another activation, another order of halves) keeps its own code. So does whatever runs elsewhere than on a CPU
+with the kernels, which is asked at each call, since it costs nothing.
+
+What is exchanged computes the same formula. In bf16 it may round elsewhere, and is then at least as close to
+the exact result: the rotary embedding is rounded once, not at each of three steps. A norm that rounds less
+often than the kernel (Olmo 2 rounds only after the weight) keeps its own code.
 """
 
 from __future__ import annotations
@@ -27,26 +31,24 @@ TOLERANCE = 1e-5
 """In fp32, on numbers around 1."""
 
 MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+MORE_ERROR = 1.05
+"""What the error of a kernel in bf16 may be, as a multiple of that of the model's own code."""
+
 EPS_NAMES = ("variance_epsilon", "eps")
 
 
 def install(model: nn.Module) -> None:
-    """Exchange what can be, in place."""
-    tried: dict[type, bool] = {}
+    """Exchange what can be, in place. A `forward` that somebody has set on a module stays."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for module in model.modules():
-        own = type(module)
-        if own is nn.Linear and module is not head:
-            module.forward = types.MethodType(_linear, module)
-        for looks_like, agrees, forward in (
-            (_looks_like_norm, _is_norm, _norm),
-            (_looks_like_mlp, _is_mlp, _mlp),
-        ):
-            if looks_like(module):
-                if own not in tried:
-                    tried[own] = agrees(module)
-                if tried[own]:
-                    module.forward = types.MethodType(forward, module)
+        if "forward" in vars(module):
+            continue
+        if type(module) is nn.Linear and module is not head:
+            module.forward = types.MethodType(_linear, module)  # type: ignore[method-assign]
+        elif _looks_like_norm(module) and _is_norm(module):
+            module.forward = types.MethodType(_norm, module)
+        elif _looks_like_mlp(module) and _is_mlp(module):
+            module.forward = types.MethodType(_mlp, module)
     for name in {type(module).__module__ for module in model.modules()}:
         _install_rotary(sys.modules[name])
 
@@ -66,13 +68,26 @@ def _looks_like_norm(module: nn.Module) -> bool:
     )
 
 
+@torch.no_grad()
 def _is_norm(module: nn.Module) -> bool:
-    trial = copy.copy(module)
-    weight = nn.Parameter(torch.linspace(-1.5, 2.0, 8))
-    trial._parameters = {"weight": weight}
-    x = torch.linspace(-2, 1, 24).view(1, 3, 8)
-    wanted = weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _eps(module))
-    return _agree(lambda: trial(x), wanted)
+    """In fp32 the same numbers; in bf16 no closer to the exact ones than the kernel, which rounds twice."""
+    x, weight = torch.linspace(-2, 1, 256).view(1, 32, 8), torch.linspace(-1.5, 2.0, 8)
+
+    def own(x: Tensor, weight: Tensor) -> Tensor:
+        trial = copy.copy(module)
+        trial._parameters = {"weight": nn.Parameter(weight)}
+        return trial.forward(x)
+
+    def normalised(x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _eps(module))
+
+    if not _agree(lambda: own(x, weight), weight * normalised(x)):
+        return False
+    x, weight = x.bfloat16(), weight.bfloat16()
+    exact = weight.double() * normalised(x.double())
+    theirs, ours = own(x, weight), weight * normalised(x.float()).bfloat16()
+    of_theirs, of_ours = ((y.double() - exact).norm() for y in (theirs, ours))
+    return theirs.dtype == ours.dtype and bool(of_ours <= MORE_ERROR * of_theirs)
 
 
 def _norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
@@ -92,26 +107,39 @@ def _looks_like_mlp(module: nn.Module) -> bool:
     return {name for name, _ in module.named_children()} == MLP_PARTS
 
 
+@torch.no_grad()
 def _is_mlp(module: nn.Module) -> bool:
     trial = copy.copy(module)
-    gate, up, down = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4)
+    # Made on "meta" they draw no random numbers.
+    gate, up, down = (nn.Linear(*sizes, device="meta") for sizes in ((4, 6), (4, 6), (6, 4)))
     parts = {"gate_proj": gate, "up_proj": up, "down_proj": down, "act_fn": module.act_fn}
     trial._modules = parts  # type: ignore[assignment]
     for i, part in enumerate((gate, up, down)):
-        with torch.no_grad():
-            part.weight.copy_(torch.linspace(-1, 1.5 + i, 24).view_as(part.weight))
-            part.bias.zero_()
+        part.weight = nn.Parameter(torch.linspace(-1, 1.5 + i, 24).view_as(part.weight))
+        part.bias = nn.Parameter(torch.zeros(len(part.weight)))
     x = torch.linspace(-2, 3, 12).view(1, 3, 4)
-    return _agree(lambda: trial(x), down(F.silu(gate(x)) * up(x)))
+    return _agree(lambda: trial.forward(x), down(F.silu(gate(x)) * up(x)))
 
 
 def _mlp(self: nn.Module, x: Tensor) -> Tensor:
     gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj  # type: ignore[operator]
-    if not layers.supports(gate):
+    if not layers.supports(gate) or not _is_plain(self.act_fn):  # type: ignore[arg-type]
         return down(self.act_fn(gate) * up)  # type: ignore[operator]
-    if type(down) is nn.Linear and down.bias is None and down.weight.dtype == gate.dtype:
+    if type(down) is nn.Linear and down.bias is None and down.weight.dtype == gate.dtype and _is_plain(down):
         return layers.silu_mul_linear(gate, up, down.weight)
     return down(layers.silu_mul(gate, up))  # type: ignore[operator]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a call runs its class's `forward`, or ours, and no hooks: then it need not be called."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    own = module.__dict__.get("forward")
+    return not any(len(h) for h in hooks) and (own is None or getattr(own, "__func__", None) is _linear)
 
 
 def _install_rotary(module: types.ModuleType) -> None:

@@ -1,6 +1,7 @@
 """What stands between a model's matmuls on the CPU, one pass each: RMS norm, SiLU times gate, rotary
 embedding, and causal attention over packed sequences. Native kernels only (AVX-512; `supports` says where):
-elsewhere the model's own code runs, which these compute step for step, roundings to bf16 included.
+elsewhere the model's own code runs, whose formulas these are. In bf16 intermediate results stay in fp32 but
+where a docstring says otherwise, so some elements differ from those of torch's operations by a rounding.
 
 Registered as torch.ops.strop.*, so torch.compile sees one node each. Shapes: T tokens, H heads of queries, K
 of keys and values, D size of a head.
@@ -23,11 +24,25 @@ NORM_ROWS = 64
 
 def supports(x: Tensor) -> bool:
     """Whether these kernels run on x's device, for its dtype."""
-    return x.device.type == "cpu" and native.is_loaded("cpu") and native.has_avx512(x.dtype)
+    return x.device.type == "cpu" and _has_kernels(x.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _has_kernels(dtype: torch.dtype) -> bool:
+    return native.is_loaded("cpu") and native.has_avx512(dtype)
 
 
 def _code(x: Tensor) -> int:
     return native.DTYPES["cpu"][x.dtype]
+
+
+def _check_alike(x: Tensor, **others: Tensor) -> None:
+    """C gets addresses, which it takes to be the CPU's and of x's dtype."""
+    if x.device.type != "cpu":
+        raise ValueError(f"tensors of the CPU, not of device {x.device}")
+    for name, other in others.items():
+        if other.dtype != x.dtype or other.device != x.device:
+            raise ValueError(f"{name} {other.dtype} on {other.device} beside {x.dtype} on {x.device}")
 
 
 # ---- RMS norm
@@ -38,10 +53,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     x [..., size], weight [size] of the same dtype. Zhang and Sennrich 2019, as transformers computes it.
     """
-    if weight.dtype != x.dtype or weight.shape != x.shape[-1:]:
-        raise ValueError(
-            f"weight {tuple(weight.shape)} of {weight.dtype} for x {tuple(x.shape)} of {x.dtype}"
-        )
+    _check_alike(x, weight=weight)
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight {tuple(weight.shape)} for x {tuple(x.shape)}")
     return torch.ops.strop.rms_norm(x, weight, eps)[0]
 
 
@@ -125,14 +139,16 @@ def silu_mul_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
     gate and up [..., I], weight [O, I], all of one dtype -> [..., O].
     """
     _check_gate(gate, up)
-    if weight.dtype != gate.dtype or weight.shape[1:] != gate.shape[-1:]:
-        raise ValueError(f"weight {tuple(weight.shape)} {weight.dtype} for {tuple(gate.shape)} {gate.dtype}")
+    _check_alike(gate, weight=weight)
+    if weight.ndim != 2 or weight.shape[1:] != gate.shape[-1:]:
+        raise ValueError(f"weight {tuple(weight.shape)} for gate {tuple(gate.shape)}")
     return torch.ops.strop.silu_mul_linear(gate, up, weight)
 
 
 def _check_gate(gate: Tensor, up: Tensor) -> None:
-    if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(f"gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype}")
+    _check_alike(gate, up=up)
+    if gate.shape != up.shape:
+        raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)}")
 
 
 def _gate_backward(dy: Tensor, gate: Tensor, up: Tensor, product: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,14 +184,14 @@ def _gate_linear_autograd(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Optiona
     return d_gate, d_up, d_weight
 
 
-define("silu_mul(Tensor gate, Tensor up) -> Tensor", _gate, lambda gate, up: torch.empty_like(gate))
+define("silu_mul(Tensor gate, Tensor up) -> Tensor", _gate, lambda gate, up: gate.new_empty(gate.shape))
 define(
     "silu_mul_backward(Tensor dy, Tensor gate, Tensor up, bool product) -> (Tensor, Tensor, Tensor)",
     _gate_backward,
     lambda dy, gate, up, product: (
-        torch.empty_like(gate),
-        torch.empty_like(up),
-        torch.empty_like(gate) if product else gate.new_empty(0),
+        gate.new_empty(gate.shape),
+        up.new_empty(up.shape),
+        gate.new_empty(gate.shape if product else 0),
     ),
 )
 define(
@@ -198,11 +214,12 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     x [1, H, T, D] of any strides with the last one 1; cosine, sine [1, T, D] of the same dtype. The result is
     laid out token by token.
     """
+    _check_alike(x, cosine=cosine, sine=sine)
+    if x.ndim != 4 or x.shape[0] != 1:
+        raise ValueError(f"one packed batch [1, H, T, D], not {tuple(x.shape)}")
     num_tokens, size = x.shape[2:]
     if cosine.shape != (1, num_tokens, size) or sine.shape != cosine.shape or size % 2:
         raise ValueError(f"cosine {tuple(cosine.shape)}, sine {tuple(sine.shape)} for x {tuple(x.shape)}")
-    if x.shape[0] != 1 or x.dtype != cosine.dtype or x.dtype != sine.dtype:
-        raise ValueError(f"one packed batch of one dtype, not {tuple(x.shape)} {x.dtype}, {cosine.dtype}")
     return torch.ops.strop.rotate(x, cosine, sine, False)
 
 
@@ -257,9 +274,13 @@ class _Attention(ctypes.Structure):
     )
 
 
-def attends(query: Tensor) -> bool:
-    """Whether `attention` takes such queries: bf16, and heads of a multiple of 16."""
-    return query.dtype == torch.bfloat16 and query.shape[-1] % 16 == 0 and supports(query)
+def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `attention` takes these: bf16, and heads of one size, a multiple of 16."""
+    size = query.shape[-1]
+    return all(
+        x.dtype == torch.bfloat16 and x.shape[-1] == size and size % 16 == 0 and supports(x)
+        for x in (query, key, value)
+    )
 
 
 def attention(
@@ -277,10 +298,14 @@ def attention(
     A sequence with more keys than queries begins with keys of the one before it. Each query sees the last
     `window` keys up to its own, or all. Raises ValueError for shapes and offsets that do not fit.
     """
-    if query.ndim != 4 or query.shape[0] != 1 or key.shape != value.shape or not attends(query):
-        raise ValueError(f"query {tuple(query.shape)} {query.dtype}, key {tuple(key.shape)}")
-    if (key.shape[0], *key.shape[2:]) != (1, *query.shape[2:]) or key.dtype != query.dtype != value.dtype:
-        raise ValueError(f"key {tuple(key.shape)} {key.dtype} for query {tuple(query.shape)} {query.dtype}")
+    _check_alike(query, key=key, value=value)
+    if cu_queries.device != query.device or cu_keys.device != query.device:
+        raise ValueError(f"cu_queries on {cu_queries.device}, cu_keys on {cu_keys.device}, not the CPU")
+    shapes = [tuple(x.shape) for x in (query, key, value)]
+    if not all(len(shape) == 4 and shape[0] == 1 and shape[2:] == shapes[0][2:] for shape in shapes):
+        raise ValueError(f"query, key and value {shapes}")
+    if shapes[1] != shapes[2] or not attends(query, key, value):
+        raise ValueError(f"query, key and value {shapes} of {query.dtype}")
     cu_queries, cu_keys = cu_queries.int().contiguous(), cu_keys.int().contiguous()
     if cu_queries.shape != cu_keys.shape or cu_queries.ndim != 1 or len(cu_queries) == 0:
         raise ValueError(f"cu_queries {tuple(cu_queries.shape)} and cu_keys {tuple(cu_keys.shape)}")

@@ -61,7 +61,7 @@ def d_input(dy: Tensor, weight: Tensor) -> Tensor:
 def d_weight(dy: Tensor, x: Tensor) -> Tensor:
     """dy [..., O], x [..., I] -> [O, I], the gradient by the weight."""
     if not _has_kernels_for(dy.shape[-1], x.shape[-1], dy, x):
-        return dy.flatten(0, -2).t() @ x.flatten(0, -2)
+        return torch.atleast_2d(dy).flatten(0, -2).t() @ torch.atleast_2d(x).flatten(0, -2)
     return torch.ops.strop.linear_d_weight(dy, x)
 
 
@@ -112,7 +112,7 @@ def _autograd(ctx: Any, dy: Tensor) -> tuple[Optional[Tensor], ...]:
     return (
         torch.ops.strop.linear_d_input(dy, weight) if need_x else None,
         torch.ops.strop.linear_d_weight(dy, x) if need_weight else None,
-        dy.flatten(0, -2).sum(0) if need_bias else None,
+        torch.atleast_2d(dy).flatten(0, -2).sum(0) if need_bias else None,
     )
 
 

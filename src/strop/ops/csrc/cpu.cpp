@@ -432,7 +432,7 @@ int strop_head_d_weight(const void* d_words, const void* turned, int64_t num_row
     const int status = check_head(STROP_BF16, num_rows, hidden_size, hidden_size);
     if (status != STROP_OK) return status;
     if (num_words < 0) return STROP_ESHAPE;
-    if (num_words > 0 && num_rows > 0 && (!d_words || !turned || !d_weight)) return STROP_ENULL;
+    if (num_words > 0 && (!d_weight || (num_rows > 0 && (!d_words || !turned)))) return STROP_ENULL;
     const auto run = strop_head_uses_amx() ? head::weight_product<head::Amx> : head::weight_product<head::Bf16>;
     run(d_words, (const uint16_t*)turned, head::pad(num_rows), hidden_size, num_words, (uint16_t*)d_weight);
     return STROP_OK;

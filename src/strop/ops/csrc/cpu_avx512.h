@@ -295,6 +295,7 @@ AVX512 void walk_item(const Head& h, int64_t segment, int64_t begin, int64_t end
                 walk_tile<T>(item, z[p], w + p * PANEL, std::min(PANEL, words - p * PANEL), n);
         }
     }
+    if (stream) _mm_sfence();  // other threads read what was streamed, which ordinary stores do not order
 }
 
 // Segment by segment into the walk, in their order.

@@ -65,6 +65,7 @@ AVX512 void weight_item(const Head& h, int64_t from, int64_t to, int64_t first, 
             }
         }
     }
+    if (whole_lines) _mm_sfence();
 }
 
 // out [words, H] = d_words [words, n] times hidden, as pack_turned gave it.

@@ -1,7 +1,7 @@
 // What stands between a model's matmuls, each in one pass over its data: RMS norm, rotary embedding, SiLU times
 // gate. In torch each is three to nine operations, which write as many intermediate tensors. 16 lanes of AVX-512,
-// rows by threads; roundings to bf16 are those of transformers' code (the normalised row, and silu(gate), are
-// rounded before they are multiplied), so a model computes what it computed.
+// rows by threads. In bf16 the normalised row, and silu(gate), are rounded before they are multiplied, as Llama's
+// code in transformers has it; everything else stays in fp32 up to the result.
 #pragma once
 #include <immintrin.h>
 

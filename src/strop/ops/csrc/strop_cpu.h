@@ -65,7 +65,7 @@ int strop_head_d_hidden(const void* d_words, const void* weight, int64_t num_row
 // What follows runs where strop_head_supported says so for the dtype. All tensors are contiguous but where
 // strides are given, in elements. "size" is that of a row, or of an attention head.
 
-// y = weight * x / sqrt(mean(x^2) + eps), rounded as transformers' RMS norms are. x, y [rows, size], weight
+// y = weight * x / sqrt(mean(x^2) + eps); x / sqrt(...) is rounded to dtype first. x, y [rows, size], weight
 // [size]; inverse fp32 [rows]: 1 / sqrt(...), for the gradient.
 int strop_norm(const void* x, const void* weight, int dtype, int64_t num_rows, int64_t size, float eps, void* y,
                float* inverse);
