@@ -18,6 +18,8 @@ class Alias:
     """Our key."""
     translate: Optional[Callable[[Any], Any]] = None
     """Turns their value into ours; raises ValueError with what would be right."""
+    translate_for: Optional[Callable[[str, Any], Any]] = None
+    """The same, told the algorithm first."""
     remark: str = ""
     """What is different here, for the note."""
     note: bool = True
@@ -41,16 +43,20 @@ def _best_mode(value: Any) -> str:
     return "max" if value else "min"
 
 
-def _metric(value: Any) -> Any:
+ACCURACY = {"dpo": "eval_rewards/accuracies", "rm": "eval_accuracy"}
+"""Where NeMo RL says `accuracy`: how many pairs are in their right order."""
+
+
+def _metric(algo: str, value: Any) -> Any:
     """`val:val_loss` and `val:validation-<set>_loss` are eval_loss; the same for accuracy."""
     text = str(value)
     if not text.startswith("val:"):
         return value
     if text.endswith("loss"):
         return "eval_loss"
-    if text.endswith("accuracy"):
-        return "eval_rewards/accuracies"
-    raise ValueError("give the name as in metrics.jsonl, such as eval_loss or eval_rewards/accuracies")
+    if text.endswith("accuracy") and algo in ACCURACY:
+        return ACCURACY[algo]
+    raise ValueError("give the name as in metrics.jsonl, such as eval_loss")
 
 
 def _period(value: Any) -> Any:
@@ -81,7 +87,9 @@ def _algorithm_section(name: str) -> dict[str, Alias]:
         f"{name}.val_period": Alias("validation.every", _period),
         f"{name}.val_at_start": Alias("validation.at_start"),
         f"{name}.val_at_end": Alias("validation.at_end"),
-        f"{name}.val_batches": Alias("train.limit_val_batches", _period, "in global batches of the training"),
+        f"{name}.val_batches": Alias(
+            "train.limit_val_batches", _period, remark="in global batches of the training"
+        ),
         f"{name}.seed": Alias("train.seed"),
     }
 
@@ -104,7 +112,7 @@ ALIASES: dict[str, Alias] = {
     "seed": Alias("train.seed", note=False),
     # former names
     "cpt.weights": Alias("data.weights"),
-    "sft.train_on_prompt": Alias("sft.train_on", _train_on, "all, last or everything"),
+    "sft.train_on_prompt": Alias("sft.train_on", _train_on, remark="all, last or everything"),
     # NeMo RL
     "policy.model_name": Alias("model.path"),
     "policy.tokenizer.name": Alias("model.tokenizer"),
@@ -146,7 +154,7 @@ ALIASES: dict[str, Alias] = {
     "checkpointing.keep_top_k": Alias(
         "checkpoint.keep_last", remark="the newest ones stay, and the best by checkpoint.best_metric"
     ),
-    "checkpointing.metric_name": Alias("checkpoint.best_metric", _metric),
+    "checkpointing.metric_name": Alias("checkpoint.best_metric", translate_for=_metric),
     "checkpointing.higher_is_better": Alias("checkpoint.best_mode", _best_mode),
     "logger.wandb_enabled": Alias("log.wandb"),
     "logger.tensorboard_enabled": Alias("log.tensorboard"),

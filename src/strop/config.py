@@ -100,17 +100,33 @@ def load(
     collected: list[str] = []
     layers = []
     for entries in (config_load.read_file(path, section_names), config_load.read_words(overrides)):
-        renamed = [config_load.rename(entry, collected) for entry in entries]
+        renamed = [config_load.rename(entry, collected, algo) for entry in entries]
         layers.append([config_load.place(entry, known, FREE_FORM) for entry in renamed])
     config_load.refuse_contradictions(layers[0])
     config, where = config_load.merge(Config, known, layers)
     if "algo" in where and config.algo != algo:
         raise UserError(f"{where['algo']}: algo is {config.algo}, but this is a {algo} run")
     config = dataclasses.replace(config, algo=algo)
-    config_check.check(flatten(to_dict(config)), where, path)
+    flat = flatten(to_dict(config))
+    config_check.check(flat, where, path)
+    written_for_it = {entry.key for entry in layers[1]}
+    for key, owner in ((key, owner_of(key)) for key in where):
+        if owner in (None, algo) or flat[key] == known[key].default:
+            continue
+        if key in written_for_it:
+            raise UserError(
+                f"{where[key]}: {key} is {flat[key]!r}, but only {owner} knows it: this is {algo}"
+            )
+        collected.append(f"{key} is for {owner}, and of no use to {algo}")  # several runs may share a file
     if notes is not None:
         notes.extend(dict.fromkeys(collected))
     return config
+
+
+def owner_of(key: str) -> Optional[str]:
+    """The algorithm whose section a key stands in; None for what all know."""
+    section = (config_load.ALIASES[key].key if key in config_load.ALIASES else key).partition(".")[0]
+    return section if section in ALGOS else None
 
 
 def default_path(algo: str) -> Path:

@@ -213,6 +213,8 @@ def check(flat: Mapping[str, Any], where: Mapping[str, str], path: Path) -> None
     if best is not None and best not in metrics and not own:
         fail("checkpoint.best_metric", f"must be one of {', '.join(metrics)}")
     _check_dpo(flat, fail)
+    if flat["train.shared_prefix"] and KINDS[flat["algo"]] != "preference":
+        fail("train.shared_prefix", f"shares the prompt of a pair; rows of {flat['algo']} are no pairs")
     if flat["validation.patience"] is not None and flat["checkpoint.best_metric"] is None:
         fail("validation.patience", "needs checkpoint.best_metric, such as eval_loss")
     name = flat["run.name"]

@@ -307,15 +307,16 @@ def _show(entry: Entry) -> str:
     return repr(entry.value if entry.text is None or isinstance(entry.value, dict) else entry.text)
 
 
-def rename(entry: Entry, notes: list[str]) -> Entry:
+def rename(entry: Entry, notes: list[str], algo: str) -> Entry:
     """The entry under our key, if it was written under a name of the table of aliases."""
     alias = ALIASES.get(entry.key)
     if alias is None:
         return entry
     value, text = entry.value, entry.text
-    if alias.translate is not None:
+    if alias.translate is not None or alias.translate_for is not None:
         try:
-            value = alias.translate(value)
+            value = alias.translate(value) if alias.translate else value
+            value = alias.translate_for(algo, value) if alias.translate_for else value
         except ValueError as e:
             raise UserError(f"{entry.where}: {entry.key} is {_show(entry)}: {e}") from None
         if value is not entry.value:

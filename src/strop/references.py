@@ -44,8 +44,9 @@ def files(t: Trainer) -> dict[str, str]:
     if path := t.algo.reference_model(c):
         model, revision = path, None
     assert model is not None
+    cache = config_module.cache_dir(c, t.run.dir.parent)
     with t.report.phase("hashing the reference's weights"):
-        weights = hf.weights_digest(model, revision)
+        weights = hf.weights_digest(model, revision, cache)
     facts = {
         "weights": weights,
         "precision": c.train.precision,
@@ -65,7 +66,6 @@ def files(t: Trainer) -> dict[str, str]:
             c.data.weights,
         ],
     }
-    cache = config_module.cache_dir(c, t.run.dir.parent)
     return {name: str(reference.cache_file(cache, store, facts)) for name, store in stores(t).items()}
 
 

@@ -234,7 +234,8 @@ def _load(t: Trainer) -> bool:
     if adapters is not None:
         adapters.initialise(t.config.train.seed)
         with t.report.phase("hashing the frozen weights"):
-            t.state.frozen = lora.facts(t.policy.lm, t.config.model, t.dist)
+            cache = config_module.cache_dir(t.config, t.run.dir.parent)
+            t.state.frozen = lora.facts(t.policy.lm, t.config.model, t.dist, cache)
     if choices:
         lora.check_facts(t.state.frozen, choices.get("frozen"), t.config.model, t.run.dir)
     _set_layout(t, choices)

@@ -7,6 +7,7 @@ in it is the user's error: the message shows its own line.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import sys
@@ -77,27 +78,62 @@ def digest(name: str, key: str) -> str:
 
 
 def _source_files(module: ModuleType) -> list[Path]:
-    """Of the module, and of the modules that it has names from, as far as they lie in its own folder (for a
-    module in a package: that of the outermost package); installed ones and strop itself do not count."""
+    """Of the module, and of the modules that it has names from or imports, also within a function only, as
+    far as they lie in its own folder (for a module in a package: that of the outermost package); installed
+    ones and strop itself do not count."""
     if not module.__file__:
         return []
     path = Path(module.__file__).resolve()
     depth = module.__name__.count(".") + (path.name == "__init__.py")
     root = path.parents[max(depth - 1, 0)]
     found: dict[Path, None] = {}
-    waiting = [module]
+    waiting = [(module.__name__, path)]
     while waiting:
-        current = waiting.pop()
-        path = Path(current.__file__ or "").resolve()
+        name, path = waiting.pop()
         inside = path.is_file() and root in path.parents and "site-packages" not in path.parts
-        if not inside or path in found or current.__name__.partition(".")[0] == "strop":
+        if not inside or path in found or name.partition(".")[0] == "strop":
             continue
         found[path] = None
-        for value in list(vars(current).values()):
+        for value in list(vars(sys.modules[name]).values()) if name in sys.modules else ():
             other = value if isinstance(value, ModuleType) else sys.modules.get(_home(value))
             if other is not None and getattr(other, "__file__", None):
-                waiting.append(other)
+                waiting.append((other.__name__, Path(other.__file__ or "").resolve()))
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        waiting += [
+            (imported, file)
+            for imported in _imported(path, package)
+            for file in _files_of(imported, root, module.__name__)
+        ]
     return sorted(found)
+
+
+def _imported(path: Path, package: str) -> set[str]:
+    """Full names of what a source file imports anywhere in it; `from a import b` may mean the module a.b. Of
+    a.b.c, a and a.b are imported, too."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # no Python: nothing can be imported by it, and its content counts
+        return set()
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: package.count(".") + 2 - node.level] if node.level else []
+            home = ".".join([*above, *filter(None, [node.module])])
+            names |= {home} | {f"{home}.{alias.name}" for alias in node.names}
+    parts = [name.split(".") for name in names if name]
+    return {".".join(p[:end]) for p in parts for end in range(1, len(p) + 1)}
+
+
+def _files_of(name: str, root: Path, module_name: str) -> list[Path]:
+    """Where a module would lie in the folder of the outermost package, or beside a plain module."""
+    top, *rest = name.split(".")
+    in_package = "." in module_name or (root.name == module_name and (root / "__init__.py").is_file())
+    if in_package and top != module_name.partition(".")[0]:
+        return []
+    place = root.joinpath(*rest) if in_package else root.joinpath(top, *rest)
+    return [file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()]
 
 
 def _home(value: Any) -> str:

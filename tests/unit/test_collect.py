@@ -84,6 +84,48 @@ def test_collecting_after_the_ranks_leaves_nothing_behind(tmp_path):
     assert files(local) == {"rank00003.jsonl": b"kept"}
 
 
+def test_a_second_collection_leaves_what_the_first_has_saved(tmp_path):
+    """The first was ended while it removed the files here."""
+    local, shared = tmp_path / "local", tmp_path / "shared"
+    local.mkdir()
+    for name in ("rank00003.jsonl", "rank00003.1.jsonl", "rank00003.err"):
+        (local / name).write_bytes(name.encode())
+    collect.sync(local, shared)
+    before = files(shared)
+    (local / "rank00003.jsonl").unlink()
+    assert collect.collect(local, shared) == 2
+    assert files(shared) == before
+
+
+@pytest.mark.parametrize("late", [b"late\n", b"twice\n" * 3])
+def test_lines_that_come_after_a_collection_are_kept(tmp_path, late):
+    local, shared = tmp_path / "local", tmp_path / "shared"
+    for content in (b"early, and much longer than the rest\n", late):
+        local.mkdir()
+        (local / "rank00003.jsonl").write_bytes(content)
+        collect.sync(local, shared, 3)
+        if content == late:  # ended between the copy and the removal
+            collect.collect(local, shared)
+            local.mkdir()
+            (local / "rank00003.jsonl").write_bytes(content)
+        collect.collect(local, shared)
+    assert files(shared) == {"rank00003.jsonl": b"early, and much longer than the rest\n" + late}
+    assert not local.exists()
+
+
+def test_the_next_sync_of_a_collected_rank_deletes_no_copy(tmp_path):
+    local, shared = tmp_path / "local", tmp_path / "shared"
+    local.mkdir()
+    for index in ("", ".4", ".5", ".6"):
+        (local / f"rank00003{index}.jsonl").write_bytes(b"before%s\n" % index.encode())
+    collect.collect(local, shared)
+    before = files(shared)
+    local.mkdir()
+    (local / "rank00003.7.jsonl").write_bytes(b"after\n")
+    collect.sync(local, shared, 3)
+    assert files(shared) == before | {"rank00003.7.jsonl": b"after\n"}
+
+
 def test_a_copy_that_cannot_be_made_does_not_stop_the_rank(tmp_path, capfd):
     (tmp_path / "shared").write_text("in the way")
     log = RankLog(

@@ -170,6 +170,38 @@ def test_what_losses_without_reference_or_pairs_do_not_take(file, words, expecte
     assert message(file, *words) == f"command line: {expected}"
 
 
+@pytest.mark.parametrize(
+    ("algo", "word", "owner"),
+    [("dpo", "sft.neftune_alpha=5", "sft"), ("cpt", "sft.neftune_alpha=5", "sft"),
+     ("kto", "dpo.beta=3", "dpo"), ("rm", "dpo.reference_policy_kl_penalty=3", "dpo")],
+)  # fmt: skip
+def test_a_key_of_another_algorithm_is_refused(file, algo, word, owner):
+    assert f"but only {owner} knows it: this is {algo}" in message(file, word, algo=algo)
+    assert loaded(file, "dpo.beta=0.1", "sft.max_num_steps=3", algo=algo).train.max_steps == 3
+
+
+def test_a_file_may_be_shared_by_algorithms(file):
+    file.write_text(MINIMAL + "sft: {neftune_alpha: 5}\ndpo: {beta: 3}\n")
+    notes = []
+    assert config.load("dpo", file, [], notes).dpo.beta == 3
+    assert notes == ["sft.neftune_alpha is for sft, and of no use to dpo"]
+    assert config.load("dpo", file, ["sft.neftune_alpha=null"]).dpo.beta == 3
+
+
+@pytest.mark.parametrize("algo", ["sft", "kto", "cpt"])
+def test_prompts_are_shared_within_pairs_only(file, algo):
+    assert "rows of" in message(file, "train.shared_prefix=true", algo=algo)
+    assert loaded(file, "train.shared_prefix=false", algo=algo).train.shared_prefix is False
+    assert loaded(file, "train.shared_prefix=true", algo="rm").train.shared_prefix is True
+
+
+@pytest.mark.parametrize(("algo", "name"), [("dpo", "eval_rewards/accuracies"), ("rm", "eval_accuracy")])
+def test_accuracy_has_the_name_that_the_algorithm_gives_it(file, algo, name):
+    word = "checkpointing.metric_name=val:validation-default_accuracy"
+    assert loaded(file, word, algo=algo).checkpoint.best_metric == name
+    assert "as in metrics.jsonl" in message(file, word, algo="sft")
+
+
 def test_orpo_has_an_sft_loss_to_choose_the_best_by(file):
     words = ["checkpoint.best_metric=eval_sft_loss"]
     assert "must be one of" in message(file, *words)

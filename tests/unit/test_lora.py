@@ -131,6 +131,20 @@ def test_only_adapters_and_whole_modules_have_gradients_and_the_rest_has_the_com
     assert "LoRA on 14 layers and model.norm" in adapters.describe(lm)
 
 
+@pytest.mark.parametrize(
+    ("targets", "whole", "expected"),
+    [
+        (["q_proj", "lm_head"], ["lm_head"], r"lora\.targets: lm_head is trained whole"),
+        (["q_proj"], ["q_proj"], r"lora\.targets: model\.layers\.\d\.self_attn\.q_proj is trained whole"),
+        (["q_proj"], ["model"], r"lora\.targets: model\.layers\.\d\.self_attn\.q_proj is trained whole"),
+        ("all-linear", ["model"], r"lora\.modules_to_save: model leaves no layer for an adapter"),
+    ],
+)
+def test_an_adapter_that_was_asked_for_is_made_or_refused(targets, whole, expected):
+    with pytest.raises(UserError, match=expected):
+        lora.Adapters(build(*UNTIED), LoraConfig(rank=2, targets=targets, modules_to_save=whole))
+
+
 def test_dropout_drops_its_share_of_everything_independently():
     """Shares within five standard deviations; no layer, token or feature is like another."""
     policy = adapted(dropout=0.3)

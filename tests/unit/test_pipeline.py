@@ -54,6 +54,17 @@ def test_what_wins():
     assert stage.export_slurm == {"partition": "low", "mem": "8G"}
 
 
+def test_what_is_set_for_all_stages_may_be_for_some():
+    """A stage's own settings are for it alone; a key that is none is told, whichever stages there are."""
+    body = "set: {dpo.beta: 3, sft.neftune_alpha: 5}\nstages: {sft: {}, dpo: {}, rm: {after: sft}}\n"
+    p = load(body)
+    assert p.stage("dpo").config.dpo.beta == 3
+    assert p.stage("sft").config.sft.neftune_alpha == 5
+    assert p.stage("rm").config.dpo.beta == 0.1
+    assert "only dpo knows it: this is sft" in refused("stages: {sft: {set: {dpo.beta: 3}}}\n")
+    assert "unknown key dpo.betta" in refused("set: {dpo.betta: 3}\nstages: {sft: {}}\n")
+
+
 def test_two_stages_on_one_and_a_model_from_elsewhere():
     body = (
         "stages:\n  dpo2: {algo: dpo, after: sft2, model: sft}\n  sft: {after: []}\n"

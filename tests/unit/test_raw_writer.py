@@ -4,6 +4,7 @@ The truth is the text that was written, with the secrets replaced by hand, or li
 what grep would find in the files.
 """
 
+import hashlib
 import os
 import re
 import signal
@@ -207,6 +208,22 @@ def test_a_full_disk_ends_nothing_and_is_told(tmp_path, monkeypatch):
     path.unlink()
     files.write(b"kept\n")
     assert path.read_bytes() == b"\nstrop: 14 bytes of raw output could not be written here\nkept\n"
+
+
+def test_a_slow_reader_of_a_pipe_that_does_not_block_gets_everything():
+    """The pipe holds 64 KiB, and the reader begins late."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    data = os.urandom(1 << 20)
+    code = (
+        "import hashlib, sys, time; time.sleep(0.2);"
+        "print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())"
+    )
+    reader = subprocess.Popen([sys.executable, "-c", code], stdin=read, stdout=subprocess.PIPE, text=True)
+    os.close(read)
+    raw_writer.Descriptor(write).write(data)
+    os.close(write)
+    assert reader.communicate(timeout=20)[0].strip() == hashlib.sha256(data).hexdigest()
 
 
 def test_a_flood_does_not_stop_the_rank_for_long(tmp_path):

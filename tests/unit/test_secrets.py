@@ -12,6 +12,16 @@ CASES = [
     ("AKIAIOSFODNN7EXAMPLE", "[secret]"),
     ("Authorization: Bearer abc.def-123456", "Authorization: Bearer [secret]"),
     ("git clone https://me:pa55@host/x.git", "git clone https://me:[secret]@host/x.git"),
+    (
+        "git clone https://s3cr3tdeploytoken@git.example.com/x.git",
+        "git clone https://[secret]@git.example.com/x.git",
+    ),
+    (
+        "https://s3cr3tdeploytoken:@host/ https://s3cr3tdeploytoken:x-oauth-basic@host/",
+        "https://[secret]@host/ https://[secret]@host/",
+    ),
+    ("Authorization: token abcdefghijklmnop", "Authorization: token [secret]"),
+    ("{'authorization': 'Token abcdefghijklmnop'}", "{'authorization': 'Token [secret]'}"),
     ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.abc-_1", "[secret]"),
     ("{'api_key': 'two words', 'lr': 0.1}", "{'api_key': [secret], 'lr': 0.1}"),
     ('{"password": "a\\"b", "lr": 0.1}', '{"password": [secret], "lr": 0.1}'),
@@ -34,6 +44,8 @@ def test_a_known_shape_is_masked_and_nothing_around_it(text, shown):
         "unknown key: train.foo; nearest: train.seed",
         "pad_token='<pad>', eos_token=</s>, num_tokens=4096, token: 5",
         "https://host:8080/a@b and user@host:/path",
+        "ssh://git@example.com/x.git https://example.com?of=me@example.com https://example.com#me@home",
+        "authorization: a token is needed for model-00001.safetensors",
         "rank 3: Connection closed by peer [127.0.0.1]:29500",
     ],
 )

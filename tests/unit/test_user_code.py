@@ -13,7 +13,7 @@ from strop.data import sets
 from strop.data.corpus import Corpus
 from strop.data.prepare import prepare
 from strop.errors import UserError
-from strop.user_code import load
+from strop.user_code import digest, load
 
 TOKENIZER = tiny_tokenizer()
 
@@ -208,6 +208,25 @@ def test_changed_code_never_serves_a_stale_store(own, run):
     own("own_rows.py", OWN)
     back, _ = run(QA, "own_rows:pair")
     assert back.path == first.path
+
+
+@pytest.mark.parametrize("depth", ["import own_lazy.words as w", "from own_lazy import words as w"])
+def test_a_helper_that_is_imported_within_a_function_counts(own, depth):
+    """It may not have been imported yet when the digest is taken, nor what it imports itself."""
+    own("own_lazy/__init__.py", "")
+    own("own_lazy/words.py", "def f():\n    from .deep import g\n    return g()\n")
+    own("own_lazy/deep.py", "def g():\n    return 1\n")
+    own("own_rows.py", f"def rows(row):\n    {depth}\n    return w.f()\n")
+    seen = {digest("own_rows:rows", "k")}
+    for name, text in (("own_lazy/deep.py", "def g():\n    return 2\n"), ("own_lazy/__init__.py", "a = 1\n")):
+        own(name, text)
+        seen.add(digest("own_rows:rows", "k"))
+    assert len(seen) == 3
+    own("own_lazy/other.py", "unused = 1\n")
+    assert digest("own_rows:rows", "k") in seen
+    seen = {digest("own_lazy.words:f", "k")}  # from within a package
+    own("own_lazy/deep.py", "def g():\n    return 3\n")
+    assert digest("own_lazy.words:f", "k") not in seen
 
 
 def test_a_package_in_the_working_directory(own, run):

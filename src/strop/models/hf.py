@@ -6,6 +6,7 @@ its shards (`scatter_weights`), so a model never exists whole but on rank 0.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Collection
@@ -40,6 +41,9 @@ HUB_TIMEOUT_S = 3.0
 
 Reader = Callable[[ModelConfig, Optional[str]], dict[str, torch.Tensor]]
 """(model section, other path or None) -> the state of a checkpoint."""
+
+SETTLED_NS = 2 * 10**9
+"""A file that was written a moment ago may be written once more without a change of its times."""
 
 
 def check_hub(key: str, name: str, revision: Optional[str], file: str) -> None:
@@ -85,17 +89,40 @@ def _ask_hub(url: str) -> Optional[str]:
             return None
 
 
-def weights_digest(path: str, revision: Optional[str]) -> str:
-    """Content address of a model's weights; for a hub name, the name and the resolved revision."""
+def weights_digest(path: str, revision: Optional[str], cache: Optional[Path] = None) -> str:
+    """Content address of a model's weights; for a hub name, the name and the resolved revision. `cache`:
+    where the digests of files are kept, so that only those that have changed since are read."""
     digest = hashlib.sha256()
     folder = Path(path)
     if not folder.is_dir():
         config = AutoConfig.from_pretrained(path, revision=revision)
         digest.update(f"{path}@{getattr(config, '_commit_hash', None) or revision}".encode())
         return digest.hexdigest()[:24]
+    kept = (
+        cache
+        and cache / "weights" / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]}.json"
+    )
+    known = (files.read_json(kept) if kept else None) or {}
+    now: dict[str, Any] = {}
     for file in sorted(f for pattern in (*WEIGHT_FILES, "config.json") for f in folder.glob(pattern)):
-        digest.update(f"{file.name} {files.sha256(file)}\n".encode())
+        status, old = _status(file), known.get(file.name)
+        content = old["sha256"] if old and old["status"] == status else files.sha256(file)
+        digest.update(f"{file.name} {content}\n".encode())
+        if time.time_ns() - max(status[1:3]) > SETTLED_NS and _status(file) == status:
+            now[file.name] = {"status": status, "sha256": content}
+    if kept and now != known:
+        with contextlib.suppress(
+            OSError
+        ):  # a cache that others prepared may be read-only: they are read again
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            files.write_json(kept, now)
     return digest.hexdigest()[:24]
+
+
+def _status(file: Path) -> list[int]:
+    """Differs once a file was written or replaced, also where its time of writing was set back."""
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def read_config(config: ModelConfig, key: str = "model.path") -> PreTrainedConfig:

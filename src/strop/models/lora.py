@@ -115,8 +115,8 @@ class Adapters:
     def __init__(self, lm: PreTrainedModel, config: LoraConfig, dtype: Optional[torch.dtype] = None) -> None:
         """Puts adapters into `lm` and freezes the rest, in `dtype` from now on (its values are lost).
 
-        Raises UserError for a name that no layer has, a rank that is larger than a layer, an embedding, and
-        a head that is tied to one.
+        Raises UserError for a name that no layer has, a rank that is larger than a layer, an embedding,
+        a head that is tied to one, a layer that is trained whole, and where no layer is left.
         """
         modules = dict(lm.named_modules())
         names = [] if config.modules_to_save is None else _listed(config.modules_to_save)
@@ -124,7 +124,18 @@ class Adapters:
         if isinstance(modules.get(SCORE), nn.Module) and SCORE not in self.whole:
             self.whole.append(SCORE)
         inside = {n for n in modules for whole in self.whole if n == whole or n.startswith(f"{whole}.")}
-        chosen = [name for name in choose(lm, config.targets) if name not in inside]
+        chosen = choose(lm, config.targets)
+        if config.targets == ALL_LINEAR:  # all that are left
+            chosen = [name for name in chosen if name not in inside]
+        for name in inside.intersection(chosen):
+            raise UserError(
+                f"lora.targets: {name} is trained whole (lora.modules_to_save): no adapter beside it"
+            )
+        if not chosen:
+            raise UserError(
+                f"lora.modules_to_save: {', '.join(self.whole)} leaves no layer for an adapter; "
+                "lora.rank=null trains all weights"
+            )
         for name in chosen:
             _check_layer(lm, name, modules[name], config)
         lm.requires_grad_(False)
@@ -179,11 +190,11 @@ class Adapters:
         )
 
 
-def facts(lm: nn.Module, model: ModelConfig, dist: Dist) -> dict[str, str]:
+def facts(lm: nn.Module, model: ModelConfig, dist: Dist, cache: Path) -> dict[str, str]:
     """What the checkpoints of a run with adapters belong to: the frozen weights, which stand in none of them,
-    and what is trained. Collective."""
+    and what is trained. `cache`: see `hf.weights_digest`. Collective."""
     assert model.path is not None
-    base = dist.broadcast(hf.weights_digest(model.path, model.revision) if dist.is_main else None)
+    base = dist.broadcast(hf.weights_digest(model.path, model.revision, cache) if dist.is_main else None)
     shapes = {n: list(t.shape) for n, t in hf.distinct_state(lm).items() if t.requires_grad}
     trained = hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:24]
     return {"base": base, "trained": trained}

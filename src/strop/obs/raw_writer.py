@@ -119,6 +119,8 @@ class Descriptor:
 
     def __init__(self, fd: int):
         self._fd = fd
+        self._ready = select.poll()
+        self._ready.register(fd, select.POLLOUT)
 
     def limit(self, segment_bytes: int) -> None:
         pass
@@ -126,7 +128,10 @@ class Descriptor:
     def write(self, data: bytes) -> None:
         try:
             while data:
-                data = data[os.write(self._fd, data) :]
+                try:
+                    data = data[os.write(self._fd, data) :]
+                except BlockingIOError:  # whoever opened it said O_NONBLOCK, and its reader is slow
+                    self._ready.poll()
         except OSError as error:  # a full disk, or srun is gone: the training goes on
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EPIPE, errno.ESTALE):
                 raise

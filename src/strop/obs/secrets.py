@@ -44,8 +44,12 @@ _SHAPES = (
 )
 """A token's shape, and what must occur in the text for the shape to be looked for at all."""
 
-_BEARER = re.compile(r"(\b(?:bearer|basic)\s+)[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE)
-_URL = re.compile(r"(://[^/\s:@'\"]*:)[^/\s@'\"]+(?=@)")
+_BEARER = re.compile(
+    r"((?:\b(?:bearer|basic)|authorization[\"']?\s*[:=]\s*[\"']?token)\s+)[A-Za-z0-9._~+/=-]{8,}",
+    re.IGNORECASE,
+)
+_URL = re.compile(r"(://)(?:[^/?#\s:@'\"]{8,}(?::(?:x-oauth-basic)?)?|([^/\s:@'\"]*:)[^/\s@'\"]+)(?=@)")
+"""A token alone, which is longer than the name of most users, or what follows the user's name."""
 _ASSIGNED = re.compile(
     r"((?:(?<![a-z0-9])(?:api|access|secret|private|auth|signing|encryption|account)[_-]?key"
     r"|(?<!pad_)(?<!eos_)(?<!bos_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!mask_)(?<!special_)(?<!image_)token"
@@ -129,9 +133,9 @@ def redactor(
             if hint in text:
                 text = shape.sub(MARKER, text)
         if "://" in text and "@" in text:
-            text = _URL.sub(rf"\1{MARKER}", text)
+            text = _URL.sub(rf"\1\2{MARKER}", text)
         lower = text.lower()
-        if "bearer" in lower or "basic" in lower:
+        if "bearer" in lower or "basic" in lower or "authorization" in lower:
             text = _BEARER.sub(rf"\1{MARKER}", text)
         for word, assigned in _NAMES:
             if word in lower and assigned.search(lower):
@@ -158,7 +162,7 @@ def hints() -> list[bytes]:
     shapes = [hint for _, *found in _SHAPES for hint in found if hint != "gh"]
     runs = [max(_PLAIN_RUN.findall(value), key=len, default='\\"') for value in known_values(_learnt)]
     plain = [*shapes, *(f"gh{letter}_" for letter in "abcdefghijklmnopqrstuvwxyz"), *runs]
-    plain += ["bearer", "basic", "://", "\\u", "\\/"]
+    plain += ["bearer", "basic", "authorization", "://", "\\u", "\\/"]
     words = [" " + word for word in plain] + ["=" + word for word, _ in _NAMES] + ["=pass"]
     return sorted({word.encode("utf-8", "surrogateescape").lower() for word in words})
 

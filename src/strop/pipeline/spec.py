@@ -243,7 +243,7 @@ def _in_order(stages: Mapping[str, Stage]) -> tuple[Stage, ...]:
 def _refuse_two_models(stage: Stage, model: Optional[str], raw: Raw) -> None:
     """Of a stage's own keys; those for all stages, and those of its file, give way to an export."""
     for entry in raw.settings:
-        key = config_load.rename(entry, []).key
+        key = config_load.rename(entry, [], stage.algo).key
         if (key == "model.path" and (stage.source or model)) or (key == "model.revision" and stage.source):
             of = f"the export of {stage.source}" if stage.source else model
             raise UserError(
@@ -254,6 +254,7 @@ def _refuse_two_models(stage: Stage, model: Optional[str], raw: Raw) -> None:
 
 def _configured(pipeline: Pipeline, raws: Mapping[str, Raw], common: Raw) -> Pipeline:
     """Every run's configuration, loaded as its trainer will."""
+    known = {*config_load.leaves(Config), *config_load.ALIASES}
     stages: list[Stage] = []
     for stage in pipeline.stages:
         if not stage.trains:
@@ -272,7 +273,13 @@ def _configured(pipeline: Pipeline, raws: Mapping[str, Raw], common: Raw) -> Pip
             own.append(Entry("model.revision", None, "null", stage.where))
         if model is not None:
             own.append(Entry("model.path", model, None, raw.lines.get("model", stage.where)))
-        config = config_module.load(stage.algo, file, [*common.settings, *raw.settings, *own])
+        # What is set for all stages may be for some of them; a key that is none is told by any.
+        common_to = [
+            entry
+            for entry in common.settings
+            if config_module.owner_of(entry.key) in (None, stage.algo) or entry.key not in known
+        ]
+        config = config_module.load(stage.algo, file, [*common_to, *raw.settings, *own])
         step = stage.step or ("best" if config.checkpoint.best_metric else "latest")
         if step == "best" and not config.checkpoint.best_metric:
             where = raw.lines["export.step"]

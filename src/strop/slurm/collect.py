@@ -12,9 +12,10 @@ others.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, Optional
 
@@ -27,7 +28,9 @@ BLOCK_BYTES = 4 << 20
 def sync(local: Path, shared: Path, rank: Optional[int] = None) -> list[Path]:
     """Bring the copies up to date: of one rank, or of all that have files here. The local files.
 
-    Raises OSError for the first that cannot be copied, once all others are.
+    For the rank itself, copies of segments that it has deleted go, too; a collection deletes no copy: of
+    what is not here another one may have taken it. Raises OSError for the first that cannot be copied, once
+    all others are.
     """
     found = {path.name: path for path in local.iterdir() if _is_of(path, rank)}
     shared.mkdir(parents=True, exist_ok=True)
@@ -38,11 +41,8 @@ def sync(local: Path, shared: Path, rank: Optional[int] = None) -> list[Path]:
         except OSError as error:
             if path.exists():  # else its rank has just deleted a segment
                 failed = failed or error
-    ranks = {segment.rank for segment in map(log_line.segment, found.values()) if segment}
-    for copy in shared.iterdir():  # a segment that its rank has deleted
-        segment = log_line.segment(copy)
-        if segment is not None and segment.rank in ranks and copy.name not in found:
-            copy.unlink(missing_ok=True)
+    if rank is not None:
+        _remove_deleted(found, shared, rank)
     if failed is not None:
         raise failed
     return list(found.values())
@@ -63,6 +63,7 @@ def collect(local: Path, shared: Path) -> int:
         for path in paths:
             if (shared / path.name).stat().st_size < path.stat().st_size:
                 raise OSError(f"{shared / path.name} is shorter than {path}")
+            _keep_if_new(path, shared / path.name)
             path.unlink()
         for empty in (local, local.parent):
             with contextlib.suppress(OSError):  # another attempt's files are still there
@@ -103,6 +104,32 @@ def _mark(shared: Path, node: str) -> Path:
 def _is_of(path: Path, rank: Optional[int]) -> bool:
     segment = log_line.segment(path)
     return segment is not None and rank in (None, segment.rank)
+
+
+def _remove_deleted(found: Container[str], shared: Path, rank: int) -> None:
+    """Copies of segments that the rank has deleted. It never deletes the first of a kind: where that is not
+    here the files were collected, and their copies are all that there is."""
+    for copy in shared.iterdir():
+        segment = log_line.segment(copy)
+        if segment is None or segment.rank != rank or copy.name in found:
+            continue
+        if dataclasses.replace(segment, index=0).name in found:
+            copy.unlink(missing_ok=True)
+
+
+def _keep_if_new(source: Path, target: Path) -> None:
+    """Lines that a rank wrote after its file had been collected are in a file begun anew, which is shorter
+    than the copy: they go behind it, unless an earlier collection was ended when it had just done so."""
+    size, copied = source.stat().st_size, target.stat().st_size
+    if size == copied:
+        return
+    content = source.read_bytes()
+    with open(target, "r+b") as file:
+        begin = file.read(size)
+        file.seek(copied - size)
+        if content not in (begin, file.read(size)):
+            file.seek(copied)
+            file.write(content)
 
 
 def _copy_rest(source: Path, target: Path) -> None:
