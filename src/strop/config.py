@@ -129,6 +129,15 @@ def owner_of(key: str) -> Optional[str]:
     return section if section in ALGOS else None
 
 
+ROWS_ONLY = {"train.shared_prefix": "preference", "data.completion_template": "sft"}
+"""Keys that mean something for one kind of rows."""
+
+
+def is_for(key: str, algo: str) -> bool:
+    """Whether a key that several runs share means something to this algorithm."""
+    return owner_of(key) in (None, algo) and ROWS_ONLY.get(key, KINDS[algo]) == KINDS[algo]
+
+
 def default_path(algo: str) -> Path:
     here = Path("configs") / f"{algo}.yaml"
     in_repository = code.REPOSITORY / here

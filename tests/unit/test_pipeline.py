@@ -56,8 +56,10 @@ def test_what_wins():
 
 def test_what_is_set_for_all_stages_may_be_for_some():
     """A stage's own settings are for it alone; a key that is none is told, whichever stages there are."""
-    body = "set: {dpo.beta: 3, sft.neftune_alpha: 5}\nstages: {sft: {}, dpo: {}, rm: {after: sft}}\n"
-    p = load(body)
+    shared = "dpo.beta: 3, sft.neftune_alpha: 5, train.shared_prefix: true"
+    p = load(f"set: {{{shared}}}\nstages: {{sft: {{}}, dpo: {{}}, rm: {{after: sft}}}}\n")
+    prefixes = [p.stage(name).config.train.shared_prefix for name in ("sft", "dpo", "rm")]
+    assert prefixes == [None, True, True]
     assert p.stage("dpo").config.dpo.beta == 3
     assert p.stage("sft").config.sft.neftune_alpha == 5
     assert p.stage("rm").config.dpo.beta == 0.1

@@ -277,7 +277,7 @@ def _configured(pipeline: Pipeline, raws: Mapping[str, Raw], common: Raw) -> Pip
         common_to = [
             entry
             for entry in common.settings
-            if config_module.owner_of(entry.key) in (None, stage.algo) or entry.key not in known
+            if config_module.is_for(entry.key, stage.algo) or entry.key not in known
         ]
         config = config_module.load(stage.algo, file, [*common_to, *raw.settings, *own])
         step = stage.step or ("best" if config.checkpoint.best_metric else "latest")
