@@ -112,6 +112,10 @@ def said(rank: int, trace: str = WAIT, step: int = 7, kind: str = "hang") -> dic
         # one ran again while it was being killed
         ([said(0), said(1), said(2) | {"exception": "ProcessStopped"}, said(3, LOSS)], 2,
          "rank 2 on n1: was stopped; m2"),
+        # and found the others gone before it found itself late
+        ([said(0) | {"time": 50.0}, said(1) | {"time": 51.0}, said(2, kind="peer") | {"time": 60.0},
+          said(3, kind="peer") | {"time": 51.2}], 2, "rank 2 on n1: was stopped; m2"),
+        ([said(0) | {"time": 50.0}, *(said(r, kind="peer") | {"time": 50.5} for r in (1, 2, 3))], None, ""),
         # all speak: the one that does not wait
         ([said(0), said(1), said(2, LOSS), said(3)], 2, "rank 2 on n1: not inside a collective"),
         ([said(0, LOSS), said(1), said(2, LOSS), said(3)], 0, "rank 0 on n0, rank 2 on n1: not inside"),

@@ -272,6 +272,7 @@ def _facts(
     ]
     dumped = next((f for f in ranks if f.kind == "segfault" and f.rank not in said), None)
     nodes = {rank: node for rank, (node, _) in clocks.items()}
+    told = [{**said[v.rank], "time": v.time} for v in spoken]
     return decide.Facts(
         state="X" if record.get("state") == "FAIL" else record.get("state", "X"),
         launcher_exit=record.get("launcher_exit") or 1,
@@ -280,7 +281,7 @@ def _facts(
         crash=None if dumped is None else decide.Crash(dumped.rank, dumped.message, dumped.fingerprint or ""),
         death=deaths.find(run_dir, record, spoken, until),
         ended_first=deaths.ended_first(record, spoken, until),
-        suspect=hang.suspect(list(said.values()), len(ranks), nodes),
+        suspect=hang.suspect(told, len(ranks), nodes),
         signals=tuple(record.get("signals") or ()),
     )
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -22,12 +21,12 @@ def gather(job: env.Job, launcher_exit: int, signals: Sequence[str]) -> decide.F
     record = attempts.read(run_dir, number)
     committed = attempts.committed_step(run_dir)
     fields = decide.Verdict.__dataclass_fields__
-    said = attempts.read_verdicts(run_dir, number)
     logs = attempts.log_dir(run_dir, number)
     clocks = _clocks(run_dir, number)
+    said = attempts.read_verdicts(run_dir, number)
+    said = [{**v, "time": v["time"] - clocks.get(v["rank"], ("", 0.0))[1]} for v in said]
     nodes = {rank: node for rank, (node, _) in clocks.items()}
     verdicts = [decide.Verdict(**{key: v[key] for key in fields if key in v}) for v in said]
-    verdicts = [dataclasses.replace(v, time=v.time - clocks.get(v.rank, ("", 0.0))[1]) for v in verdicts]
     state = _local_state(signals) if job.launcher == "local" else job_state(job)
     suspect = hang.suspect(said, len(nodes) or len(attempts.ranks_with_logs(logs)), nodes)
     return decide.Facts(

@@ -23,6 +23,8 @@ from strop.slurm import attempts
 SHOWN = 8
 STOPPED = "ProcessStopped"
 """In the verdict of a rank that ran again after the others had given up: Slurm sends CONT before it kills."""
+LATE_S = 3.0
+"""A rank that runs sees the others go within a moment; one that says so only later did not run meanwhile."""
 COLLECTIVE = re.compile(r"/torch/distributed/(?!checkpoint/)|/strop/dist\.py$|/strop/slurm/rendezvous\.py$")
 
 
@@ -52,12 +54,18 @@ def announce(run_dir: Path, attempt: int, facts: dict[str, Any]) -> None:
 def suspect(
     verdicts: Sequence[Mapping[str, Any]], world_size: int, nodes: Mapping[int, str]
 ) -> Optional[Suspect]:
-    """The rank that the others hang on, if the verdicts tell; `nodes` says where ranks run that left none."""
+    """The rank that the others hang on, if the verdicts (their times by one clock) tell; `nodes` says where
+    ranks run that left none."""
     said = {v["rank"]: v for v in verdicts}
     hung = [v for v in verdicts if v["kind"] == "hang"]
     if not hung or world_size == 1:
         return None
-    stopped = [v for v in hung if v.get("exception") == STOPPED]
+    given_up = max(v.get("time", 0.0) for v in hung)
+    stopped = [
+        v
+        for v in verdicts
+        if v.get("exception") == STOPPED or (v["kind"] == "peer" and v.get("time", 0.0) > given_up + LATE_S)
+    ]
     if stopped:
         return _apart(stopped, "was stopped", nodes)
     silent = [rank for rank in range(world_size) if rank not in said]
