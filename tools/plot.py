@@ -210,7 +210,7 @@ def _draw_panel(panel: Panel, runs: list[Run], axis: Any) -> None:
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.25, linewidth=0.6)
     if panel.train in TIMING_KEYS:
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.05 * axis.get_ylim()[1])  # a flat line would lie on the edge
     if panel.scale == 100:
         axis.set_ylim(-3, 103)
     if axis.get_legend_handles_labels()[0]:
