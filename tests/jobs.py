@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from strop.slurm.local_cluster import LocalCluster
+
+
+@contextmanager
+def cluster_with(name: str, *partition: str) -> Iterator[LocalCluster]:
+    """A cluster of two nodes for one module's tests, with one more partition, as scontrol's words give it."""
+    folder = Path(tempfile.mkdtemp(prefix="strop-", dir="/tmp"))
+    cluster = LocalCluster(name, folder / "cluster")
+    cluster.up(num_nodes=2)
+    cluster.slurm("scontrol", "create", *partition, "Nodes=ALL", "PriorityTier=1", "State=UP")
+    yield cluster
+    cluster.down()
+    shutil.rmtree(folder)
 
 
 def submit(cluster: LocalCluster, *args: str) -> str:

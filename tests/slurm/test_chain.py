@@ -7,10 +7,8 @@ states of the jobs of a chain, beside the run's records and the steps that the f
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import pytest
 
 from strop.slurm import attempts, command, stop
 from strop.slurm.local_cluster import LocalCluster
+from tests import jobs
 from tests.slurm.body_jobs import causes, ended, output, steps, submitting, wait_until
 
 pytestmark = pytest.mark.slurm
@@ -25,14 +24,8 @@ pytestmark = pytest.mark.slurm
 
 @pytest.fixture(scope="module")
 def own_cluster() -> Iterator[LocalCluster]:
-    folder = Path(tempfile.mkdtemp(prefix="strop-", dir="/tmp"))
-    cluster = LocalCluster("chain", folder / "cluster")
-    cluster.up(num_nodes=2)
-    partition = ["PartitionName=cancel", "Nodes=ALL", "PriorityTier=1", "PreemptMode=CANCEL", "State=UP"]
-    cluster.slurm("scontrol", "create", *partition)
-    yield cluster
-    cluster.down()
-    shutil.rmtree(folder)
+    with jobs.cluster_with("chain", "PartitionName=cancel", "PreemptMode=CANCEL") as cluster:
+        yield cluster
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import pytest
 
 from strop.slurm import command
 from strop.slurm.local_cluster import LocalCluster
+from tests import jobs
 from tests.slurm.body_jobs import ended, wait_until
 
 pytestmark = pytest.mark.slurm
@@ -28,14 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def own_cluster() -> Iterator[LocalCluster]:
-    folder = Path(tempfile.mkdtemp(prefix="strop-", dir="/tmp"))
-    cluster = LocalCluster("tools", folder / "cluster")
-    cluster.up(num_nodes=2)
-    partition = ["PartitionName=quick", "Nodes=ALL", "PriorityTier=1", "PreemptMode=REQUEUE", "State=UP"]
-    cluster.slurm("scontrol", "create", *partition)
-    yield cluster
-    cluster.down()
-    shutil.rmtree(folder)
+    with jobs.cluster_with("tools", "PartitionName=quick", "PreemptMode=REQUEUE") as cluster:
+        yield cluster
 
 
 @pytest.fixture
