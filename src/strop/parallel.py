@@ -37,6 +37,7 @@ _SAVED_OPS = {
     torch.ops.strop.attention.default,
     torch.ops.strop.linear.default,
     torch.ops.strop.silu_mul_linear.default,
+    torch.ops.strop.varlen.default,
 }
 
 
@@ -57,17 +58,18 @@ def shard(policy: Policy, config: TrainConfig, dist: Dist) -> None:
     for module in policy.modules():
         if not isinstance(module, FSDPModule):
             continue
-        if dist.world_size == 1:
-            module.set_custom_reduce_scatter(_SumOfOne())  # type: ignore[arg-type]
-        else:
+        if dist.world_size > 1:
             module.set_gradient_divide_factor(1.0)  # of one rank it would make copies
             # gloo knows plain sums only.
             module.set_force_sum_reduction_for_comms(True)
+        elif dist.device.type == "cpu":
+            module.set_custom_reduce_scatter(_SumOfOne())  # type: ignore[arg-type]
 
 
 class _SumOfOne:
     """The reduction of a gradient over one rank. fully_shard asks for an input and then for an output; given
-    the same tensor for both, its copy of the one to the other costs nothing."""
+    the same tensor for both, its copy of the one to the other costs nothing. Not on a GPU: there the output
+    is added to the gradient on a stream of its own, while the input's memory may serve the next block."""
 
     def __init__(self) -> None:
         self._input: Optional[Tensor] = None

@@ -51,6 +51,7 @@ def files(t: Trainer) -> dict[str, str]:
         "weights": weights,
         "precision": c.train.precision,
         "layout": t.policy.layout,
+        "attention": t.policy.attention,
         "head": t.policy.head,
         "shared_prefix": isinstance(t.train_store, TokenStore) and t.train_store.shared_R is not None,
         "device": t.dist.device.type,

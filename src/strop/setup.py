@@ -289,11 +289,13 @@ def _set_layout(t: Trainer, choices: dict[str, Any]) -> None:
     before = dict(choices)
     if choices:
         t.policy.head = choices["head"]
+        t.policy.attention = choices.get("attention", t.policy.attention)
         t.policy.set_layout(choices["layout"], t.dist.device)
     else:
         with t.report.phase("probing attention and head"):
             t.policy.probe(t.dist.device, parallel.DTYPES[t.config.train.precision], t.config.model.attention)
         choices |= {"head": t.policy.head, "layout": t.policy.layout, "shared_prefix": _shares_prompts(t)}
+        choices["attention"] = t.policy.attention
         choices["frozen"] = t.state.frozen
     if choices.get("shared_prefix"):
         assert isinstance(t.train_store, TokenStore)

@@ -1,35 +1,85 @@
-"""Attention over packed sequences through transformers' AttentionInterface.
+"""Attention over packed sequences through transformers' AttentionInterface, by the first of these that a
+model agrees with (`implementations`):
 
-On the CPU all sequences go through one native kernel (bf16); elsewhere, or without flash-attn, each goes
-through SDPA by itself (`strop_packed`). On a GPU with flash-attn its variable-length kernel is used by
-transformers itself: it takes the same cu_seq_lens. A sequence that has more keys than tokens (cu_seq_lens_k)
-follows a shared prompt: the keys it lacks are the first ones of the sequence before it.
+`strop_varlen`, on a GPU: one kernel for all sequences, which torch has built in.
+`flash_attention_2`, on a GPU with flash-attn, for models whose attention has a soft cap: by transformers
+itself, which takes the same cu_seq_lens.
+`strop_packed`: on the CPU one native kernel (bf16), elsewhere each sequence by itself through SDPA.
+
+A sequence that has more keys than tokens (cu_seq_lens_k) follows a shared prompt: the keys it lacks are the
+first ones of the sequence before it. Only `strop_packed` knows that.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
+import weakref
+from collections.abc import Iterator
 from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.utils import is_flash_attn_2_available
 
-from strop.ops import layers
+from strop.ops import layers, varlen
 
 NAME = "strop_packed"
+VARLEN = "strop_varlen"
+FLASH = "flash_attention_2"
 
 
 class PackingUnsupported(ValueError):
     """This model's attention cannot be run on packed sequences here: it takes the padded path."""
 
 
-def packed_implementation(device: torch.device) -> str:
-    """Name of the attention implementation for packed sequences on this device."""
-    if device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None:
-        return "flash_attention_2"
-    return NAME
+def implementations(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Names of what packed sequences may be given to on this device, the one to be tried first in front."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return [NAME]
+    return [VARLEN, *([FLASH] if is_flash_attn_2_available() else []), NAME]
+
+
+def settings(name: str) -> dict[str, Any]:
+    """What the model's forward is given for an implementation. flash-attn's backward adds up in another order
+    in each run, unless told: a run that was stopped would not give the same bits."""
+    return {"deterministic": True} if name == FLASH else {}
+
+
+def packed_varlen(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Optional[Tensor],
+    scaling: Optional[float] = None,
+    sliding_window: Optional[int] = None,
+    cu_seq_lens_q: Optional[Tensor] = None,
+    cu_seq_lens_k: Optional[Tensor] = None,
+    max_length_q: Optional[int] = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each sequence, shapes as in `packed_sdpa`."""
+    cu_seqlens = _check_packed(attention_mask, sliding_window, cu_seq_lens_q, kwargs)
+    if max_length_q is None or (cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seqlens):
+        raise PackingUnsupported("the model does not hand max_length on, or prompts are shared")
+    if not varlen.attends(query, key, value):
+        raise PackingUnsupported(f"no kernel for heads of {query.shape[-1]} and {value.shape[-1]}")
+    return varlen.attention(query, key, value, cu_seqlens, max_length_q, scaling, sliding_window), None
+
+
+def _check_packed(
+    mask: Optional[Tensor], window: Optional[int], cu_seqlens: Optional[Tensor], kwargs: dict[str, Any]
+) -> Tensor:
+    """cu_seqlens. Raises PackingUnsupported for what our functions do not know."""
+    if cu_seqlens is None or mask is not None:
+        raise PackingUnsupported("the model does not hand cu_seq_lens on to its attention")
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise PackingUnsupported("attention with a soft cap or sinks")
+    if _watching:
+        _windows_of_attention.add(window)
+    return cu_seqlens
 
 
 def packed_sdpa(
@@ -46,17 +96,13 @@ def packed_sdpa(
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence: query [1, heads, T, D], key and value [1, kv heads, T, D],
     cu_seq_lens_q and cu_seq_lens_k [S+1] -> [1, T, heads, D]."""
-    if cu_seq_lens_q is None or attention_mask is not None:
-        raise PackingUnsupported("the model does not hand cu_seq_lens on to its attention")
-    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise PackingUnsupported("attention with a soft cap or sinks")
-    _windows_of_attention.add(sliding_window)
+    cu_seq_lens_q = _check_packed(attention_mask, sliding_window, cu_seq_lens_q, kwargs)
     if layers.attends(query, key, value):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         cu_keys = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
         return layers.attention(query, key, value, cu_seq_lens_q, cu_keys, scale, sliding_window), None
-    lengths = cu_seq_lens_q.diff().tolist()
-    num_keys = lengths if cu_seq_lens_k is None else cu_seq_lens_k.diff().tolist()
+    lengths = _lengths(cu_seq_lens_q)
+    num_keys = lengths if cu_seq_lens_k is None else _lengths(cu_seq_lens_k)
     # One split for all sequences: the backward of S slices would fill S gradients of the whole batch.
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     pieces = []
@@ -89,6 +135,23 @@ def _mask(length: int, num_keys: int, window: Optional[int], device: torch.devic
     return (distance >= 0) & (distance < (window or num_keys))
 
 
+_last_lengths: list[tuple[weakref.ref[Tensor], list[int]]] = []
+
+
+def _lengths(cu_seqlens: Tensor) -> list[int]:
+    """Of each sequence. On a GPU, which must be waited for, those of the last two tensors are known still:
+    all layers ask for the same."""
+    if cu_seqlens.device.type != "cuda":
+        return cu_seqlens.diff().tolist()
+    for known, lengths in _last_lengths:
+        if known() is cu_seqlens:
+            return lengths
+    lengths = cu_seqlens.diff().tolist()
+    _last_lengths[:] = [(weakref.ref(cu_seqlens), lengths), *_last_lengths[:1]]
+    return lengths
+
+
+_watching = False
 _windows_of_masks: set[Optional[int]] = set()
 _windows_of_attention: set[Optional[int]] = set()
 
@@ -98,20 +161,33 @@ def _no_mask(*args: Any, local_size: Optional[int] = None, **kwargs: Any) -> Non
     _windows_of_masks.add(local_size)
 
 
-def forget_windows() -> None:
-    """Before the forward that `check_windows` is to judge."""
+@contextlib.contextmanager
+def watch_windows() -> Iterator[None]:
+    """Around the forward that `check_windows` is to judge.
+
+    Only here transformers asks us for masks. For an attention without a function of that name it makes none,
+    and does not look for packed sequences in the positions either, for which it would wait for the GPU."""
+    global _watching
     _windows_of_masks.clear()
     _windows_of_attention.clear()
+    masks = AttentionMaskInterface._global_mapping
+    masks.update({NAME: _no_mask, VARLEN: _no_mask})
+    _watching = True
+    try:
+        yield
+    finally:
+        _watching = False
+        del masks[NAME], masks[VARLEN]
 
 
-def check_windows() -> None:
+def check_windows(name: str) -> None:
     """Raise PackingUnsupported if a window stood in a mask only, which packed attention does not see:
     chunked attention, and models that leave their sliding window to the mask. A probe with short sequences
-    would not notice."""
+    would not notice. (transformers' own flash attention has masks of its own.)"""
     unseen = _windows_of_masks - _windows_of_attention - {None}
-    if unseen:
+    if name != FLASH and unseen:
         raise PackingUnsupported(f"a window of {min(u for u in unseen if u)} tokens that only the mask knows")
 
 
 AttentionInterface.register(NAME, packed_sdpa)
-AttentionMaskInterface.register(NAME, _no_mask)
+AttentionInterface.register(VARLEN, packed_varlen)

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from strop import ops
 from strop.data.batch import Batch
-from strop.errors import Diverged, UserError
+from strop.errors import Diverged, UserError, first_line
 from strop.models import attention, fused, neftune
 from strop.models.lora import Adapters, LoraLinear
 
@@ -100,6 +100,8 @@ class Policy(nn.Module):
         self.temperature = _head_temperature(text_config)
         self.head = "fused"
         self.layout = "padded"
+        self.attention = attention.NAME
+        """What packed sequences are given to on a GPU, of `attention.implementations`."""
         self.noise = 0.0
         """What the probe measured: the mean difference in nats that the height of a batch makes."""
         self.neftune_alpha: Optional[float] = None
@@ -113,7 +115,7 @@ class Policy(nn.Module):
     def set_layout(self, layout: str, device: torch.device) -> None:
         self.layout = layout
         if layout == "packed":
-            name = attention.packed_implementation(device)
+            name = self.attention if device.type == "cuda" else attention.NAME
         else:  # some have soft caps that SDPA lacks, some have no attention at all
             name = "sdpa" if self.lm._supports_sdpa else "eager"
         self.lm.set_attn_implementation(name)
@@ -164,6 +166,7 @@ class Policy(nn.Module):
                 cu_seq_lens_k=batch.cu_seqlens if batch.cu_keys is None else batch.cu_keys,
                 max_length_q=batch.max_seqlen,
                 max_length_k=batch.max_seqlen,
+                **attention.settings(self.attention),
             )
             flat: slice | Tensor = slice(None)
         else:
@@ -208,7 +211,7 @@ class Policy(nn.Module):
                 "%s: the head is more than a matrix; its own logits are used (more memory)", self.name
             )
         self._choose_layout(
-            device, wanted, lambda: difference(self._compared(both), truth) <= self._tolerance(dtype)
+            device, dtype, wanted, lambda: difference(self._compared(both), truth) <= self._tolerance(dtype)
         )
 
     def _tolerance(self, dtype: torch.dtype) -> float:
@@ -218,29 +221,46 @@ class Policy(nn.Module):
         """What the probes compare: the log-probs of the trained tokens."""
         return self(batch).logp_T[batch.trained_T]
 
-    def _choose_layout(self, device: torch.device, wanted: str, agrees: Callable[[], bool]) -> None:
-        """packed where `agrees` then still holds; it holds for padded. Raises UserError as `probe`."""
+    def _choose_layout(
+        self, device: torch.device, dtype: torch.dtype, wanted: str, agrees: Callable[[], bool]
+    ) -> None:
+        """packed, with the first attention for which `agrees` then still holds; it holds for padded. Raises
+        UserError as `probe`."""
         if wanted == "padded" or not _takes(self.lm.base_model, "cu_seq_lens_q"):
             return
-        self.set_layout("packed", device)
-        attention.forget_windows()
-        try:
-            if agrees():
-                attention.check_windows()
+        for name in attention.implementations(device, dtype):
+            self.attention = name
+            reason = self._why_not_packed(device, agrees)
+            if reason is None:
                 return
-            reason = "sequences side by side see each other"
-        except attention.PackingUnsupported as error:
-            reason = str(error)
+            log.info("%s: %s is not used: %s", self.name, name, reason)
         if wanted == "packed":
             raise UserError(f"model.attention: packed does not work for {self.name}: {reason}")
         log.warning("%s: batches are padded, since packing does not work here: %s", self.name, reason)
         self.set_layout("padded", device)
 
+    def _why_not_packed(self, device: torch.device, agrees: Callable[[], bool]) -> Optional[str]:
+        """None where `agrees` holds with `self.attention`."""
+        try:
+            self.set_layout("packed", device)
+            with attention.watch_windows():
+                if not agrees():
+                    return "sequences side by side see each other"
+            attention.check_windows(self.attention)
+        except attention.PackingUnsupported as error:
+            return str(error)
+        except (ImportError, RuntimeError, ValueError) as error:
+            # Kernels of others, for which this GPU, model or head may be the wrong one; ours must run.
+            if self.attention == attention.NAME:
+                raise
+            return first_line(error)
+        return None
+
     @torch.no_grad()
     def shares_prompts(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether the model gives the same log-probs when the rejected sequence of a pair goes on from the
-        chosen one's prompt. Collective. Flash attention would need keys of its own for it."""
-        if self.layout != "packed" or attention.packed_implementation(device) != attention.NAME:
+        chosen one's prompt. Collective. The kernels for GPUs would need keys of their own for it."""
+        if self.layout != "packed" or self.attention != attention.NAME:
             return False
         apart, together = _probe_pair(self.lm.config.get_text_config().vocab_size, device)
         truth = torch.cat([self._compared(one) for one in each_sequence(apart)])

@@ -88,7 +88,7 @@ class RewardModel(Policy):
         if self.noise > MOST_NOISE * PROBE_TOLERANCE[dtype]:
             raise UserError(f"model.path: {self.name} gives other scores in a padded batch than alone")
         self._choose_layout(
-            device, wanted, lambda: difference(self._compared(both), truth) <= self._tolerance(dtype)
+            device, dtype, wanted, lambda: difference(self._compared(both), truth) <= self._tolerance(dtype)
         )
 
     def _compared(self, batch: Batch) -> Tensor:
