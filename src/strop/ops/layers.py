@@ -10,12 +10,13 @@ of keys and values, D size of a head.
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-from strop.ops import linear, native
+from strop.ops import linear, native, remade
 from strop.ops.registered import define
 
 NORM_ROWS = 64
@@ -56,6 +57,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     _check_alike(x, weight=weight)
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight {tuple(weight.shape)} for x {tuple(x.shape)}")
+    y = _NORM(x, weight, eps)[0]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # A copy of the weight: FSDP frees gathered ones, and gathers a block's in its own backward only.
+        remade.note(y, functools.partial(_norm_again, eps), x.detach(), weight.detach().clone())
+    return y
+
+
+def _norm_again(eps: float, x: Tensor, weight: Tensor) -> Tensor:
     return _NORM(x, weight, eps)[0]
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from strop.ops import native
+from strop.ops import native, remade
 from strop.ops.registered import define
 
 
@@ -100,20 +100,26 @@ def _d_weight(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Only what a gradient needs is kept."""
+    """Only what a gradient needs is kept, and nothing that can be made again."""
     x, weight, _ = inputs
     need_x, need_weight = ctx.needs_input_grad[:2]
-    ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
+    source = remade.source_of(x) if need_weight else None
+    of_x: tuple[Optional[Tensor], ...] = (x if need_weight else None,)
+    ctx.maker = None
+    if source is not None:
+        ctx.maker, of_x = source.maker, source.parts
+        ctx.maker.add_user()
+    ctx.save_for_backward(weight if need_x else None, *of_x)
 
 
 def _autograd(ctx: Any, dy: Tensor) -> tuple[Optional[Tensor], ...]:
-    x, weight = ctx.saved_tensors
+    weight, *of_x = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad
-    return (
-        _D_INPUT(dy, weight) if need_x else None,
-        _D_WEIGHT(dy, x) if need_weight else None,
-        torch.atleast_2d(dy).flatten(0, -2).sum(0) if need_bias else None,
-    )
+    dx = _D_INPUT(dy, weight) if need_x else None
+    d_weight = None
+    if need_weight:
+        d_weight = _D_WEIGHT(dy, of_x[0] if ctx.maker is None else ctx.maker.make(of_x))
+    return dx, d_weight, torch.atleast_2d(dy).flatten(0, -2).sum(0) if need_bias else None
 
 
 _LINEAR = define(
