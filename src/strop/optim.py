@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 
 from strop.config import OptimConfig
 from strop.dist import Dist
@@ -66,13 +67,39 @@ def check_schedule(config: OptimConfig, max_steps: int) -> None:
         )
 
 
+@torch.no_grad()
 def step(optimizer: torch.optim.AdamW, lr: float, factor: float) -> None:
-    """One update with the gradients times `factor`, by which the fused kernel divides as it reads them."""
+    """One update with the gradients times `factor`, by which the fused kernel divides as it reads them.
+
+    Of this rank's shards: given DTensors, torch would find out anew in each step how the call is sharded."""
+    device = optimizer.param_groups[0]["params"][0].device
+    scale = None if factor == 1.0 else torch.full((), 1 / factor, device=device)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    device = optimizer.param_groups[0]["params"][0].device
-    optimizer.grad_scale = None if factor == 1.0 else torch.full((), 1 / factor, device=device)  # type: ignore[attr-defined]
-    optimizer.step()
+        params = [p for p in group["params"] if p.grad is not None]
+        states = [optimizer.state[p] for p in params]
+        beta1, beta2 = group["betas"]
+        adamw(
+            [_local(p) for p in params],
+            [_local(p.grad) for p in params],
+            [_local(state["exp_avg"]) for state in states],
+            [_local(state["exp_avg_sq"]) for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            grad_scale=scale,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def _local(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def materialise(optimizer: torch.optim.Optimizer) -> None:
@@ -94,8 +121,7 @@ def set_num_updates(optimizer: torch.optim.Optimizer, num_updates: int) -> None:
 
 def local_grads(params: Iterable[nn.Parameter]) -> list[Tensor]:
     """This rank's shards of the gradients."""
-    grads = [p.grad for p in params if p.grad is not None]
-    return [g.to_local() if isinstance(g, DTensor) else g for g in grads]
+    return [_local(p.grad) for p in params if p.grad is not None]
 
 
 def global_grad_norm(grads: list[Tensor], dist: Dist) -> float:

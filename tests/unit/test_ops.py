@@ -95,6 +95,58 @@ def test_bf16_log_probs_err_by_less_than_a_thousandth(use, engine, keep):
     assert float(error.sum().abs()) <= 1e-2
 
 
+# V: two segments of 3,072 words and a rest of 856. Kept: less than a segment, one, two (whole chunks of 24 words,
+# and 8 of the last), all.
+@pytest.mark.parametrize("engine", [name for name in ENGINES[torch.bfloat16] if name in FUSED])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_as_many_words_are_kept_as_fit(use, monkeypatch, dtype, engine):
+    """The log-probs are the same bits, the gradients right, and what is kept is below the limit."""
+    use(engine)
+    num_tokens, vocab = 70, 7000
+    x, w, target = example(num_tokens, 64, vocab, dtype, scale=0.2)
+    target[:4] = torch.tensor([0, 3071, 3072, 6999])
+    bias, factors = torch.linspace(-1, 1, vocab), torch.linspace(-2, 3, num_tokens)
+    leaves = [t.double().requires_grad_() for t in (x, w, bias)]
+    (truth(*leaves[:2], target, leaves[2])[0] * factors.double()).sum().backward()
+    word = num_tokens * x.element_size()
+    plain, found = None, {}
+    for most, words in ((3071, 0), (3072, 3072), (6143, 3072), (6999, 6144), (7000, 7000)):
+        monkeypatch.setattr(head, "KEPT_BYTES", most * word)
+        own = [t.clone().requires_grad_() for t in (x, w, bias)]
+        logp, stats = ops.linear_logprob(own[0], own[1], target, own[2])
+        assert head.words_kept(x, w, None) == words
+        keep = head.what_fits(head.ALL, x, w, None)
+        assert head.kept_shape(x, w, keep)[0] == ([words, 96] if words else [0])
+        assert head.words_kept(x, w, 5.0) == 0
+        plain = plain or (logp, *stats)
+        assert all(torch.equal(a, b) for a, b in zip(plain, (logp, *stats)))
+        (logp * factors).sum().backward()
+        found[words] = [t.grad for t in own]
+        for grad, leaf in zip(found[words], leaves):
+            error = float((grad.double() - leaf.grad).norm() / leaf.grad.norm())
+            assert error < (1e-5 if dtype == torch.float32 else 4e-3), (words, error)
+    kept_all, kept_none, kept_some = (found[n][1] for n in (7000, 0, 3072))
+    assert torch.equal(kept_some[:3072], kept_all[:3072])
+    assert torch.equal(kept_some[3072:], kept_none[3072:])
+
+
+def test_the_limit_is_the_weights_gradient_in_fp32(monkeypatch):
+    """On the CPU: all words of up to 2H tokens; in the engine that keeps all or nothing, 512 MiB."""
+    w = torch.empty(49152, 576, dtype=torch.bfloat16, device="meta")
+
+    def kept(num_tokens):
+        return head.words_kept(torch.empty(num_tokens, 576, dtype=torch.bfloat16), w, None)
+
+    monkeypatch.setattr(head, "engine", lambda hidden, weight: "fused")
+    assert head.most_kept(torch.empty(3, 576), w) == 4 * 49152 * 576
+    assert (kept(0), kept(1152), kept(1352), kept(2304)) == (49152, 49152, 39936, 24576)
+    assert kept(10**6) == 0
+    tiny = torch.empty(420, 16, dtype=torch.bfloat16)
+    assert head.most_kept(torch.empty(3, 16), tiny) == 64 * 2**20
+    monkeypatch.setattr(head, "engine", lambda hidden, weight: "chunked")
+    assert (kept(5461), kept(5462)) == (49152, 0)
+
+
 # H: below, at and above the columns of a tile (32), and no multiple of a panel (12). Words: below and above
 # what is summed in registers (1,024; 480 by AMX), an odd number among them. N: one, odd, more than a work
 # item (128).

@@ -22,7 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from strop.doctor.model import Shape
-from strop.ops.head import CHUNK_BYTES, KEPT_BYTES, TIMES_ON_CUDA
+from strop.ops.head import CHUNK_BYTES, KEPT_BYTES, KEPT_IN_ANY_CASE, TIMES_ON_CUDA
 from strop.parallel import WHOLE_GRADIENT_BYTES
 
 COMPUTE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -91,10 +91,14 @@ def estimate(
 
 
 def _head_bytes(shape: Shape, tokens: int, c: int, gpu: bool) -> int:
-    """All tokens may be trained ones. Beside the exponentials stands a maximum for every 12 of them."""
+    """All tokens may be trained ones. Beside the exponentials, of which a CPU keeps as many as it may, stands a
+    maximum for every 12 of them."""
     kept = c * tokens * shape.vocab_size
-    most = KEPT_BYTES * (TIMES_ON_CUDA if gpu else 1)
-    kept = kept + kept * 4 // (12 * c) if kept <= most else 0
+    if gpu:
+        kept = kept if kept <= KEPT_BYTES * TIMES_ON_CUDA else 0
+    else:
+        kept = min(kept, KEPT_BYTES, max(2 * c * shape.vocab_size * shape.hidden, KEPT_IN_ANY_CASE))
+    kept += kept * 4 // (12 * c)
     return kept + 2 * CHUNK_BYTES["cuda" if gpu else "cpu"] + 2 * 4 * tokens * shape.hidden
 
 

@@ -12,6 +12,7 @@ comes along: each part's gradient is formed as soon as its log-probs are there (
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import logging
@@ -28,7 +29,7 @@ from transformers import PreTrainedModel
 from strop import ops
 from strop.data.batch import Batch
 from strop.errors import Diverged, UserError, first_line
-from strop.models import attention, fused, neftune
+from strop.models import attention, fused, neftune, tied
 from strop.models.lora import Adapters, LoraLinear
 
 log = logging.getLogger(__name__)
@@ -126,14 +127,16 @@ class Policy(nn.Module):
         target_N = batch.tokens_T[index_N]
         # The hidden state before a token predicts it. A sequence's first token is never trained.
         pick_N = batch.previous_T[index_N]
-        with neftune.noise(self.lm.get_input_embeddings(), batch, self.neftune_alpha, self.layout):
+        apart = tied.apart(self.lm) if self.head == "fused" else contextlib.nullcontext()
+        noise = neftune.noise(self.lm.get_input_embeddings(), batch, self.neftune_alpha, self.layout)
+        with noise, apart as twin_of_weight:
             hidden_ND, logits_NV = self._hidden_or_logits(batch, pick_N)
         total = None
         if logits_NV is not None:
             logp_N, stats = ops.logprob(logits_NV, target_N)
         else:
             head = self.lm.get_output_embeddings()
-            weight = head.weight
+            weight = head.weight if twin_of_weight is None else twin_of_weight
             scalings = (getattr(head, "bias", None), self.softcap, self.temperature)
             if isinstance(head, LoraLinear):
                 draws_N = None if batch.draw_T is None else batch.draw_T[pick_N]

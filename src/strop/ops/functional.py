@@ -75,7 +75,8 @@ def linear_loss(
     `loss_fn(logprob [n], rows)` is a pure function of the log-probs of the rows `rows` -> scalar, a sum over
     groups (sequences or pairs). groups: row numbers 0 = g0 <= g1 <= ... <= N at which rows may be parted;
     None: nowhere. Rows are taken as many whole groups at a time as may keep their exponentials (logits read
-    once, 6NHV); larger groups are recomputed (8NHV). Other arguments and errors as `linear_logprob`.
+    once, 6NHV); what larger groups may not keep is recomputed (up to 8NHV). Other arguments and errors as
+    `linear_logprob`.
 
     The gradient is stored in the types of hidden and weight until the backward multiplies it: in fp16 give
     `loss_fn` the factors that would otherwise follow.
@@ -98,11 +99,12 @@ def one_pass_pays(
     """Whether `linear_loss` is the quicker way to the gradients of hidden [N, H] and weight [V, H]: where
     `linear_logprob` would compute logits again, and parts of these groups need not. Looks at no values.
     """
-    if _what_to_keep(hidden, weight, None) != head.ALL or _may_keep(hidden, weight, softcap):
+    if _what_to_keep(hidden, weight, None) != head.ALL or len(hidden) == 0:
         return False
     parts = _row_chunks(groups, hidden, weight, softcap)
-    kept = sum(r.stop - r.start for r in parts if _may_keep(hidden[r], weight, softcap))
-    return kept > 0 and kept > len(parts) * ROWS_PER_PART[hidden.device.type]
+    in_parts = sum(_recomputed(hidden[rows], weight, softcap) for rows in parts)
+    saved = _recomputed(hidden, weight, softcap) - in_parts
+    return saved > 0 and saved > len(parts) * ROWS_PER_PART[hidden.device.type]
 
 
 def logprob(logits: Tensor, target: Tensor) -> tuple[Tensor, TokenStats]:
@@ -228,8 +230,9 @@ def _what_to_keep(hidden: Tensor, weight: Tensor, bias: Optional[Tensor]) -> int
     return head.FROZEN if wanted == [True, False, False] else head.ALL
 
 
-def _may_keep(hidden: Tensor, weight: Tensor, softcap: Optional[float]) -> bool:
-    return head.what_fits(head.ALL, hidden, weight, softcap) == head.ALL
+def _recomputed(hidden: Tensor, weight: Tensor, softcap: Optional[float]) -> float:
+    """Rows whose logits the backward computes again; a part of the words counts as that part of the rows."""
+    return len(hidden) * (1 - head.words_kept(hidden, weight, softcap) / len(weight))
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -299,8 +302,8 @@ def _row_chunks(
     edges: Sequence[int], hidden: Tensor, weight: Tensor, softcap: Optional[float]
 ) -> list[slice]:
     """As many whole groups at a time as may keep everything; of those that may not, all in a row."""
-    most = head.most_kept(hidden.device) // (len(weight) * hidden.element_size())
-    if not _may_keep(hidden[:1], weight, softcap):
+    most = head.most_kept(hidden, weight) // (len(weight) * hidden.element_size())
+    if head.words_kept(hidden[:1], weight, softcap) < len(weight):
         most = 0
     out: list[slice] = []
     while (start := out[-1].stop if out else 0) < edges[-1]:

@@ -6,7 +6,8 @@ and only a tile at a time.
 The floors of 2, 6, 8 and 4NHV operations (log-probs only, one pass, recompute, frozen head) are the same.
 
 What a forward keeps for its backward: nothing (recompute), the exponentials or logits of all words (one
-pass: memory for time), or with a frozen weight u = (e_y - p) W, all that hidden's gradient needs.
+pass: memory for time) or, in the fused engine, of the first ones, as many as its limit allows, or with a
+frozen weight u = (e_y - p) W, all that hidden's gradient needs.
 
 Shapes: N trained tokens, n = N padded to the tile of a packed tensor, H hidden size, V vocabulary.
 """
@@ -28,6 +29,8 @@ NOTHING, ALL, FROZEN = 0, 1, 2
 """What the forward keeps."""
 KEPT_BYTES = 512 * 2**20
 """The most that `ALL` may keep on the CPU; more is recomputed, or taken in parts (`linear_loss`)."""
+KEPT_IN_ANY_CASE = 64 * 2**20
+"""What the fused engine may keep beside the smallest weight."""
 TIMES_ON_CUDA = 4
 """Times as much on a GPU: 8,192 tokens of 131,072 words."""
 CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
@@ -47,18 +50,33 @@ def engine(hidden: Tensor, weight: Tensor) -> str:
     return "fused" if hidden.device.type == "cpu" and even and native.head_kernel(hidden.dtype) else "chunked"
 
 
-def most_kept(device: torch.device) -> int:
-    """Bytes that `ALL` may keep there."""
-    return KEPT_BYTES * (TIMES_ON_CUDA if device.type == "cuda" else 1)
+def most_kept(hidden: Tensor, weight: Tensor) -> int:
+    """Bytes that `ALL` may keep. In the fused engine, which need not keep all words, no more than twice the
+    weight's: in bf16 that is its gradient in fp32, which the end of the backward needs in any case, and then
+    finds in the same memory (`workspace.empty`). All words fit of up to 2H tokens."""
+    if hidden.device.type == "cuda":
+        return KEPT_BYTES * TIMES_ON_CUDA
+    if engine(hidden, weight) != "fused":
+        return KEPT_BYTES
+    return min(KEPT_BYTES, max(2 * weight.numel() * weight.element_size(), KEPT_IN_ANY_CASE))
+
+
+def words_kept(hidden: Tensor, weight: Tensor, softcap: Optional[float]) -> int:
+    """Of how many of the first words `ALL` keeps exponentials or logits: all, where memory allows it; else, or
+    where exponentials do not tell the derivative, none. The fused engine keeps whole segments of the walk, which
+    then adds up the same sums in the same order however many they are."""
+    which, vocab = engine(hidden, weight), len(weight)
+    if which == "reference" or (which == "fused" and softcap is not None):
+        return 0
+    fit = most_kept(hidden, weight) // max(1, hidden.shape[0] * hidden.element_size())
+    if fit >= vocab:
+        return vocab
+    return max(0, fit) // SEGMENT * SEGMENT if which == "fused" else 0
 
 
 def what_fits(keep: int, hidden: Tensor, weight: Tensor, softcap: Optional[float]) -> int:
-    """`ALL` where memory allows it; else, or where exponentials do not tell the derivative, `NOTHING`."""
-    which = engine(hidden, weight)
-    too_much = hidden.shape[0] * weight.shape[0] * hidden.element_size() > most_kept(hidden.device)
-    if keep == ALL and (which == "reference" or (which == "fused" and softcap is not None) or too_much):
-        return NOTHING
-    return keep
+    """`NOTHING` in place of an `ALL` that keeps no words."""
+    return NOTHING if keep == ALL and words_kept(hidden, weight, softcap) == 0 else keep
 
 
 def kept_shape(hidden: Tensor, weight: Tensor, keep: int) -> tuple[list[int], list[int]]:
@@ -72,7 +90,8 @@ def kept_shape(hidden: Tensor, weight: Tensor, keep: int) -> tuple[list[int], li
     if which == "chunked":
         return [num_tokens, vocab], [0]
     padded = (num_tokens + TILE - 1) // TILE * TILE
-    return [vocab, padded], [(vocab + PANEL - 1) // PANEL, padded]
+    words = words_kept(hidden, weight, None)
+    return [words, padded], [(words + PANEL - 1) // PANEL, padded]
 
 
 def chunk_words(hidden: Tensor, vocab: int) -> int:
@@ -85,9 +104,10 @@ def chunk_words(hidden: Tensor, vocab: int) -> int:
     return max(PANEL, min(fit, vocab + PANEL) // PANEL * PANEL)
 
 
-def chunks(hidden: Tensor, vocab: int) -> list[tuple[int, int]]:
+def chunks(hidden: Tensor, vocab: int, first: int = 0) -> list[tuple[int, int]]:
+    """Of the words from `first` on."""
     width = chunk_words(hidden, vocab)
-    return [(start, min(start + width, vocab)) for start in range(0, vocab, width)]
+    return [(start, min(start + width, vocab)) for start in range(first, vocab, width)]
 
 
 class _Rows:
@@ -161,13 +181,17 @@ def _scratch(hidden: Tensor, num_words: int) -> Tensor:
 def _walk_fused(
     hidden: Tensor, weight: Tensor, target: Tensor, rows: _Rows, exps: Optional[Tensor], tops: Tensor
 ) -> None:
-    vocab = len(weight)
-    packed, scratch, head = _pack(hidden), _scratch(hidden, vocab), rows.head()
-    call(
-        "strop_head_walk", hidden, packed, weight, _code(hidden), *hidden.shape, weight.stride(0), 0, vocab,
-        vocab, target, ctypes.byref(head), ctypes.byref(rows.walk), exps,
-        None if exps is None else tops, scratch,
-    )  # fmt: skip
+    """Keeps the exponentials of as many words as `exps` has rows."""
+    vocab, kept = len(weight), 0 if exps is None else len(exps)
+    packed, scratch, head = _pack(hidden), _scratch(hidden, max(kept, vocab - kept)), rows.head()
+    for start, end in ((0, kept), (kept, vocab)):
+        if start == end:
+            continue
+        call(
+            "strop_head_walk", hidden, packed, weight, _code(hidden), *hidden.shape, weight.stride(0), start,
+            end - start, vocab, target, ctypes.byref(head), ctypes.byref(rows.walk),
+            exps if end == kept else None, tops if end == kept else None, scratch,
+        )  # fmt: skip
 
 
 def _frozen_fused(hidden: Tensor, weight: Tensor, target: Tensor, rows: _Rows) -> Tensor:
@@ -290,6 +314,7 @@ def backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
     """Gradients by hidden, weight and bias, those that are needed; kept and tops as `ALL` gave them, or None.
+    What was not kept is computed again.
 
     Every block of the weight's gradient is written once, in its final type.
     """
@@ -298,9 +323,11 @@ def backward(
     products = Products(hidden, weight, needs[0], needs[1], fused, chunk_words(hidden, vocab))
     d_bias = hidden.new_zeros(vocab, dtype=torch.float32) if needs[2] else None
     gradients = _Fused(hidden, weight, target, rows) if fused else _Chunked(hidden, weight, target, rows)
-    for start, end in chunks(hidden, vocab):
+    kept_words = 0 if kept is None else len(kept) if fused else vocab
+    for start, end in chunks(hidden, kept_words) + chunks(hidden, vocab, kept_words):
         block = None if d_bias is None else d_bias[start:end]
-        d_words = gradients.of(start, end, lse, grad, kept, tops, block)  # [words, N]
+        of_chunk = kept if end <= kept_words else None
+        d_words = gradients.of(start, end, lse, grad, of_chunk, tops, block)  # [words, N]
         products.add(d_words, start)
     bias = scalings.bias
     return (

@@ -10,13 +10,14 @@ of keys and values, D size of a head.
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-from strop.ops import linear, native
-from strop.ops.registered import LIB, define
+from strop.ops import linear, native, remade
+from strop.ops.registered import define
 
 NORM_ROWS = 64
 """strop_cpu.h: rows whose weight gradients are summed by one thread."""
@@ -56,7 +57,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     _check_alike(x, weight=weight)
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight {tuple(weight.shape)} for x {tuple(x.shape)}")
-    return torch.ops.strop.rms_norm(x, weight, eps)[0]
+    y = _NORM(x, weight, eps)[0]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # A copy of the weight: FSDP frees gathered ones, and gathers a block's in its own backward only.
+        remade.note(y, functools.partial(_norm_again, eps), x.detach(), weight.detach().clone())
+    return y
+
+
+def _norm_again(eps: float, x: Tensor, weight: Tensor) -> Tensor:
+    return _NORM(x, weight, eps)[0]
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -93,19 +102,21 @@ def _norm_autograd(ctx: Any, dy: Optional[Tensor], _: Any) -> tuple[Optional[Ten
     if dy is None:
         return None, None, None
     train = ctx.needs_input_grad[1]
-    dx, d_weight = torch.ops.strop.rms_norm_backward(dy, *ctx.saved_tensors, train)
+    dx, d_weight = _NORM_BACKWARD(dy, *ctx.saved_tensors, train)
     return dx, d_weight if train else None, None
 
 
-define(
+_NORM = define(
     "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
     _norm,
     lambda x, weight, eps: (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         x.new_empty(x.shape[:-1], dtype=torch.float32),
     ),
+    _norm_setup,
+    _norm_autograd,
 )
-define(
+_NORM_BACKWARD = define(
     "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor inverse, bool train) -> (Tensor, Tensor)",
     _norm_backward,
     lambda dy, x, weight, inverse, train: (
@@ -113,7 +124,6 @@ define(
         torch.empty_like(weight) if train else weight.new_empty(0),
     ),
 )
-torch.library.register_autograd("strop::rms_norm", _norm_autograd, setup_context=_norm_setup, lib=LIB)
 
 
 # ---- SiLU times gate
@@ -122,7 +132,7 @@ torch.library.register_autograd("strop::rms_norm", _norm_autograd, setup_context
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up, of one shape and dtype; silu(gate) is rounded to it first (SwiGLU; Shazeer 2020)."""
     _check_gate(gate, up)
-    return torch.ops.strop.silu_mul(gate, up)
+    return _GATE(gate, up)
 
 
 def _gate(gate: Tensor, up: Tensor) -> Tensor:
@@ -142,7 +152,7 @@ def silu_mul_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
     _check_alike(gate, weight=weight)
     if weight.ndim != 2 or weight.shape[1:] != gate.shape[-1:]:
         raise ValueError(f"weight {tuple(weight.shape)} for gate {tuple(gate.shape)}")
-    return torch.ops.strop.silu_mul_linear(gate, up, weight)
+    return _GATE_LINEAR(gate, up, weight)
 
 
 def _check_gate(gate: Tensor, up: Tensor) -> None:
@@ -167,7 +177,7 @@ def _gate_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gate_autograd(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-    d_gate, d_up, _ = torch.ops.strop.silu_mul_backward(dy, *ctx.saved_tensors, False)
+    d_gate, d_up, _ = _GATE_BACKWARD(dy, *ctx.saved_tensors, False)
     return d_gate, d_up
 
 
@@ -179,13 +189,19 @@ def _gate_linear_autograd(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Optiona
     gate, up, weight = ctx.saved_tensors
     train = ctx.needs_input_grad[2]
     d_product = linear.d_input(dy, weight)
-    d_gate, d_up, product = torch.ops.strop.silu_mul_backward(d_product, gate, up, train)
+    d_gate, d_up, product = _GATE_BACKWARD(d_product, gate, up, train)
     d_weight = linear.d_weight(dy, product) if train else None
     return d_gate, d_up, d_weight
 
 
-define("silu_mul(Tensor gate, Tensor up) -> Tensor", _gate, lambda gate, up: gate.new_empty(gate.shape))
-define(
+_GATE = define(
+    "silu_mul(Tensor gate, Tensor up) -> Tensor",
+    _gate,
+    lambda gate, up: gate.new_empty(gate.shape),
+    _gate_setup,
+    _gate_autograd,
+)
+_GATE_BACKWARD = define(
     "silu_mul_backward(Tensor dy, Tensor gate, Tensor up, bool product) -> (Tensor, Tensor, Tensor)",
     _gate_backward,
     lambda dy, gate, up, product: (
@@ -194,14 +210,12 @@ define(
         gate.new_empty(gate.shape if product else 0),
     ),
 )
-define(
+_GATE_LINEAR = define(
     "silu_mul_linear(Tensor gate, Tensor up, Tensor weight) -> Tensor",
     _gate_linear,
     lambda gate, up, weight: gate.new_empty(*gate.shape[:-1], weight.shape[0]),
-)
-torch.library.register_autograd("strop::silu_mul", _gate_autograd, setup_context=_gate_setup, lib=LIB)
-torch.library.register_autograd(
-    "strop::silu_mul_linear", _gate_linear_autograd, setup_context=_gate_setup, lib=LIB
+    _gate_setup,
+    _gate_linear_autograd,
 )
 
 
@@ -220,7 +234,7 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     num_tokens, size = x.shape[2:]
     if cosine.shape != (1, num_tokens, size) or sine.shape != cosine.shape or size % 2:
         raise ValueError(f"cosine {tuple(cosine.shape)}, sine {tuple(sine.shape)} for x {tuple(x.shape)}")
-    return torch.ops.strop.rotate(x, cosine, sine, False)
+    return _ROTATE(x, cosine, sine, False)
 
 
 def _rotate(x: Tensor, cosine: Tensor, sine: Tensor, inverse: bool) -> Tensor:
@@ -241,7 +255,7 @@ def _rotate_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _rotate_autograd(ctx: Any, dy: Tensor) -> tuple[Optional[Tensor], ...]:
-    return torch.ops.strop.rotate(dy, *ctx.saved_tensors, not ctx.inverse), None, None, None
+    return _ROTATE(dy, *ctx.saved_tensors, not ctx.inverse), None, None, None
 
 
 def _by_token(x: Tensor, num_heads: int) -> Tensor:
@@ -249,12 +263,13 @@ def _by_token(x: Tensor, num_heads: int) -> Tensor:
     return x.new_empty(1, x.shape[2], num_heads, x.shape[3]).transpose(1, 2)
 
 
-define(
+_ROTATE = define(
     "rotate(Tensor x, Tensor cosine, Tensor sine, bool inverse) -> Tensor",
     _rotate,
     lambda x, cosine, sine, inverse: _by_token(x, x.shape[1]),
+    _rotate_setup,
+    _rotate_autograd,
 )
-torch.library.register_autograd("strop::rotate", _rotate_autograd, setup_context=_rotate_setup, lib=LIB)
 
 
 # ---- Attention
@@ -309,7 +324,7 @@ def attention(
     cu_queries, cu_keys = cu_queries.int().contiguous(), cu_keys.int().contiguous()
     if cu_queries.shape != cu_keys.shape or cu_queries.ndim != 1 or len(cu_queries) == 0:
         raise ValueError(f"cu_queries {tuple(cu_queries.shape)} and cu_keys {tuple(cu_keys.shape)}")
-    return torch.ops.strop.attention(query, key, value, cu_queries, cu_keys, scale, window or 0)[0]
+    return _ATTENTION(query, key, value, cu_queries, cu_keys, scale, window or 0)[0]
 
 
 def _call(query, key, value, cu_queries, cu_keys, scale, window) -> tuple[_Attention, list[Tensor]]:
@@ -353,11 +368,11 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
 def _attention_autograd(ctx: Any, d_out: Optional[Tensor], _: Any) -> tuple[Optional[Tensor], ...]:
     if d_out is None:
         return (None,) * 7
-    grads = torch.ops.strop.attention_backward(d_out, *ctx.saved_tensors, ctx.scale, ctx.window)
+    grads = _ATTENTION_BACKWARD(d_out, *ctx.saved_tensors, ctx.scale, ctx.window)
     return (*grads, None, None, None, None)
 
 
-define(
+_ATTENTION = define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor cu_queries, Tensor cu_keys, float scale, "
     "int window) -> (Tensor, Tensor)",
     _attention,
@@ -365,8 +380,10 @@ define(
         query.new_empty(1, query.shape[2], query.shape[1], query.shape[3]),
         query.new_empty(query.shape[1], query.shape[2], dtype=torch.float32),
     ),
+    _attention_setup,
+    _attention_autograd,
 )
-define(
+_ATTENTION_BACKWARD = define(
     "attention_backward(Tensor d_out, Tensor query, Tensor key, Tensor value, Tensor cu_queries, "
     "Tensor cu_keys, Tensor out, Tensor lse, float scale, int window) -> (Tensor, Tensor, Tensor)",
     _attention_backward,
@@ -375,7 +392,4 @@ define(
         _by_token(query, key.shape[1]),
         _by_token(query, key.shape[1]),
     ),
-)
-torch.library.register_autograd(
-    "strop::attention", _attention_autograd, setup_context=_attention_setup, lib=LIB
 )

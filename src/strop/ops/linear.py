@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from strop.ops import native
-from strop.ops.registered import LIB, define
+from strop.ops import native, remade
+from strop.ops.registered import define
 
 
 def takes(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> bool:
@@ -48,21 +48,21 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     if x.ndim == 0 or x.shape[-1] != num_in or (bias is not None and bias.shape != (num_out,)):
         of_bias = None if bias is None else tuple(bias.shape)
         raise ValueError(f"weight {tuple(weight.shape)} and bias {of_bias} for x {tuple(x.shape)}")
-    return torch.ops.strop.linear(x, weight, bias)
+    return _LINEAR(x, weight, bias)
 
 
 def d_input(dy: Tensor, weight: Tensor) -> Tensor:
     """dy [..., O], weight [O, I] -> [..., I], the gradient by x."""
     if not takes(dy, weight, None):
         return dy @ weight
-    return torch.ops.strop.linear_d_input(dy, weight)
+    return _D_INPUT(dy, weight)
 
 
 def d_weight(dy: Tensor, x: Tensor) -> Tensor:
     """dy [..., O], x [..., I] -> [O, I], the gradient by the weight."""
     if not _has_kernels_for(dy.shape[-1], x.shape[-1], dy, x):
         return torch.atleast_2d(dy).flatten(0, -2).t() @ torch.atleast_2d(x).flatten(0, -2)
-    return torch.ops.strop.linear_d_weight(dy, x)
+    return _D_WEIGHT(dy, x)
 
 
 def _padded(size: int, multiple: int) -> int:
@@ -100,35 +100,42 @@ def _d_weight(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Only what a gradient needs is kept."""
+    """Only what a gradient needs is kept, and nothing that can be made again."""
     x, weight, _ = inputs
     need_x, need_weight = ctx.needs_input_grad[:2]
-    ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
+    source = remade.source_of(x) if need_weight else None
+    of_x: tuple[Optional[Tensor], ...] = (x if need_weight else None,)
+    ctx.maker = None
+    if source is not None:
+        ctx.maker, of_x = source.maker, source.parts
+        ctx.maker.add_user()
+    ctx.save_for_backward(weight if need_x else None, *of_x)
 
 
 def _autograd(ctx: Any, dy: Tensor) -> tuple[Optional[Tensor], ...]:
-    x, weight = ctx.saved_tensors
+    weight, *of_x = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad
-    return (
-        torch.ops.strop.linear_d_input(dy, weight) if need_x else None,
-        torch.ops.strop.linear_d_weight(dy, x) if need_weight else None,
-        torch.atleast_2d(dy).flatten(0, -2).sum(0) if need_bias else None,
-    )
+    dx = _D_INPUT(dy, weight) if need_x else None
+    d_weight = None
+    if need_weight:
+        d_weight = _D_WEIGHT(dy, of_x[0] if ctx.maker is None else ctx.maker.make(of_x))
+    return dx, d_weight, torch.atleast_2d(dy).flatten(0, -2).sum(0) if need_bias else None
 
 
-define(
+_LINEAR = define(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     _linear,
     lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
+    _setup,
+    _autograd,
 )
-define(
+_D_INPUT = define(
     "linear_d_input(Tensor dy, Tensor weight) -> Tensor",
     _d_input,
     lambda dy, weight: dy.new_empty(*dy.shape[:-1], weight.shape[1]),
 )
-define(
+_D_WEIGHT = define(
     "linear_d_weight(Tensor dy, Tensor x) -> Tensor",
     _d_weight,
     lambda dy, x: x.new_empty(dy.shape[-1], x.shape[-1]),
 )
-torch.library.register_autograd("strop::linear", _autograd, setup_context=_setup, lib=LIB)
