@@ -172,7 +172,7 @@ class Walk:
 I64, I32, F, P = ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
 SIGNATURES = {
     "strop_walk_chunk": (P, ctypes.c_int, I64, I64, I64, I64, I64, P, P, P, P, P),
-    "strop_grad_chunk": (P, P, ctypes.c_int, I64, I64, I64, I64, I64, I64, P, P, P, P, P, P, P),
+    "strop_grad_chunk": (P, P, ctypes.c_int, ctypes.c_int, I64, I64, I64, I64, I64, I64, P, P, P, P, P, P, P),
     "strop_segment_sum": (P, I64, P, I64, P, P),
     "strop_segment_spread": (P, I64, P, I64, P, P),
     "strop_dpo_loss": (P, I64, ctypes.c_int, F, F, F, P, P, P),
@@ -231,7 +231,7 @@ class Library:
         rows, cols = x.shape
         how = head.struct(self.at)
         status = self.c.strop_grad_chunk(
-            self.at(x.flat), self.at(out.flat), x.dtype, rows, cols, x.stride, out.stride, first,
+            self.at(x.flat), self.at(out.flat), x.dtype, out.dtype, rows, cols, x.stride, out.stride, first,
             cols if vocab is None else vocab, self.at(target), self.at(exact), ctypes.addressof(how),
             self.at(lse), self.at(grad), self.at(bias_grad), None,
         )  # fmt: skip

@@ -55,8 +55,9 @@ def test_walk_and_grad(lib, changes, status):
     assert status_of_walk == status
     assert walk.bits() == before
     status_of_grad = call(
-        lib, "strop_grad_chunk", changes, **where, out=abi.address(out.flat), dtype=F32, **shape,
-        out_stride=5, **rest, lse=abi.address(rows), grad=abi.address(rows), bias_grad=None, stream=None,
+        lib, "strop_grad_chunk", changes, **where, out=abi.address(out.flat), dtype=F32,
+        out_dtype=changes.get("dtype", F32), **shape, out_stride=5, **rest, lse=abi.address(rows),
+        grad=abi.address(rows), bias_grad=None, stream=None,
     )  # fmt: skip
     assert status_of_grad == status
     assert (out.values == 9).all()
@@ -87,6 +88,10 @@ def test_walk_without_its_state(lib, missing):
         ({"grad": None}, abi.ENULL),
         ({"out_stride": 4}, abi.ESHAPE),
         ({"out": "x", "out_stride": 6}, abi.ESHAPE),  # in place, but not the same rows
+        ({"out_dtype": 3}, abi.EDTYPE),
+        ({"dtype": BF16}, abi.EDTYPE),  # wider than x
+        ({"dtype": BF16, "out_dtype": F16}, abi.EDTYPE),
+        ({"out_dtype": BF16}, abi.ESHAPE),  # in place, but narrower
     ],
     ids=str,
 )
@@ -96,9 +101,10 @@ def test_grad_alone(lib, changes, status):
     here = abi.address(x.flat)
     changes = {key: here if value == "x" else value for key, value in changes.items()}
     result = call(
-        lib, "strop_grad_chunk", changes, x=here, out=here, dtype=F32, num_rows=2, num_cols=5, stride=5,
-        out_stride=5, first=0, vocab=5, target=abi.address(target), exact=None, head=ctypes.addressof(head),
-        lse=abi.address(rows), grad=abi.address(rows), bias_grad=None, stream=None,
+        lib, "strop_grad_chunk", changes, x=here, out=here, dtype=F32, out_dtype=F32, num_rows=2, num_cols=5,
+        stride=5, out_stride=5, first=0, vocab=5, target=abi.address(target), exact=None,
+        head=ctypes.addressof(head), lse=abi.address(rows), grad=abi.address(rows), bias_grad=None,
+        stream=None,
     )  # fmt: skip
     assert result == status
     assert (x.values == 9).all()

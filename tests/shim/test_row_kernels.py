@@ -202,6 +202,34 @@ def test_gradients(lib, dtype, head_name, vocab):
             check_grad(lib, x, targets, make_head(head_name, vocab), exact)
 
 
+# 9, 10: 16-bit results that begin on and off what four of them are aligned to
+@pytest.mark.parametrize("out_dtype", [BF16, F16], ids=["bf16", "f16"])
+@pytest.mark.parametrize("head_name", HEADS)
+@pytest.mark.parametrize("vocab", [*VOCABS, 9, 10, WIDE[0]])
+def test_narrow_gradients_of_fp32_logits(lib, out_dtype, head_name, vocab):
+    """Those of fp32, rounded once."""
+    if not takes(lib, out_dtype):
+        return
+    rows = 3
+    x, targets, head = (
+        Matrix.of(numbers(vocab, rows, vocab), F32),
+        make_targets(rows, vocab),
+        make_head(head_name, vocab),
+    )
+    lse = copied(softmax_truth(head.logits(x.values))[0], np.float32)
+    grad, before = copied([1.5, 0.0, -0.25], np.float32), x.flat.copy()
+    wide, wide_sums = Matrix.of(np.ones((rows, vocab)), F32), copied(np.ones(vocab), np.float32)
+    assert lib.grad(x, wide, targets, lse, grad, head, bias_grad=wide_sums) == abi.OK
+    assert_rounded(wide.values, gradient_truth(x.values, targets, head, lse, grad), F32)
+    for more in (0, 1, 2):
+        out = Matrix.of(np.ones((rows, vocab)), out_dtype, vocab + more)
+        sums = copied(np.ones(vocab), np.float32)
+        assert lib.grad(x, out, targets, lse, grad, head, bias_grad=sums) == abi.OK
+        assert out.raw.tobytes() == abi.encode(wide.values, out_dtype).tobytes()
+        assert (sums == wide_sums).all()
+    assert x.flat.tobytes() == before.tobytes()
+
+
 @DTYPES
 def test_extreme_logits(lib, dtype):
     if not takes(lib, dtype):

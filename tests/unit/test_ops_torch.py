@@ -122,7 +122,7 @@ def test_without_a_library_one_line_and_the_same_results(fresh, monkeypatch, tmp
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("int strop_abi_version(void) { return 99; }", "its ABI version is 99, not 3: build it again"),
+        ("int strop_abi_version(void) { return 99; }", "its ABI version is 99, not 4: build it again"),
         ("int x;", "undefined symbol: strop_abi_version"),
         (None, "file too short"),
     ],

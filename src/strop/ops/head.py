@@ -33,8 +33,11 @@ KEPT_IN_ANY_CASE = 64 * 2**20
 """What the fused engine may keep beside the smallest weight."""
 TIMES_ON_CUDA = 4
 """Times as much on a GPU: 8,192 tokens of 131,072 words."""
-CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
-"""Logits, or their gradients, of one chunk."""
+CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 64 * 2**20}
+"""Logits, or their gradients, of one chunk. On a GPU several tensors of about that size are alive at a time,
+and most of one stays in its cache; a chunk's matmuls still fill all of its processors."""
+CUDA_WORDS = 256
+"""Of which a chunk's are a multiple on a GPU: from rows of odd lengths matmuls take longer to read."""
 CPU_WORDS = SEGMENT
 """The most words in a chunk on the CPU: it then stays in the caches between kernel and matmul."""
 
@@ -95,13 +98,14 @@ def kept_shape(hidden: Tensor, weight: Tensor, keep: int) -> tuple[list[int], li
 
 
 def chunk_words(hidden: Tensor, vocab: int) -> int:
-    """Words of a chunk, a multiple of a panel."""
+    """Words of a chunk, a multiple of a panel, or on a GPU of `CUDA_WORDS`."""
     device = hidden.device.type
     element = 4 if _is_wide(hidden) else hidden.element_size()
     fit = CHUNK_BYTES[device] // (max(len(hidden), 1) * element)
+    unit = CUDA_WORDS
     if device == "cpu":
-        fit = min(fit, CPU_WORDS)
-    return max(PANEL, min(fit, vocab + PANEL) // PANEL * PANEL)
+        unit, fit = PANEL, min(fit, CPU_WORDS)
+    return max(unit, min(fit, vocab + unit) // unit * unit)
 
 
 def chunks(hidden: Tensor, vocab: int, first: int = 0) -> list[tuple[int, int]]:
@@ -253,6 +257,7 @@ def _walk_chunked(
             _walk_logits(x, target, start, vocab, None, rows)
             if logits is not None:
                 logits[:, start:end] = x
+            del x  # before there is the next one
         return
     exact = _exact(hidden, weight, target)
     whole = [(0, vocab)] if logits is not None else chunks(hidden, vocab)
@@ -279,9 +284,16 @@ def _grad_logits(
 ) -> None:  # fmt: skip
     head = rows.head(start)
     call(
-        "strop_grad_chunk", x, x, out, _code(x), *x.shape, x.stride(0), out.stride(0), start, vocab, target,
-        exact, ctypes.byref(head), lse, grad, d_bias,
+        "strop_grad_chunk", x, x, out, _code(x), _code(out), *x.shape, x.stride(0), out.stride(0), start,
+        vocab, target, exact, ctypes.byref(head), lse, grad, d_bias,
     )  # fmt: skip
+
+
+def _gradients_memory(x: Tensor, dtype: torch.dtype, in_place: bool = True) -> Tensor:
+    """Where the gradient by x, in dtype, may be written."""
+    if in_place and x.dtype == dtype:
+        return x
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
 def _frozen_chunked(hidden: Tensor, weight: Tensor, target: Tensor, rows: _Rows) -> Tensor:
@@ -293,8 +305,11 @@ def _frozen_chunked(hidden: Tensor, weight: Tensor, target: Tensor, rows: _Rows)
         x = _multiply(hidden, weight[start:end])
         before = rows.top.clone()
         _walk_logits(x, target, start, vocab, exact, rows)
-        _grad_logits(x, x, nowhere, start, vocab + 1, None, rows, rows.top, minus)
-        part = torch.mm(x.to(hidden.dtype), weight[start:end])
+        p = _gradients_memory(x, hidden.dtype)
+        _grad_logits(x, p, nowhere, start, vocab + 1, None, rows, rows.top, minus)
+        del x  # before there is the next one
+        part = torch.mm(p, weight[start:end])
+        del p
         mean.mul_(torch.exp(before - rows.top)[:, None]).add_(part)
     slope = torch.full_like(rows.top, rows.scale)
     if rows.softcap:
@@ -329,6 +344,7 @@ def backward(
         of_chunk = kept if end <= kept_words else None
         d_words = gradients.of(start, end, lse, grad, of_chunk, tops, block)  # [words, N]
         products.add(d_words, start)
+        del d_words  # before there is the next one
     bias = scalings.bias
     return (
         products.by_hidden().to(hidden.dtype, memory_format=torch.contiguous_format) if needs[0] else None,
@@ -371,14 +387,15 @@ class _Chunked:
 
     def __init__(self, hidden: Tensor, weight: Tensor, target: Tensor, rows: _Rows) -> None:
         self.hidden, self.weight, self.target, self.rows = hidden, weight, target, rows
-        self.exact = _exact(hidden, weight, target)
+        self.exact: Optional[Tensor] = None
 
     def of(self, start, end, lse, grad, kept, tops, d_bias):
         x = _multiply(self.hidden, self.weight[start:end]) if kept is None else kept[:, start:end]
-        out = x if kept is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        exact = self.exact if x.dtype == self.hidden.dtype else None
-        _grad_logits(x, out, self.target, start, len(self.weight), exact, self.rows, lse, grad, d_bias)
-        return out.to(self.hidden.dtype).t()
+        out = _gradients_memory(x, self.hidden.dtype, in_place=kept is None)
+        if self.exact is None and x.dtype == self.hidden.dtype:
+            self.exact = _exact(self.hidden, self.weight, self.target)
+        _grad_logits(x, out, self.target, start, len(self.weight), self.exact, self.rows, lse, grad, d_bias)
+        return out.t()
 
 
 def logprob_forward(logits: Tensor, target: Tensor) -> Walked:

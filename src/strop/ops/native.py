@@ -21,7 +21,7 @@ from strop import libraries
 
 log = logging.getLogger(__name__)
 
-ABI = 3
+ABI = 4
 DTYPES = {
     "cpu": {torch.float32: 0, torch.bfloat16: 1},
     "cuda": {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2},
@@ -46,7 +46,7 @@ _P, _N, _I, _F = c_void_p, c_int64, c_int, c_float
 _HEAD, _WALK = POINTER(Head), POINTER(Walk)
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "strop_walk_chunk": (_P, _I, _N, _N, _N, _N, _N, _P, _P, _HEAD, _WALK, _P),
-    "strop_grad_chunk": (_P, _P, _I, _N, _N, _N, _N, _N, _N, _P, _P, _HEAD, _P, _P, _P, _P),
+    "strop_grad_chunk": (_P, _P, _I, _I, _N, _N, _N, _N, _N, _N, _P, _P, _HEAD, _P, _P, _P, _P),
     "strop_segment_sum": (_P, _N, _P, _N, _P, _P),
     "strop_segment_spread": (_P, _N, _P, _N, _P, _P),
     "strop_dpo_loss": (_P, _N, _I, _F, _F, _F, _P, _P, _P),

@@ -150,12 +150,12 @@ VARIANTS void walk_row(const Chunk& c, const float* x, int64_t row, const strop_
 }
 
 // Columns j .. j + n - 1 (at most BLOCK) of one row; bias_grad of these columns or NULL.
-template <class T>
-INLINE void grad_block_of(const Chunk& c, const T* x, T* out, int64_t row, int64_t j, int64_t n, float lse,
+template <class T, class Out>
+INLINE void grad_block_of(const Chunk& c, const T* x, Out* out, int64_t row, int64_t j, int64_t n, float lse,
                           float grad, float* bias_grad) {
-    T* to = out + row * c.out_stride + j;
+    Out* to = out + row * c.out_stride + j;
     if (grad == 0.0f) {
-        std::fill(to, to + n, T(0));
+        std::fill(to, to + n, Out(0));
         return;
     }
     float z[BLOCK], slope[BLOCK];
@@ -183,6 +183,10 @@ VARIANTS void grad_block(const Chunk& c, const float* x, float* out, int64_t row
                          float grad, float* bias_grad) {
     grad_block_of(c, x, out, row, j, n, lse, grad, bias_grad);
 }
+VARIANTS void grad_block(const Chunk& c, const float* x, uint16_t* out, int64_t row, int64_t j, int64_t n,
+                         float lse, float grad, float* bias_grad) {
+    grad_block_of(c, x, out, row, j, n, lse, grad, bias_grad);
+}
 
 template <class T>
 void walk_chunk(const Chunk& c, const void* x, int64_t num_rows, const strop_walk& walk) {
@@ -190,7 +194,7 @@ void walk_chunk(const Chunk& c, const void* x, int64_t num_rows, const strop_wal
     for (int64_t row = 0; row < num_rows; row++) walk_row(c, (const T*)x, row, walk);
 }
 
-template <class T>
+template <class T, class Out>
 void grad_chunk(const Chunk& c, const void* x, void* out, int64_t num_rows, const float* lse, const float* grad,
                 float* bias_grad) {
     const int64_t blocks = (c.cols + BLOCK - 1) / BLOCK;
@@ -199,7 +203,7 @@ void grad_chunk(const Chunk& c, const void* x, void* out, int64_t num_rows, cons
     for (int64_t b = 0; b < blocks; b++) {
         const int64_t j = b * BLOCK, n = std::min(BLOCK, c.cols - j);
         for (int64_t row = 0; row < num_rows; row++)
-            grad_block(c, (const T*)x, (T*)out, row, j, n, lse[row], grad[row], bias_grad ? bias_grad + j : nullptr);
+            grad_block(c, (const T*)x, (Out*)out, row, j, n, lse[row], grad[row], bias_grad ? bias_grad + j : nullptr);
     }
 }
 
@@ -260,16 +264,22 @@ int strop_walk_chunk(const void* x, int dtype, int64_t num_rows, int64_t num_col
     return STROP_OK;
 }
 
-int strop_grad_chunk(const void* x, void* out, int dtype, int64_t num_rows, int64_t num_cols, int64_t stride,
-                     int64_t out_stride, int64_t first, int64_t vocab, const int64_t* target, const float* exact,
-                     const strop_head* head, const float* lse, const float* grad, float* bias_grad, void*) {
+int strop_grad_chunk(const void* x, void* out, int dtype, int out_dtype, int64_t num_rows, int64_t num_cols,
+                     int64_t stride, int64_t out_stride, int64_t first, int64_t vocab, const int64_t* target,
+                     const float* exact, const strop_head* head, const float* lse, const float* grad,
+                     float* bias_grad, void*) {
+    const bool narrows = dtype == STROP_F32 && out_dtype == STROP_BF16;
+    if (out_dtype != dtype && !narrows) return STROP_EDTYPE;
     const int status = check_chunk(x, dtype, num_rows, num_cols, stride, first, vocab, target, head);
     if (status != STROP_OK || num_rows == 0 || num_cols == 0) return status;
     if (out == nullptr || lse == nullptr || grad == nullptr) return STROP_ENULL;
     if (num_rows > 1 && (out_stride < num_cols || (x == out && stride != out_stride))) return STROP_ESHAPE;
+    if (narrows && x == out) return STROP_ESHAPE;
     const Chunk c = {num_cols, stride, out_stride, first, target, exact, *head};
-    dtype == STROP_F32 ? grad_chunk<float>(c, x, out, num_rows, lse, grad, bias_grad)
-                       : grad_chunk<uint16_t>(c, x, out, num_rows, lse, grad, bias_grad);
+    const auto chunk = narrows              ? grad_chunk<float, uint16_t>
+                       : dtype == STROP_F32 ? grad_chunk<float, float>
+                                            : grad_chunk<uint16_t, uint16_t>;
+    chunk(c, x, out, num_rows, lse, grad, bias_grad);
     return STROP_OK;
 }
 

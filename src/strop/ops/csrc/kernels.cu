@@ -49,9 +49,9 @@ struct Element<STROP_F16> {
 
 constexpr int VECTOR_BYTES = 16;
 
-template <class Raw>
-struct alignas(VECTOR_BYTES) Vector {
-    static constexpr int SIZE = VECTOR_BYTES / sizeof(Raw);
+template <class Raw, int COUNT = VECTOR_BYTES / sizeof(Raw)>
+struct alignas(COUNT * sizeof(Raw)) Vector {
+    static constexpr int SIZE = COUNT;
     Raw item[SIZE];
 };
 
@@ -261,52 +261,68 @@ __device__ __forceinline__ RowGrad row_grad(const GradArgs& args, int64_t row) {
 }
 
 template <bool PLAIN>
+__device__ __forceinline__ float gradient_elsewhere(const GradArgs& args, const RowGrad& common, float x, int column) {
+    float slope;
+    const float z = logit<PLAIN>(args.head, x, column, slope);
+    return common.grad * -__expf(z - common.lse) * slope;
+}
+
+template <bool PLAIN>
 __device__ __forceinline__ float gradient(const GradArgs& args, const RowGrad& common, float x, int column) {
+    if (column != common.target_column) return gradient_elsewhere<PLAIN>(args, common, x, column);
     if (column == common.replaced_column) x = common.exact;
     float slope;
     const float z = logit<PLAIN>(args.head, x, column, slope);
     // 1 - p through expm1: the gradient of a token that is nearly certain keeps its digits
-    const float part = column == common.target_column ? -expm1f(z - common.lse) : -__expf(z - common.lse);
-    return common.grad * part * slope;
+    return common.grad * -expm1f(z - common.lse) * slope;
 }
 
-template <int DTYPE, bool PLAIN>
+// OUT: what is written; in place it is DTYPE.
+template <int DTYPE, int OUT, bool PLAIN>
 __global__ void __launch_bounds__(MOST_THREADS) grad_kernel(const GradArgs args) {
     using Raw = typename Element<DTYPE>::Raw;
+    using OutRaw = typename Element<OUT>::Raw;
     constexpr int SIZE = Vector<Raw>::SIZE;
+    using OutVector = Vector<OutRaw, SIZE>;
     const int64_t row = blockIdx.x;
     const Raw* const x = static_cast<const Raw*>(args.x) + row * args.stride;
-    Raw* const out = static_cast<Raw*>(args.out) + row * args.out_stride;
+    OutRaw* const out = static_cast<OutRaw*>(args.out) + row * args.out_stride;
     const int num_cols = args.num_cols, thread = threadIdx.x, threads = blockDim.x;
     const RowGrad common = row_grad(args, row);
     const bool zero = common.grad == 0.0f;  // whatever x holds, NaN and infinities too
 
     const auto do_one = [&](int column) {
         const float value = zero ? 0.0f : gradient<PLAIN>(args, common, Element<DTYPE>::load(x[column]), column);
-        out[column] = Element<DTYPE>::store(value);
+        out[column] = Element<OUT>::store(value);
     };
-    const uintptr_t apart = reinterpret_cast<uintptr_t>(x) ^ reinterpret_cast<uintptr_t>(out);
-    if (apart % VECTOR_BYTES) {  // no column begins a vector in both
+    const int before = elements_before_boundary(x, num_cols), num_vectors = (num_cols - before) / SIZE;
+    if (reinterpret_cast<uintptr_t>(out + before) % alignof(OutVector)) {  // no column begins a vector in both
         for (int column = thread; column < num_cols; column += threads) do_one(column);
         return;
     }
-    const int before = elements_before_boundary(x, num_cols), num_vectors = (num_cols - before) / SIZE;
     const int after = before + num_vectors * SIZE;
     if (thread < before) do_one(thread);
     if (thread < num_cols - after) do_one(after + thread);
-    Vector<Raw>* const to = reinterpret_cast<Vector<Raw>*>(out + before);
+    OutVector* const to = reinterpret_cast<OutVector*>(out + before);
     if (zero) {
-        const Vector<Raw> nothing = {};
+        const OutVector nothing = {};
         for (int v = thread; v < num_vectors; v += threads) to[v] = nothing;
         return;
     }
-    const auto do_vector = [&](Vector<Raw> vector, int index) {
-        const int column = before + index * SIZE;
+    const auto do_vector = [&](const Vector<Raw>& vector, int index) {
+        const int column = before + index * SIZE, target = common.target_column;
+        OutVector result;
         STROP_UNROLL
         for (int i = 0; i < SIZE; ++i)
-            vector.item[i] = Element<DTYPE>::store(
-                gradient<PLAIN>(args, common, Element<DTYPE>::load(vector.item[i]), column + i));
-        to[index] = vector;
+            result.item[i] = Element<OUT>::store(
+                gradient_elsewhere<PLAIN>(args, common, Element<DTYPE>::load(vector.item[i]), column + i));
+        if (target < column || target >= column + SIZE) {
+            to[index] = result;
+            return;
+        }
+        const Raw at_target = x[target];  // before it may be overwritten
+        to[index] = result;
+        out[target] = Element<OUT>::store(gradient<PLAIN>(args, common, Element<DTYPE>::load(at_target), target));
     };
     for_each_vector(reinterpret_cast<const Vector<Raw>*>(x + before), num_vectors, do_vector);
 }
@@ -434,14 +450,14 @@ int walk(const WalkArgs& args, int64_t num_rows, void* stream) {
     return launched();
 }
 
-template <int DTYPE>
+template <int DTYPE, int OUT = DTYPE>
 int grad(const GradArgs& args, void* stream) {
     if (args.bias_grad) {
         const auto kernel = bias_grad_kernel<DTYPE>;
         STROP_LAUNCH(kernel, unsigned(blocks_for(args.num_cols, WARP)), WARP * COLUMN_WARPS, stream, args);
         if (const int status = launched()) return status;
     }
-    const auto kernel = is_plain(args.head) ? grad_kernel<DTYPE, true> : grad_kernel<DTYPE, false>;
+    const auto kernel = is_plain(args.head) ? grad_kernel<DTYPE, OUT, true> : grad_kernel<DTYPE, OUT, false>;
     STROP_LAUNCH(kernel, unsigned(args.num_rows), threads_for(args.num_cols), stream, args);
     return launched();
 }
@@ -480,17 +496,23 @@ int strop_walk_chunk(const void* x, int dtype, int64_t num_rows, int64_t num_col
     }
 }
 
-int strop_grad_chunk(const void* x, void* out, int dtype, int64_t num_rows, int64_t num_cols, int64_t stride,
-                     int64_t out_stride, int64_t first, int64_t vocab, const int64_t* target, const float* exact,
-                     const strop_head* head, const float* lse, const float* row_grads, float* bias_grad,
-                     void* stream) {
+int strop_grad_chunk(const void* x, void* out, int dtype, int out_dtype, int64_t num_rows, int64_t num_cols,
+                     int64_t stride, int64_t out_stride, int64_t first, int64_t vocab, const int64_t* target,
+                     const float* exact, const strop_head* head, const float* lse, const float* row_grads,
+                     float* bias_grad, void* stream) {
+    const bool narrows = dtype == STROP_F32 && (out_dtype == STROP_BF16 || out_dtype == STROP_F16);
+    if (out_dtype != dtype && !narrows) return STROP_EDTYPE;
     if (const int status = check_chunk(dtype, num_rows, num_cols, stride, first, vocab)) return status;
     if (num_rows > 1 && (out_stride < num_cols || (x == out && stride != out_stride))) return STROP_ESHAPE;
     if (num_rows == 0 || num_cols == 0) return STROP_OK;
+    if (narrows && x == out) return STROP_ESHAPE;
     if (!x || !out || !target || !head || !lse || !row_grads) return STROP_ENULL;
     if (!fits(*head)) return STROP_ESHAPE;
     const GradArgs args = {x,     out,   num_rows, int(num_cols),    stride, out_stride, first,
                            target, exact, make_head(*head), lse, row_grads, bias_grad};
+    if (narrows)
+        return out_dtype == STROP_BF16 ? grad<STROP_F32, STROP_BF16>(args, stream)
+                                       : grad<STROP_F32, STROP_F16>(args, stream);
     switch (dtype) {
         case STROP_F32: return grad<STROP_F32>(args, stream);
         case STROP_BF16: return grad<STROP_BF16>(args, stream);

@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-#define STROP_ABI 3
+#define STROP_ABI 4
 
 enum strop_dtype { STROP_F32 = 0, STROP_BF16 = 1, STROP_F16 = 2 };
 enum strop_status { STROP_OK = 0, STROP_EDTYPE = 1, STROP_ESHAPE = 2, STROP_ETARGET = 3, STROP_EKIND = 4,
@@ -49,13 +49,13 @@ int strop_walk_chunk(const void* x, int dtype, int64_t num_rows, int64_t num_col
                      int64_t first, int64_t vocab, const int64_t* target, const float* exact,
                      const strop_head* head, const strop_walk* walk, void* stream);
 
-// One chunk of the backward: out = grad[n] * (1[target] - softmax(z)) * dz/dx, in x's dtype. out may be x, with
-// the same stride.
+// One chunk of the backward: out = grad[n] * (1[target] - softmax(z)) * dz/dx, in out_dtype: x's own dtype, or a
+// 16-bit one for x in fp32. In its own dtype out may be x, with the same stride.
 // lse fp32 [N] in nats, grad fp32 [N]: derivative of the loss by the row's log-prob. A row whose grad is 0
 // gives exactly 0, whatever x holds.
 // bias_grad fp32 [V] or NULL: the column sums of what is written (before rounding), added to.
-int strop_grad_chunk(const void* x, void* out, int dtype, int64_t num_rows, int64_t num_cols, int64_t stride,
-                     int64_t out_stride, int64_t first, int64_t vocab, const int64_t* target,
+int strop_grad_chunk(const void* x, void* out, int dtype, int out_dtype, int64_t num_rows, int64_t num_cols,
+                     int64_t stride, int64_t out_stride, int64_t first, int64_t vocab, const int64_t* target,
                      const float* exact, const strop_head* head, const float* lse, const float* grad,
                      float* bias_grad, void* stream);
 
