@@ -30,7 +30,7 @@ def of_validation(t: Trainer) -> Optional[float]:
         return t.state.mean_reward
     store, ref = t.mismatched["validation"], t.mismatched_refs["validation"]
     bins = trainer.validation_bins(t, store)[t.dist.rank]
-    with Prefetcher(make_batch(store, rows, ref) for rows in bins) as batches:
+    with Prefetcher(make_batch(store, rows, ref).ready_for(t.dist.device) for rows in bins) as batches:
         return _measured(t, batches)
 
 

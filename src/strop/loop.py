@@ -143,9 +143,7 @@ def _batches(t: Trainer) -> Iterator[tuple[list[Batch], list[Batch]]]:
         draw = (t.config.train.seed, step) if t.policy.draws_at_random else None
         batches = [make_batch(t.train_store, rows, t.train_ref, draw) for rows in own]
         mismatched = list(baseline.batches(t, step))
-        if t.dist.device.type == "cuda":
-            batches, mismatched = [b.pin() for b in batches], [b.pin() for b in mismatched]
-        yield batches, mismatched
+        yield [b.ready_for(t.dist.device) for b in batches], [b.ready_for(t.dist.device) for b in mismatched]
 
 
 def _step(t: Trainer, batches: list[Batch], mismatched: list[Batch], data_s: float) -> bool:
@@ -333,7 +331,7 @@ def _means(
     meter = Meter()
     seen = user_metrics.begin(t.config, t.algo)
     bins = trainer.validation_bins(t, store)[t.dist.rank]
-    with Prefetcher(make_batch(store, rows, ref) for rows in bins) as batches:
+    with Prefetcher(make_batch(store, rows, ref).ready_for(t.dist.device) for rows in bins) as batches:
         for batch in batches:
             if trainer.stop_agreed(t):
                 return None

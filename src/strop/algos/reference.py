@@ -74,7 +74,8 @@ def compute(
     todo = [b for b in range(len(bins[0])) if _any_missing(values, store, [own[b] for own in bins])]
     todo = dist.broadcast(todo)
     last_flush = time.monotonic()
-    with Prefetcher(make_batch(store, bins[dist.rank][b]) for b in todo) as batches:
+    own = bins[dist.rank]
+    with Prefetcher(make_batch(store, own[b]).ready_for(dist.device) for b in todo) as batches:
         for done, batch in enumerate(batches, 1):
             with torch.no_grad():
                 logp_T = policy(batch.to(dist.device)).logp_T

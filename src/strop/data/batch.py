@@ -130,9 +130,10 @@ class Batch:
         """The same batch on a device; asynchronous from pinned memory."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin(self) -> Batch:
-        """The same batch in page-locked memory (needs CUDA)."""
-        return self._map(lambda tensor: tensor.pin_memory())
+    def ready_for(self, device: torch.device) -> Batch:
+        """The same batch, where `device` is a GPU in page-locked memory: from other memory a copy waits until
+        all is done that the GPU was asked for before."""
+        return self._map(lambda tensor: tensor.pin_memory()) if device.type == "cuda" else self
 
     def _map(self, function: Any) -> Batch:
         tensors = {

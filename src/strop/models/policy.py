@@ -171,17 +171,21 @@ class Policy(nn.Module):
                 max_length_k=batch.max_seqlen,
                 **attention.settings(self.attention),
             )
-            flat: slice | Tensor = slice(None)
         else:
-            tokens_SL, mask_SL = _pad(batch)
+            place_T, mask_SL = _padded_places(batch)
+            tokens_SL = mask_SL.new_zeros(mask_SL.shape, dtype=torch.int64)
+            tokens_SL.view(-1).scatter_(0, place_T, batch.tokens_T)
             positions_SL = torch.arange(tokens_SL.shape[1], device=tokens_SL.device).expand_as(tokens_SL)
-            draws_SL = None if batch.draw_T is None else mask_SL.int().masked_scatter(mask_SL, batch.draw_T)
+            draws_SL = None
+            if batch.draw_T is not None:
+                draws_SL = mask_SL.new_zeros(mask_SL.shape, dtype=torch.int32)
+                draws_SL.view(-1).scatter_(0, place_T, batch.draw_T)
             self._draw(draws_SL)
             kwargs = {"position_ids": positions_SL} if _takes(model, "position_ids") else {}
             out = model(input_ids=tokens_SL, attention_mask=mask_SL.long(), use_cache=False, **kwargs)
-            flat = mask_SL.flatten()
+            pick_N = place_T[pick_N]
         x = out.logits if self.head == "logits" else out.last_hidden_state
-        x = x.flatten(0, 1)[flat][pick_N]
+        x = x.flatten(0, 1)[pick_N]
         return (x, x) if self.head == "logits" else (x, None)
 
     def _draw(self, draws: Optional[Tensor]) -> None:
@@ -289,13 +293,15 @@ def _takes(model: nn.Module, name: str) -> bool:
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _pad(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Right-padded tokens and mask, [S, L] each."""
-    lengths = batch.cu_seqlens.diff()
-    mask_SL = torch.arange(batch.max_seqlen, device=lengths.device)[None, :] < lengths[:, None]
-    tokens_SL = torch.zeros_like(mask_SL, dtype=torch.int64)
-    tokens_SL[mask_SL] = batch.tokens_T
-    return tokens_SL, mask_SL
+def _padded_places(batch: Batch) -> tuple[Tensor, Tensor]:
+    """int64 [T]: where the tokens stand among S x L, padded on the right; and which of these are any, [S, L].
+    Made of sums, since a mask looked through on a GPU would have to be waited for."""
+    num_tokens, longest, device = len(batch.tokens_T), batch.max_seqlen, batch.tokens_T.device
+    lengths_S = batch.cu_seqlens.diff().long()
+    padding_S = torch.arange(len(lengths_S), device=device) * longest - batch.cu_seqlens[:-1]
+    before_T = padding_S.repeat_interleave(lengths_S, output_size=num_tokens)
+    mask_SL = torch.arange(longest, device=device)[None, :] < lengths_S[:, None]
+    return torch.arange(num_tokens, device=device) + before_T, mask_SL
 
 
 def probe_batch(vocab_size: int, device: torch.device) -> Batch:
