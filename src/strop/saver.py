@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
 
+import torch
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
@@ -142,6 +143,9 @@ class Saver:
             raise self._error
 
     def _commit(self, tensors: dict[str, Tensor], state: dict[str, Any], begin: float) -> None:
+        if self._dist.device.type == "cuda":
+            # A thread begins at the first GPU, and there the writer would set up every rank's half a GiB.
+            torch.cuda.set_device(self._dist.device)
         try:
             root = self._run.checkpoints
             new = checkpoint.save(root, state["step"], self._run.attempt, tensors, state, self._dist)
