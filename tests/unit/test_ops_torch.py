@@ -143,6 +143,22 @@ def test_a_library_of_another_build_is_not_used(fresh, monkeypatch, tmp_path, ca
     assert what_then.startswith("no native kernels for cpu")
 
 
+def test_a_library_for_other_gpus_is_not_used(monkeypatch, tmp_path):
+    """Its file loads anywhere; that no launch will succeed is found out at once."""
+    file = tmp_path / "libstrop_cuda.so"
+    functions = " ".join(f"int {name}(void) {{ return 0; }}" for name in native.SIGNATURES)
+    source = (
+        f"int strop_abi_version(void) {{ return {native.ABI}; }} {functions}"
+        'const char* strop_error(int status) { return ""; }'
+        'const char* strop_problem(void) { return "no kernel image is available"; }'
+    )
+    subprocess.run(["gcc", "-shared", "-x", "c", "-", "-o", str(file)], input=source, text=True, check=True)
+    native._checked(file, "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(OSError, match="no kernel image is available"):
+        native._checked(file, "cuda")
+
+
 def test_what_no_kernel_takes_is_said_once(fresh, caplog):
     x, w, target = example(dtype=torch.float16)
     for _ in range(2):

@@ -99,7 +99,8 @@ def is_loaded(device: str) -> bool:
 
 
 def _checked(path: Path, device: str) -> ctypes.CDLL:
-    """Raises OSError if the library does not load or is of another ABI, AttributeError if a symbol lacks."""
+    """Raises OSError if the library does not load, is of another ABI or not for this GPU, AttributeError if a
+    symbol lacks. Later such a GPU would fail at each launch, in the middle of a run."""
     lib = ctypes.CDLL(str(path))
     if (found := lib.strop_abi_version()) != ABI:
         raise OSError(
@@ -108,6 +109,10 @@ def _checked(path: Path, device: str) -> ctypes.CDLL:
     lib.strop_error.restype = c_char_p
     for name, arguments in {**SIGNATURES, **(CPU_SIGNATURES if device == "cpu" else {})}.items():
         getattr(lib, name).argtypes = arguments
+    if device == "cuda":
+        lib.strop_problem.restype = c_char_p
+        if torch.cuda.is_available() and (problem := lib.strop_problem()):
+            raise OSError(f"{problem.decode()} (built with nvcc for another driver or GPU? See `nvidia-smi`)")
     return lib
 
 

@@ -468,6 +468,8 @@ extern "C" {
 
 int strop_abi_version(void) { return STROP_ABI; }
 
+const char* strop_problem(void) { return problem_with(reinterpret_cast<const void*>(dpo_kernel)); }
+
 const char* strop_error(int status) {
     switch (status) {
         case STROP_OK: return "no error";

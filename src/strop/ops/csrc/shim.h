@@ -18,6 +18,14 @@
 #define STROP_LAUNCH(kernel, grid, block, stream, ...) \
     kernel<<<dim3(grid), dim3(block), 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 
+// Loads the code of a kernel; what CUDA says if it cannot.
+inline const char* problem_with(const void* kernel) {
+    cudaFuncAttributes attributes;
+    const cudaError_t found = cudaFuncGetAttributes(&attributes, kernel);
+    cudaGetLastError();  // else the next launch would be blamed for it
+    return found == cudaSuccess ? nullptr : cudaGetErrorString(found);
+}
+
 __device__ __forceinline__ float float_of_bf16(uint16_t bits) { return __uint_as_float(unsigned(bits) << 16); }
 
 __device__ __forceinline__ uint16_t bf16_of_float(float value) {
@@ -178,6 +186,8 @@ void launch(dim3 grid, dim3 threads, Body body) {
 #define gridDim shim::grid_dim
 #define STROP_LAUNCH(kernel, grid, threads, stream, ...) \
     ((void)(stream), shim::launch(dim3(grid), dim3(threads), [=] { kernel(__VA_ARGS__); }))
+
+inline const char* problem_with(const void*) { return nullptr; }
 
 inline void __syncthreads() { shim::arrive(shim::block.all, shim::block_dim.x); }
 

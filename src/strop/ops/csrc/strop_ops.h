@@ -22,6 +22,10 @@ enum strop_status { STROP_OK = 0, STROP_EDTYPE = 1, STROP_ESHAPE = 2, STROP_ETAR
 int strop_abi_version(void);
 const char* strop_error(int status);
 
+// Of the CUDA library alone: why none of its kernels can run on the current device, such as a driver that is too old
+// or machine code for other GPUs only; NULL if they can.
+const char* strop_problem(void);
+
 // What becomes of a matmul's output x before the softmax: z = softcap(x + bias) * inv_temperature,
 // softcap(x) = cap * tanh(x / cap); cap 0: none; bias NULL: none (fp32 [V] of this chunk).
 typedef struct {
