@@ -21,6 +21,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -35,7 +36,7 @@ from bench import peers
 from bench.results import write
 
 ROOT = Path(__file__).resolve().parents[1]
-PEERS = ("liger-kernel", "cut-cross-entropy")
+PEERS = (f"liger-kernel=={peers.LIGER}", "cut-cross-entropy==25.1.1")
 SHAPES = {"H4096 V128256": (8192, 4096, 128256), "H2048 V151936": (8192, 2048, 151936)}
 """Llama 3's and Qwen3's heads: N, H, V."""
 ROW_SHAPE = (4096, 128256)
@@ -92,14 +93,16 @@ def peak_mib(run: Callable[[], object]) -> float:
 
 
 def measure(method: str, shape: str, floor_ms: float, run: Callable[[], object], repeats: int) -> Figure:
-    """A figure, or a note: a peer may refuse a shape, or need more memory than there is."""
+    """A figure, or a note: a method may refuse a shape, need more memory than there is, or not run on this
+    card. Whatever it is, the others' figures are not lost: time on such a machine is short."""
     try:
+        run()  # what is compiled or set up at the first call is no memory that a method needs
         mib = peak_mib(run)
         return Figure(method, shape, median_ms(run, repeats), floor_ms, mib)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        return Figure(
-            method, shape, None, floor_ms, note=f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        )
+    except Exception as error:
+        traceback.print_exc()
+        said = (str(error).splitlines() or [""])[0]
+        return Figure(method, shape, None, floor_ms, note=f"{type(error).__name__}: {said}")
     finally:
         torch.cuda.empty_cache()
 
@@ -210,22 +213,29 @@ def plain_loss(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
 
 
 def peer_losses() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """By name; raises ImportError only for a peer that the environment should have."""
+    """By name. A peer that cannot be imported raises when it is called, so it is noted as one that fails."""
     losses: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
         "plain bf16": plain_loss,
-        "torch.compile": torch.compile(plain_loss),
+        "torch.compile": torch.compile(plain_loss, dynamic=False),
     }
     installed = {path.name.split("-")[0] for path in Path(sysconfig.get_path("purelib")).glob("*.dist-info")}
     if "liger_kernel" in installed:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-        liger = LigerFusedLinearCrossEntropyLoss()
-        losses["Liger-Kernel"] = lambda x, w, target: liger(w, x, target)
+        losses["Liger-Kernel"] = liger_loss
     if "cut_cross_entropy" in installed:
-        from cut_cross_entropy import linear_cross_entropy
-
-        losses["cut-cross-entropy"] = linear_cross_entropy
+        losses["cut-cross-entropy"] = cut_loss
     return losses
+
+
+def liger_loss(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss()(w, x, target)
+
+
+def cut_loss(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(x, w, target)
 
 
 def peer_figures(name: str, shape: tuple[int, int, int], forward_ms: float, repeats: int) -> list[Figure]:
@@ -253,7 +263,7 @@ def peers_python() -> tuple[Optional[Path], str]:
     """The interpreter of the peers' environment, or why there is none."""
     try:
         return peers.environment(peers.CACHE / "gpu", [], PEERS), ""
-    except subprocess.CalledProcessError:
+    except (OSError, subprocess.CalledProcessError):
         return None, f"{' and '.join(PEERS)} could not be installed"
 
 
@@ -301,6 +311,12 @@ def card(bytes_per_ms: float, forward_ms: dict[str, float]) -> dict[str, Any]:
     }
 
 
+def keep(path: Optional[Path], head: dict[str, Any], figures: list[Figure], why: str) -> None:
+    if path:
+        rows = [{**asdict(f), "ratio": f.ratio} for f in figures]
+        write(path, {**head, "figures": rows, "peers_missing": why})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -327,16 +343,15 @@ def main() -> None:
     ]
     figures += our_rows(bytes_per_ms, args.repeats)
     torch.cuda.empty_cache()
-    why = ""
+    why = "not run"
+    print(table(figures), flush=True)
+    keep(args.json, head, figures, why)  # before the peers: they may take what is left of the machine's time
     if not args.no_peers:
-        peers, why = run_peers(forward_ms, args.repeats)
-        figures += peers
-    print(table(figures))
+        theirs, why = run_peers(forward_ms, args.repeats)
+        print(table(theirs))
+        keep(args.json, head, figures + theirs, why)
     if why:
-        print(why)
-    if args.json:
-        rows = [{**asdict(f), "ratio": f.ratio} for f in figures]
-        write(args.json, {**head, "figures": rows, "peers_missing": why})
+        print(f"peers: {why}")
 
 
 if __name__ == "__main__":
