@@ -194,3 +194,19 @@ def test_ranks_log_to_the_nodes_own_disk_where_the_site_says_so(tmp_path):
     subprocess.run([sys.executable, "-m", "strop.slurm.launch", "--", "dpo"], env=variables, check=False)
     assert sorted(path.name for path in (disk / "r/0003").iterdir()) == ["rank00000.err", "rank00001.jsonl"]
     assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"STROP_GPUS_PER_NODE": "8"}, "expandable_segments:True"),
+        ({"STROP_GPUS_PER_NODE": "0"}, None),
+        ({}, None),
+        ({"STROP_GPUS_PER_NODE": "8", "PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ({"STROP_GPUS_PER_NODE": "8", "PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, None),
+    ],
+)
+def test_memory_of_gpus_grows_in_segments_unless_the_user_says_otherwise(given, expected):
+    variables = {**SRUN, **given}
+    found = env.rank_variables(env.read_task(variables), variables, 1)
+    assert found.get("PYTORCH_ALLOC_CONF") == expected

@@ -197,6 +197,11 @@ glibc's from 2.35 on) ask for huge pages, which leaves a third of the faults and
 `allocator` of its own a rank has neither the growth nor the faults."""
 
 
+GPU_MEMORY = "expandable_segments:True"
+"""PYTORCH_ALLOC_CONF. Packed batches differ in shape: blocks of GPU memory that were cut for one do not fit
+the next. Segments that grow have no such left-overs."""
+
+
 ALLOCATORS = ("libtcmalloc_minimal.so.4", "libtcmalloc.so.4")
 LIBRARY_DIRS = (
     "/usr/lib/x86_64-linux-gnu",
@@ -229,6 +234,8 @@ def rank_variables(task: Task, environ: Mapping[str, str], num_cpus: int) -> dic
     for name, value in FRUGAL.items():
         variables.setdefault(name, value)
     on_cpu = environ.get("STROP_GPUS_PER_NODE", "0") == "0"
+    if not on_cpu and "PYTORCH_CUDA_ALLOC_CONF" not in environ:  # its older name
+        variables.setdefault("PYTORCH_ALLOC_CONF", GPU_MEMORY)
     if on_cpu and "LD_PRELOAD" not in environ and (library := allocator(environ)) is not None:
         variables["LD_PRELOAD"] = library
     variables.update(
