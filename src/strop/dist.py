@@ -36,10 +36,12 @@ class Dist:
     """Axes (replicate, shard) for hybrid sharding, else (shard,)."""
     group: td.ProcessGroup
     """Where the methods below talk."""
+    timeout: datetime.timedelta
+    """Of that group: a group of its own would have torch's default."""
 
     def another(self) -> Dist:
         """The same ranks over a gloo group of their own, for a thread beside the loop. Collective."""
-        return dataclasses.replace(self, group=td.new_group(backend="gloo"))
+        return dataclasses.replace(self, group=td.new_group(backend="gloo", timeout=self.timeout))
 
     @property
     def is_main(self) -> bool:
@@ -113,7 +115,8 @@ def start(config: DistConfig, env: Env, run_dir: Path, attempt: int, stop: StopR
         names = ("replicate", "shard")
         mesh = init_device_mesh(device.type, (env.world_size // shard, shard), mesh_dim_names=names)
     # Objects and decisions travel over gloo: the CPU part of the default group, or the whole of it.
-    return Dist(env.rank, env.world_size, device, mesh, td.new_group(backend="gloo"))
+    group = td.new_group(backend="gloo", timeout=timeout)
+    return Dist(env.rank, env.world_size, device, mesh, group, timeout)
 
 
 def choose_device(config: DistConfig, env: Env) -> torch.device:
