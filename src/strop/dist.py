@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.distributed as td
@@ -36,8 +36,8 @@ class Dist:
     """Axes (replicate, shard) for hybrid sharding, else (shard,)."""
     group: td.ProcessGroup
     """Where the methods below talk."""
-    timeout: datetime.timedelta
-    """Of that group: a group of its own would have torch's default."""
+    timeout: Optional[datetime.timedelta] = None
+    """Of that group; None: torch's default."""
 
     def another(self) -> Dist:
         """The same ranks over a gloo group of their own, for a thread beside the loop. Collective."""

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
 from strop.config import TrainConfig
 from strop.dist import Dist
 from strop.models.policy import Policy
+from strop.ops import workspace
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -58,12 +60,15 @@ def shard(policy: Policy, config: TrainConfig, dist: Dist) -> None:
     for module in policy.modules():
         if not isinstance(module, FSDPModule):
             continue
+        on_cpu = dist.device.type == "cpu"
         if dist.world_size > 1:
             module.set_gradient_divide_factor(1.0)  # of one rank it would make copies
             # gloo knows plain sums only.
             module.set_force_sum_reduction_for_comms(True)
-        elif dist.device.type == "cpu":
-            module.set_custom_reduce_scatter(_SumOfOne())  # type: ignore[arg-type]
+            if module is policy and on_cpu:
+                module.set_custom_reduce_scatter(_SumAtRoot())
+        elif on_cpu:
+            module.set_custom_reduce_scatter(_SumOfOne(module is policy))  # type: ignore[arg-type]
 
 
 class _SumOfOne:
@@ -71,17 +76,36 @@ class _SumOfOne:
     the same tensor for both, its copy of the one to the other costs nothing. Not on a GPU: there the output
     is added to the gradient on a stream of its own, while the input's memory may serve the next block."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_root: bool) -> None:
+        self._at_root = at_root
         self._input: Optional[Tensor] = None
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         given, self._input = self._input, None
         if given is None:
-            given = self._input = torch.empty(*size, dtype=dtype, device=device)
+            given = self._input = _gradient(self._at_root, size, dtype, device)
         return given
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, *args: Any, **kwargs: Any) -> None:
         assert output_tensor is input_tensor
+
+
+class _SumAtRoot(DefaultReduceScatter):
+    """Of several ranks: the input, which is the larger, is asked for first."""
+
+    _has_input = False
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        self._has_input = not self._has_input
+        return _gradient(self._has_input, size, dtype, device)
+
+
+def _gradient(at_root: bool, size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for one. That of the root (embedding, head) comes when all others are there: where the head's
+    exponentials have been."""
+    if at_root:
+        return workspace.empty([*size], dtype, device, largest=True)
+    return torch.empty(*size, dtype=dtype, device=device)
 
 
 def transformer_blocks(model: PreTrainedModel) -> list[tuple[nn.Module, str, nn.Module]]:

@@ -95,8 +95,7 @@ def test_bf16_log_probs_err_by_less_than_a_thousandth(use, engine, keep):
     assert float(error.sum().abs()) <= 1e-2
 
 
-# V: two segments of 3,072 words and a rest of 856. Kept: less than a segment, one, two (whole chunks of 24 words,
-# and 8 of the last), all.
+# V: two segments of 3,072 words and a rest of 856. Kept: less than a segment, one, less than two, two, all.
 @pytest.mark.parametrize("engine", [name for name in ENGINES[torch.bfloat16] if name in FUSED])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_as_many_words_are_kept_as_fit(use, monkeypatch, dtype, engine):

@@ -103,11 +103,17 @@ def test_many_threads():
     assert len(workspace._idle) <= workspace.MOST_IDLE
 
 
-def test_where_the_allocator_keeps_memory_nothing_is_kept_beside_it(monkeypatch):
+def test_beside_tcmalloc_one_piece_is_kept_for_the_largest(monkeypatch):
+    """All else is left to it."""
     monkeypatch.setattr(workspace, "_allocator_keeps_memory", lambda: True)
     x = of(16)
     del x
     assert not workspace._idle
+    pieces = [workspace.empty([mib, MIB], torch.uint8, CPU, largest=True) for mib in (32, 48)]
+    address = pieces[1].data_ptr()
+    del pieces
+    assert [len(m) // MIB for m in workspace._idle] == [48]
+    assert workspace.empty([33, MIB], torch.uint8, CPU, largest=True).data_ptr() == address
 
 
 def test_a_tensor_that_outlives_everything_is_no_trouble_at_exit():

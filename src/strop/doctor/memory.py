@@ -91,8 +91,8 @@ def estimate(
 
 
 def _head_bytes(shape: Shape, tokens: int, c: int, gpu: bool) -> int:
-    """All tokens may be trained ones. Beside the exponentials, of which a CPU keeps as many as it may, stands a
-    maximum for every 12 of them."""
+    """All tokens may be trained ones. Beside the exponentials, of which a CPU keeps as many as it may, stands
+    a maximum for every 12 of them."""
     kept = c * tokens * shape.vocab_size
     if gpu:
         kept = kept if kept <= KEPT_BYTES * TIMES_ON_CUDA else 0

@@ -65,9 +65,9 @@ def most_kept(hidden: Tensor, weight: Tensor) -> int:
 
 
 def words_kept(hidden: Tensor, weight: Tensor, softcap: Optional[float]) -> int:
-    """Of how many of the first words `ALL` keeps exponentials or logits: all, where memory allows it; else, or
-    where exponentials do not tell the derivative, none. The fused engine keeps whole segments of the walk, which
-    then adds up the same sums in the same order however many they are."""
+    """Of how many of the first words `ALL` keeps exponentials or logits: all, where memory allows it. Else
+    none, or in the fused engine those of some segments of the walk, which adds up the same sums in the same
+    order however many they are. None where exponentials do not tell the derivative."""
     which, vocab = engine(hidden, weight), len(weight)
     if which == "reference" or (which == "fused" and softcap is not None):
         return 0
@@ -150,7 +150,7 @@ def forward(
     """Log-probs with statistics, and what is kept. Raises ValueError for a target outside the vocabulary."""
     hidden, rows = hidden.contiguous(), _Rows(hidden, scalings)
     shape, tops_shape = kept_shape(hidden, weight, keep)
-    kept = workspace.empty(shape, hidden.dtype, hidden.device)
+    kept = workspace.empty(shape, hidden.dtype, hidden.device, largest=True)
     tops = workspace.empty(tops_shape, torch.float32, hidden.device)
     fused = engine(hidden, weight) == "fused"
     if keep == FROZEN and not (fused and scalings.softcap):

@@ -24,11 +24,10 @@ def takes(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> bool:
 
 
 def _has_kernels_for(num_out: int, num_in: int, *tensors: Tensor) -> bool:
-    return (
-        all(t.device.type == "cpu" and t.dtype == torch.bfloat16 for t in tensors)
-        and num_out % 2 == num_in % 2 == 0 < num_out * num_in
-        and _has_kernels()
-    )
+    for tensor in tensors:
+        if tensor.dtype != torch.bfloat16 or not tensor.is_cpu:
+            return False
+    return num_out % 2 == num_in % 2 == 0 < num_out * num_in and _has_kernels()
 
 
 @torch.compiler.assume_constant_result

@@ -63,14 +63,17 @@ def _function(name: str, implementation: Any, setup: Any, autograd: Any) -> type
 
 def _is_watched(arguments: Iterable[Any]) -> bool:
     """Whether a mode, a transform, the profiler or a tensor's own class wants to see operations."""
-    return (
+    if (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch.autograd._profiler_enabled()
-        or any(
-            isinstance(x, Tensor) and type(x) is not Tensor and type(x) is not Parameter for x in arguments
-        )
-    )
+    ):
+        return True
+    for x in arguments:
+        kind = type(x)
+        if kind is not Tensor and kind is not Parameter and isinstance(x, Tensor):
+            return True
+    return False
 
 
 def _check_targets(target: Tensor, vocab: int) -> None:

@@ -1,8 +1,11 @@
 """Large tensors that come back every step, on the CPU: their memory is kept from one to the next.
 
 Fresh memory of hundreds of MiB costs a page fault for each 4 KiB, a tenth of the head's forward and backward
-under glibc's allocator, which gives such memory back to the system whenever a tensor dies. tcmalloc keeps it
-for any tensor, which is better still: where it is loaded (strop.slurm.env.allocator), nothing is done here.
+under glibc's allocator, which gives such memory back to the system whenever a tensor dies. tcmalloc
+(strop.slurm.env.allocator) keeps it for any tensor, and most tensors are left to it. But cut up for smaller
+ones it is no longer there when the next large one comes, for which the heap grows then. So the largest have
+one piece of memory there as well, apart from the heap: what the head keeps for its backward, and when that
+has gone the fp32 gradient of the weights at the root (strop.parallel), which goes at the end of the step.
 """
 
 from __future__ import annotations
@@ -24,16 +27,19 @@ GRAIN = 16 * 2**20
 """Memory is taken in multiples of it, so that steps of slightly different size share it."""
 MOST_IDLE = 3
 """The exponentials that a head keeps, their tops, the weight's gradient."""
+MOST_IDLE_BESIDE_TCMALLOC = 1
 
 _lock = threading.RLock()  # a finaliser may run at any point, in the thread that holds it too
 _idle: list[mmap.mmap] = []  # the smallest first
 
 
-def empty(shape: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def empty(shape: list[int], dtype: torch.dtype, device: torch.device, largest: bool = False) -> Tensor:
     """An uninitialised tensor, contiguous. On the CPU its memory is used again after its death; of the
-    memory that lies idle the largest MOST_IDLE pieces are kept."""
+    memory that lies idle the largest MOST_IDLE pieces are kept. largest: of those of which only one at a time
+    is alive, as a rule."""
     size = math.prod(shape) * dtype.itemsize
-    if size < LEAST or device.type != "cpu" or _allocator_keeps_memory():  # as torch's own does on a GPU
+    left_to_others = device.type != "cpu" or (_allocator_keeps_memory() and not largest)
+    if size < LEAST or left_to_others:  # torch's own does it on a GPU
         return torch.empty(shape, dtype=dtype, device=device)
     with _lock:
         fits = [i for i, memory in enumerate(_idle) if len(memory) >= size]
@@ -57,4 +63,4 @@ def _came_back(memory: mmap.mmap) -> None:
     with _lock:
         _idle.append(memory)
         _idle.sort(key=len)
-        del _idle[:-MOST_IDLE]
+        del _idle[: -(MOST_IDLE_BESIDE_TCMALLOC if _allocator_keeps_memory() else MOST_IDLE)]
