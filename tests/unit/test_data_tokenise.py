@@ -8,6 +8,7 @@ from data_helpers import CHATML, SENTENCES, WITH_BOS, num_bytes, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from strop.data import tokenise
 from strop.data.ledger import BadRow
 from strop.data.render import Options, Renderer, chat_template
 from strop.data.sources import Row
@@ -358,6 +359,62 @@ def test_length_limit_counts_every_special_token():
         "3 tokens, more than data.max_length=2",
         3,
     )
+
+
+@pytest.mark.parametrize("policy", ["drop", "error"])
+@pytest.mark.parametrize("kind", ["sft", "preference", "unpaired"])
+def test_a_row_that_is_far_too_long_is_found_out_by_its_beginning(monkeypatch, kind, policy):
+    """Three million characters, of which the tokenizer must not see more than a few thousand; in one half of
+    a pair, as it may be. The rows around it are as ever."""
+    encoded = []
+
+    def encode(tokenizer, texts):
+        encoded.extend(map(len, texts))
+        return real(tokenizer, texts)
+
+    real = tokenise.encode
+    monkeypatch.setattr(tokenise, "encode", encode)
+    good = {"prompt": "a", "completion": "b", "chosen": "c", "rejected": "d", "label": True}
+    many = "so it is " * 333_333
+    long = {"prompt": "The dog", "completion": many, "chosen": "c", "rejected": many, "label": True}
+    renderer = Renderer(kind, PLAIN, None)
+    rows = [renderer(Row("a.jsonl", line, row)) for line, row in enumerate([good, long, good], start=1)]
+    before, bad, after = Tokeniser(PLAIN, 100, policy)(rows)
+    same(before, after)
+    assert (bad.reason, bad.line, bad.tokens) == ("over_length", 2, 101)
+    assert bad.message == f"{7 + len(many):,} characters, more than data.max_length=100 tokens"
+    assert sum(encoded) < 10_000
+
+
+def test_half_of_a_pair_taken_apart_is_a_half_when_it_is_far_too_long():
+    rows = Renderer("unpaired", PLAIN, None).rows(
+        Row("a.jsonl", 1, {"prompt": "a", "chosen": "b", "rejected": " c" * 50_000})
+    )
+    used, bad = Tokeniser(PLAIN, 100)(rows)
+    assert (used.half, bad.half, bad.reason) == (True, True, "over_length")
+
+
+def test_a_text_of_few_long_tokens_fits_however_many_characters_it_has():
+    """100 tokens of 60 characters and EOS: its beginning is looked at, and decides nothing."""
+    tokenizer = tiny_tokenizer()
+    word = "<" + "long" * 15 + ">"
+    tokenizer.add_tokens([word])
+    fields = {"prompt": word * 40, "completion": word * 60}
+    row = run(fields, "sft", tokenizer, max_length=101)
+    ids, trained = row.sequences[0]
+    assert ids.tolist() == [tokenizer.convert_tokens_to_ids(word)] * 100 + [EOS]
+    assert trained.tolist() == [False] * 40 + [True] * 61
+    assert run(fields, "sft", tokenizer, max_length=100).message.startswith("101 tokens, more than")
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=TEXT.filter(str.strip), times=st.integers(400, 900), limit=st.integers(1, 40))
+def test_no_row_that_fits_is_found_too_long_by_its_beginning(text, times, limit):
+    """The truth is the text encoded as a whole, here of up to 27,000 characters."""
+    whole = len(PLAIN(text * times, add_special_tokens=False)["input_ids"]) + 1
+    for max_length in (limit, whole // 2, whole - 1, whole):
+        row = run({"prompt": "", "completion": text * times}, "sft", max_length=max_length)
+        assert isinstance(row, BadRow) == (whole > max_length)
 
 
 def test_configuration_errors_name_the_key(tmp_path):
