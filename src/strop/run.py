@@ -135,6 +135,30 @@ def agree(run: Run, config: Config) -> Config:
     return config
 
 
+def agree_on_data(run: Run, config: Config, contents: dict[str, str]) -> None:
+    """Rank 0: what each set holds is what it held when the run began. contents: by set, as `sets.content`.
+
+    The plan of steps is a function of the rows, so with others a resumed run is neither the old one nor a new
+    one. Raises UserError unless `run.allow_config_change`; a run that has committed nothing begins anew.
+    """
+    path = run.dir / "data" / "contents.json"
+    begun = attempts.committed_step(run.dir) is not None
+    before = (files.read_json(path) or {}) if begun else {}
+    changed = [name for name, now in contents.items() if before.get(name, now) != now]
+    if changed:
+        text = (
+            f"the rows of the {' and '.join(changed)} set are not those that {run.dir} was started with: a "
+            "file of it was changed, or what makes rows of it (adapter, tokenizer)"
+        )
+        if not config.run.allow_config_change:
+            raise UserError(
+                f"{text}\n  (put it back, give the run another name, or run.allow_config_change=true to go "
+                "on all the same)"
+            )
+        log.warning("DATA CHANGED: %s", text)
+    files.write_json(path, {**before, **contents})
+
+
 def _resolved(section: Any, old: dict[str, Any], key: str) -> Any:
     return dataclasses.replace(section, **{key: old[key]}) if getattr(section, key) == "auto" else section
 
