@@ -169,12 +169,16 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def dump_yaml(config: Config) -> str:
     """The resolved tree as YAML, in the schema's order; `load` reads it back to an equal tree."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=100)
+    return dump_tree(to_dict(config))
 
 
-def differences(old: dict[str, Any], new: Config) -> list[str]:
+def dump_tree(tree: dict[str, Any]) -> str:
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Lines "train.seed: 42 -> 43" for what a resume would change against the run's config.yaml."""
-    before, after = flatten(old), flatten(to_dict(new))
+    before, after = flatten(old), flatten(new)
     lines = []
     for key in dict.fromkeys([*after, *before]):
         may_change = any(key.startswith(k) if k.endswith(".") else key == k for k in MAY_CHANGE)

@@ -127,7 +127,7 @@ def test_a_twin_that_is_faster_takes_the_half_away(tmp_path, monkeypatch):
 
 
 def flip(file):
-    """A byte in the second half of a file, behind any header, is another one, in place: size and inode stay."""
+    """A byte in the second half of a file, behind any header, is another one, in place: the size stays."""
     place = file.stat().st_size * 3 // 4
     with open(file, "r+b") as opened:
         opened.seek(place)
