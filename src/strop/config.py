@@ -124,8 +124,10 @@ def load(
 
 
 def owner_of(key: str) -> Optional[str]:
-    """The algorithm whose section a key stands in; None for what all know."""
+    """The algorithm whose section a key stands in, for `prepare` the one that reads text; None for what all
+    know."""
     section = (config_load.ALIASES[key].key if key in config_load.ALIASES else key).partition(".")[0]
+    section = "cpt" if section == "prepare" else section
     return section if section in ALGOS else None
 
 
@@ -234,7 +236,7 @@ def help_text(algo: str) -> str:
     section = None
     for key, leaf in config_load.leaves(Config).items():
         head = key.partition(".")[0]
-        if key == "algo" or (head in ALGOS and head != algo) or (head == "prepare" and algo != "cpt"):
+        if key == "algo" or owner_of(key) not in (None, algo):
             continue
         if head != section:
             section = head

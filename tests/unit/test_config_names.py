@@ -174,7 +174,8 @@ def test_what_losses_without_reference_or_pairs_do_not_take(file, words, expecte
 @pytest.mark.parametrize(
     ("algo", "word", "owner"),
     [("dpo", "sft.neftune_alpha=5", "sft"), ("cpt", "sft.neftune_alpha=5", "sft"),
-     ("kto", "dpo.beta=3", "dpo"), ("rm", "dpo.reference_policy_kl_penalty=3", "dpo")],
+     ("kto", "dpo.beta=3", "dpo"), ("rm", "dpo.reference_policy_kl_penalty=3", "dpo"),
+     ("sft", "prepare.near_duplicates=0.8", "cpt")],
 )  # fmt: skip
 def test_a_key_of_another_algorithm_is_refused(file, algo, word, owner):
     assert f"but only {owner} knows it: this is {algo}" in message(file, word, algo=algo)
@@ -182,10 +183,15 @@ def test_a_key_of_another_algorithm_is_refused(file, algo, word, owner):
 
 
 def test_a_file_may_be_shared_by_algorithms(file):
-    file.write_text(MINIMAL + "sft: {neftune_alpha: 5}\ndpo: {beta: 3}\n")
+    file.write_text(
+        MINIMAL + "sft: {neftune_alpha: 5}\ndpo: {beta: 3}\nprepare: {min_chars: 9, text_key: text}\n"
+    )
     notes = []
     assert config.load("dpo", file, [], notes).dpo.beta == 3
-    assert notes == ["sft.neftune_alpha is for sft, and of no use to dpo"]
+    assert notes == [
+        "sft.neftune_alpha is for sft, and of no use to dpo",
+        "prepare.min_chars is for cpt, and of no use to dpo",
+    ]
     assert config.load("dpo", file, ["sft.neftune_alpha=null"]).dpo.beta == 3
 
 
