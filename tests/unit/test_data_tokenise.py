@@ -270,6 +270,63 @@ def test_leftover_truncation_and_padding_of_the_tokenizer_are_not_applied():
     assert marked(PLAIN, row.sequences[0]) == "The dog⟦ jumps</s>⟧"
 
 
+def test_content_in_parts_is_the_text_of_its_parts():
+    """As a template puts it together that knows such lists; CHATML would write the list as Python does."""
+    parts = [{"type": "text", "text": "How many"}, {"text": " apples?", "type": "text"}]
+    in_parts = [{"role": "user", "content": parts}, assistant([{"type": "text", "text": "84"}])]
+    same(*run([{"messages": in_parts}, {"messages": [USER, assistant("84")]}], "sft"))
+    pair = {"prompt": [USER], "chosen": [assistant("84")], "rejected": [assistant("85")]}
+    other = {"prompt": in_parts[:1], "chosen": in_parts[1:], "rejected": [assistant("85")]}
+    same(*run([pair, other], "preference"))
+
+
+def test_a_message_without_content_may_call_a_tool():
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+        "{% for c in m['tool_calls'] or [] %}{{ c['name'] }}(){% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "count", "of": None}]}
+    row = run({"messages": [USER, call]}, "sft", template=template)
+    assert marked(PLAIN, row.sequences[0]).endswith("<|im_start|>assistant\n⟦count()<|im_end|>\n⟧")
+
+
+NO_CONTENT = [
+    (3, "is not text: 3"),
+    (True, "is not text: True"),
+    ({"text": "a"}, "is not text: {'text': 'a'}"),
+    ([], "is not all text: []"),
+    (["84"], "is not all text: ['84']"),
+    ([{"type": "text", "text": None}], "is not all text: [{'type': 'text', 'text': None}]"),
+    (
+        [{"type": "text", "text": "a"}, {"type": "image"}],
+        "is not all text: [{'type': 'text', 'text': 'a'}, {'type': 'image'}]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), NO_CONTENT)
+def test_content_that_a_template_would_spell_as_python_does_is_refused(content, message):
+    for messages in ([USER, assistant(content)], [{"role": "user", "content": content}, assistant("x")]):
+        bad = run({"messages": messages}, "sft")
+        assert (bad.reason, bad.message) == ("wrong_fields", f"the content of a message {message}")
+    bad = run({"messages": [USER, assistant(None)]}, "sft")
+    assert bad.message == "a message has no content: {'role': 'assistant', 'content': None}"
+
+
+@pytest.mark.parametrize(
+    "expression", ["1 // 0", "{}.pop('a')", "'a'.index('b')", "[1, 2].index(3)", "1 + 'a'", "''.join([1])"]
+)
+def test_whatever_a_template_raises_is_the_rows_error(expression):
+    template = "{% if messages[0]['content'] == 'odd' %}{{ " + expression + " }}{% endif %}" + CHATML
+    good = {"messages": [USER, assistant("x")]}
+    odd = {"messages": [{"role": "user", "content": "odd"}, assistant("x")]}
+    before, bad, after = run([good, odd, good], "sft", template=template)
+    same(before, after)
+    assert bad.reason == "template"
+    assert bad.message.startswith("the chat template refuses it: ")
+
+
 BAD_PREFERENCE = [
     ({"prompt": "a", "chosen": "b"}, "wrong_fields", "it has the fields prompt, chosen; needed: chosen and"),
     ({"prompt": "a", "chosen": "", "rejected": "b"}, "empty", "chosen is empty"),

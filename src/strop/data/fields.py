@@ -48,8 +48,26 @@ def known(value: Any) -> str | list[Message] | None:
             raise Refused(
                 "wrong_fields", f'a message is not {{"role": ..., "content": ...}}: {short(message)}'
             )
-        messages.append({key: item for key, item in message.items() if item is not None})
+        messages.append(_checked(message))
     return messages
+
+
+def _checked(message: dict[str, Any]) -> Message:
+    """A message without its nulls, and with its content as text. A list of parts (OpenAI's form) is put
+    together as templates for such lists do it; others would write Python's spelling of the list."""
+    own = {key: item for key, item in message.items() if item is not None}
+    content = own.get("content")
+    if isinstance(content, list):
+        parts = [part if isinstance(part, dict) else {"type": None} for part in content]
+        texts = [str(part["text"]) for part in parts if isinstance(part.get("text"), str)]
+        if not texts or len(texts) < len(parts) or any(part.get("type", "text") != "text" for part in parts):
+            raise Refused("wrong_fields", f"the content of a message is not all text: {short(content)}")
+        own["content"] = "".join(texts)
+    elif content is None and own.keys() <= {"role", "name", "weight"}:
+        raise Refused("wrong_fields", f"a message has no content: {short(message)}")
+    elif content is not None and not isinstance(content, str):
+        raise Refused("wrong_fields", f"the content of a message is not text: {short(content)}")
+    return own
 
 
 def label_of(fields: dict[str, Any]) -> float:

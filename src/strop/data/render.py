@@ -32,7 +32,7 @@ from strop.data.fields import (
 )
 from strop.data.ledger import BadRow
 from strop.data.sources import Row
-from strop.errors import UserError
+from strop.errors import UserError, first_line
 
 FIXED_DATE = (
     "{% macro strftime_now(format) %}{{ format.replace('%d', '26').replace('%m', '07').replace('%Y', '2024')"
@@ -40,6 +40,9 @@ FIXED_DATE = (
 )
 """Put before templates that print the date (Llama 3): the same rows must give the same tokens tomorrow. It
 shadows the clock that transformers gives them; the day is the one that Llama's template has of its own."""
+
+TEMPLATE_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+"""What a template, which is a program, may raise beside Jinja's own errors."""
 
 
 @dataclass(frozen=True)
@@ -319,8 +322,8 @@ class Renderer:
             )
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"model.chat_template: line {error.lineno}: {error.message}") from None
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise Refused("template", f"the chat template refuses it: {error}") from None
+        except (*TEMPLATE_ERRORS, jinja2.TemplateError) as error:
+            raise Refused("template", f"the chat template refuses it: {first_line(error)}") from None
 
 
 def _check_unicode(text: str) -> None:
