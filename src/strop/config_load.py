@@ -199,9 +199,8 @@ def read_file(path: Path, section_names: set[str]) -> list[Entry]:
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
-        raise UserError(
-            f"{path}{line}: not valid YAML: {getattr(e, 'problem', None) or first_line(e)}"
-        ) from None
+        problem = getattr(e, "problem", None) or first_line(e)
+        raise UserError(f"{path}{line}: not valid YAML: {problem}") from None
 
 
 def _similar_files(path: Path) -> str:
@@ -244,8 +243,7 @@ def read_words(words: Sequence[str | Entry]) -> list[Entry]:
             # `data.prompt_template=Question: {input}` is a mapping, and text for a key that takes text
             entries.append(_entry(loader, key, node, COMMAND_LINE, text))
         except (TooDeep, yaml.reader.ReaderError) as error:
-            problem = getattr(error, "problem", "not text that YAML can hold")
-            raise UserError(f"{COMMAND_LINE}: {key} is {problem}") from None
+            raise UserError(f"{COMMAND_LINE}: {key} is {getattr(error, 'problem', 'no YAML text')}") from None
         except yaml.YAMLError:
             # Not YAML (`model.chat_template={% for ...`): text, which the type check refuses for other keys
             entries.append(Entry(key, text, text, COMMAND_LINE))

@@ -291,13 +291,61 @@ def test_a_message_without_content_may_call_a_tool():
     assert marked(PLAIN, row.sequences[0]).endswith("<|im_start|>assistant\n⟦count()<|im_end|>\n⟧")
 
 
+TOOLS = (
+    "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% for c in m['tool_calls'] or [] %}CALL{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+AS_OBJECT = TOOLS.replace("CALL", "{{ c['function']['arguments'] | tojson }}")
+AS_TEXT = TOOLS.replace("CALL", "{{ '' + c['function']['arguments'] }}")
+EITHER = TOOLS.replace(
+    "CALL",
+    "{% set a = c['function']['arguments'] %}{{ a if a is string else a | tojson }}",
+)
+
+
+@pytest.mark.parametrize("template", [AS_OBJECT, AS_TEXT, EITHER])
+@pytest.mark.parametrize("arguments", ['{"city": "Bern", "n": 2}', {"city": "Bern", "n": 2}])
+def test_arguments_of_tool_calls_are_written_once(template, arguments):
+    """Rows keep them as OpenAI's JSON text or as an object; templates for both are about (Qwen, DeepSeek). A
+    text that goes through tojson would be a quoted text."""
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    messages = [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    row = run({"messages": messages}, "sft", template=template)
+    assert marked(PLAIN, row.sequences[0]).endswith(
+        '<|im_start|>assistant\n⟦{"city": "Bern", "n": 2}<|im_end|>\n⟧'
+    )
+
+
+def test_arguments_that_are_no_object_stay_as_they_are():
+    for arguments in ("not JSON", "[1]", "3"):
+        call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+        messages = [USER, {"role": "assistant", "tool_calls": [call]}]
+        row = run({"messages": messages}, "sft", template=AS_TEXT)
+        assert marked(PLAIN, row.sequences[0]).endswith(f"⟦{arguments}<|im_end|>\n⟧")
+
+
+def test_fields_that_arrow_fills_up_with_nulls_are_not_there():
+    """Of calls and tools as they come from Parquet: every object has the fields of all others."""
+    call = {"function": {"name": "f", "arguments": {"city": "x", "n": None, "in": {"deep": None}}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"city": {"type": "str"}, "n": None}}}
+    messages = [{**USER, "tool_calls": None}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    row = run({"messages": messages, "tools": [tool]}, "sft", template=AS_OBJECT)
+    text = marked(PLAIN, row.sequences[0])
+    assert text.startswith(
+        '{"type": "function", "function": {"name": "f", "parameters": {"city": {"type": "str"}}}}'
+    )
+    assert text.endswith('⟦{"city": "x", "in": {}}<|im_end|>\n⟧')
+
+
 NO_CONTENT = [
     (3, "is not text: 3"),
     (True, "is not text: True"),
     ({"text": "a"}, "is not text: {'text': 'a'}"),
     ([], "is not all text: []"),
     (["84"], "is not all text: ['84']"),
-    ([{"type": "text", "text": None}], "is not all text: [{'type': 'text', 'text': None}]"),
+    ([{"type": "text", "text": None}], "is not all text: [{'type': 'text'}]"),
     (
         [{"type": "text", "text": "a"}, {"type": "image"}],
         "is not all text: [{'type': 'text', 'text': 'a'}, {'type': 'image'}]",
