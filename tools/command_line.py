@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any, Callable, NoReturn, Optional
 
 from strop.errors import EXIT_TERM, StorageError, UserError
+from tools import end_at_once
 
 LINE_EVERY_S = 5.0
 
@@ -33,6 +34,8 @@ class Progress:
 def run(main: Callable[[], None]) -> None:
     """Call `main` and leave the process with its exit code (0, the error's own, 130 for Ctrl-C)."""
     try:
+        if signal.getsignal(signal.SIGINT) is end_at_once:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         main()
     except (UserError, StorageError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 
 from strop import files
-from strop.config import ALGOS, Config, load
+from strop.config import ALGOS, Config, cache_dir, load
 from strop.errors import UserError
 from strop.pipeline import exports
 from strop.slurm import attempts
@@ -113,6 +113,7 @@ def main() -> None:
         dtype=args.dtype,
         max_shard_bytes=parse_size(args.max_shard_size),
         replace=args.force or args.update,
+        cache=None if by_path else cache_dir(config, args.run.parent),
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     if not by_path:

@@ -18,6 +18,7 @@ import shlex
 import sys
 
 from strop.slurm.local_cluster import ClusterError, LocalCluster
+from tools.command_line import run
 
 
 def positive(text: str) -> int:
@@ -118,4 +119,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(lambda: sys.exit(main()))

@@ -110,7 +110,7 @@ def main() -> None:
             repeats.find_overlap(ledger, place, train)
         print(ledger.table())
         print(describe(sets.open_set(place, config, name), config.data.max_length))
-        paths = [place] if isinstance(place, str) else list(dict.fromkeys(path for path, _, _ in place))
+        paths = sets.directories(place)
         made += paths
         print(f"store: {', '.join(paths)} ({time.monotonic() - begin:.1f} s)\n", flush=True)
     if options.record is not None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from strop.slurm import attempts, command
+from tools.command_line import run
 
 POLL_S = 1.0
 
@@ -128,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

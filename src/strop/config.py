@@ -124,8 +124,10 @@ def load(
 
 
 def owner_of(key: str) -> Optional[str]:
-    """The algorithm whose section a key stands in; None for what all know."""
+    """The algorithm whose section a key stands in, for `prepare` the one that reads text; None for what all
+    know."""
     section = (config_load.ALIASES[key].key if key in config_load.ALIASES else key).partition(".")[0]
+    section = "cpt" if section == "prepare" else section
     return section if section in ALGOS else None
 
 
@@ -169,12 +171,16 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def dump_yaml(config: Config) -> str:
     """The resolved tree as YAML, in the schema's order; `load` reads it back to an equal tree."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=100)
+    return dump_tree(to_dict(config))
 
 
-def differences(old: dict[str, Any], new: Config) -> list[str]:
+def dump_tree(tree: dict[str, Any]) -> str:
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Lines "train.seed: 42 -> 43" for what a resume would change against the run's config.yaml."""
-    before, after = flatten(old), flatten(to_dict(new))
+    before, after = flatten(old), flatten(new)
     lines = []
     for key in dict.fromkeys([*after, *before]):
         may_change = any(key.startswith(k) if k.endswith(".") else key == k for k in MAY_CHANGE)
@@ -230,7 +236,7 @@ def help_text(algo: str) -> str:
     section = None
     for key, leaf in config_load.leaves(Config).items():
         head = key.partition(".")[0]
-        if key == "algo" or (head in ALGOS and head != algo) or (head == "prepare" and algo != "cpt"):
+        if key == "algo" or owner_of(key) not in (None, algo):
             continue
         if head != section:
             section = head

@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from strop import similar
 from strop.aliases import ABSENT, ALIASES
-from strop.errors import UserError
+from strop.errors import UserError, first_line
 
 COMMAND_LINE = "command line"
 INTERPOLATION = "${"
@@ -188,8 +188,8 @@ def read_file(path: Path, section_names: set[str]) -> list[Entry]:
     except (OSError, UnicodeDecodeError) as e:
         reason = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
         raise UserError(f"configuration file {path} cannot be read: {reason}") from None
-    loader = Loader(text)
     try:
+        loader = Loader(text)
         root = loader.get_single_node()
         if root is None:
             raise UserError(f"configuration file {path} is empty; model.path and data.train are needed")
@@ -199,7 +199,8 @@ def read_file(path: Path, section_names: set[str]) -> list[Entry]:
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
-        raise UserError(f"{path}{line}: not valid YAML: {getattr(e, 'problem', None) or e}") from None
+        problem = getattr(e, "problem", None) or first_line(e)
+        raise UserError(f"{path}{line}: not valid YAML: {problem}") from None
 
 
 def _similar_files(path: Path) -> str:
@@ -236,13 +237,13 @@ def read_words(words: Sequence[str | Entry]) -> list[Entry]:
         key, equals, text = word.partition("=")
         if not equals or not key:
             raise UserError(f"{COMMAND_LINE}: {word!r} is not key=value")
-        loader = Loader(text)
         try:
+            loader = Loader(text)
             node = loader.get_single_node() or yaml.ScalarNode("tag:yaml.org,2002:null", "")
             # `data.prompt_template=Question: {input}` is a mapping, and text for a key that takes text
             entries.append(_entry(loader, key, node, COMMAND_LINE, text))
-        except TooDeep as error:
-            raise UserError(f"{COMMAND_LINE}: {key} is {error.problem}") from None
+        except (TooDeep, yaml.reader.ReaderError) as error:
+            raise UserError(f"{COMMAND_LINE}: {key} is {getattr(error, 'problem', 'no YAML text')}") from None
         except yaml.YAMLError:
             # Not YAML (`model.chat_template={% for ...`): text, which the type check refuses for other keys
             entries.append(Entry(key, text, text, COMMAND_LINE))

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
-BLOCK_BYTES = 4 * 2**20
+BLOCK_BYTES = 2**20
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -385,5 +385,6 @@ def _save(t: Trainer, *, last: bool = False) -> None:
     if t.state.step == 0:
         return
     t.position.enter("save")
+    trainer.check_data(t)
     t.state.metrics_bytes = t.report.sync()
     t.saver.start(trainer.tensors(t), dataclasses.asdict(t.state), last=last)

@@ -1,7 +1,7 @@
 """A run's directory as the trainer sees it: agreement with what stands there, records, verdicts.
 
-The directory outlives attempts. Its config.yaml is written once, with every `auto` resolved; whoever
-comes later must agree with it.
+The directory outlives attempts. Its config.yaml is written once, with every `auto` resolved and a marker for
+each secret; whoever comes later must agree with it.
 """
 
 from __future__ import annotations
@@ -116,7 +116,6 @@ def agree(run: Run, config: Config) -> Config:
     if not path.exists():
         return config
     old = yaml.safe_load(path.read_text())
-    secrets.learn(secrets.values_in(old))
     if old.get("algo") != config.algo:
         raise UserError(f"run.name: {run.dir} is a run of {old.get('algo')}, not of {config.algo}")
     config = dataclasses.replace(
@@ -124,7 +123,7 @@ def agree(run: Run, config: Config) -> Config:
         model=_resolved(config.model, old["model"], "attention"),
         train=_resolved(config.train, old["train"], "precision"),
     )
-    lines = config_module.differences(old, config)
+    lines = config_module.differences(_kept(old), _kept(config_module.to_dict(config)))
     if lines and not config.run.allow_config_change:
         raise UserError(
             f"the configuration differs from the one that {run.dir} was started with "
@@ -135,6 +134,30 @@ def agree(run: Run, config: Config) -> Config:
     return config
 
 
+def agree_on_data(run: Run, config: Config, contents: dict[str, str]) -> None:
+    """Rank 0: what each set holds is what it held when the run began. contents: by set, as `sets.content`.
+
+    The plan of steps is a function of the rows, so with others a resumed run is neither the old one nor a new
+    one. Raises UserError unless `run.allow_config_change`; a run that has committed nothing begins anew.
+    """
+    path = run.dir / "data" / "contents.json"
+    begun = attempts.committed_step(run.dir) is not None
+    before = (files.read_json(path) or {}) if begun else {}
+    changed = [name for name, now in contents.items() if before.get(name, now) != now]
+    if changed:
+        text = (
+            f"the rows of the {' and '.join(changed)} set are not those that {run.dir} was started with: a "
+            "file of it was changed, or what makes rows of it (adapter, tokenizer)"
+        )
+        if not config.run.allow_config_change:
+            raise UserError(
+                f"{text}\n  (put it back, give the run another name, or run.allow_config_change=true to go "
+                "on all the same)"
+            )
+        log.warning("DATA CHANGED: %s", text)
+    files.write_json(path, {**before, **contents})
+
+
 def _resolved(section: Any, old: dict[str, Any], key: str) -> Any:
     return dataclasses.replace(section, **{key: old[key]}) if getattr(section, key) == "auto" else section
 
@@ -143,7 +166,17 @@ def write_config(run: Run, config: Config) -> None:
     """Rank 0, once all choices are made; a later attempt leaves the first one's."""
     path = run.dir / "config.yaml"
     if not path.exists() or config.run.allow_config_change:
-        files.write_atomic(path, config_module.dump_yaml(config))
+        files.write_atomic(path, config_module.dump_tree(_kept(config_module.to_dict(config))))
+
+
+def _kept(tree: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as config.yaml has it: without what is secret by its key's name or its shape, and in
+    the user's own keys without the environment's secrets. Our own keys are read again (of an export, of a
+    resume), and a path may hold such a value by accident."""
+    kept = secrets.mask(tree, of_text=secrets.redactor(environ={}))
+    kept["metadata"] = secrets.mask(tree.get("metadata", {}))
+    kept["data"]["adapter_args"] = secrets.mask(tree["data"].get("adapter_args", {}))
+    return kept
 
 
 def record_machine(run: Run, facts: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from strop.config import Config
 from strop.data import labels, plan
 from strop.data.mismatched import Mismatched
 from strop.data.repeats import find_overlap
-from strop.data.sets import Maker, RowSet, open_set
+from strop.data.sets import Maker, RowSet, content, open_set
 from strop.data.store import WORTH_SHARING, TokenStore
 from strop.data.tokenise import load_tokenizer, tokenizer_digest
 from strop.dist import Dist
@@ -150,6 +150,8 @@ def _data(run: Run, config: Config, algo: Algorithm, report: Report, position: P
                     find_overlap(ledger, places[name], places["train"], known.get(name, {}).get("overlap"))
             report.ledger(ledger)
             ledgers[name] = ledger.as_json()
+        decisive = [name for name in names if name not in config.validation.watch]
+        run_module.agree_on_data(run, config, {name: content(places[name]) for name in decisive})
         files.write_json(run.dir / "data" / "ledger.json", ledgers)
         files.write_json(told, places)
     else:

@@ -115,6 +115,14 @@ def tensors(t: Trainer) -> dict[str, torch.Tensor]:
     return out
 
 
+def check_data(t: Trainer) -> None:
+    """UserError if somebody has written to the stores that this run reads: its steps since the last commit
+    may have seen anything."""
+    for store in (t.train_store, t.val_store, *t.watched.values()):
+        if store is not None:
+            store.check_unwritten()
+
+
 def step_bins(t: Trainer, step: int, store: Optional[Mismatched] = None) -> list[list[np.ndarray]]:
     """[rank][micro batch] -> row ids of optimiser step `step` (from 0), packed by the lengths in `store`."""
     c, weights = t.config.train, t.config.data.weights

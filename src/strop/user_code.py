@@ -79,13 +79,13 @@ def digest(name: str, key: str) -> str:
 
 def _source_files(module: ModuleType) -> list[Path]:
     """Of the module, and of the modules that it has names from or imports, also within a function only, as
-    far as they lie in its own folder (for a module in a package: that of the outermost package); installed
-    ones and strop itself do not count."""
+    far as they lie in the folder that it was found in (for a module in a package: that beside the outermost
+    package too); installed ones and strop itself do not count."""
     if not module.__file__:
         return []
     path = Path(module.__file__).resolve()
     depth = module.__name__.count(".") + (path.name == "__init__.py")
-    root = path.parents[max(depth - 1, 0)]
+    root = path.parents[depth]
     found: dict[Path, None] = {}
     waiting = [(module.__name__, path)]
     while waiting:
@@ -100,9 +100,7 @@ def _source_files(module: ModuleType) -> list[Path]:
                 waiting.append((other.__name__, Path(other.__file__ or "").resolve()))
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
         waiting += [
-            (imported, file)
-            for imported in _imported(path, package)
-            for file in _files_of(imported, root, module.__name__)
+            (imported, file) for imported in _imported(path, package) for file in _files_of(imported, root)
         ]
     return sorted(found)
 
@@ -126,13 +124,9 @@ def _imported(path: Path, package: str) -> set[str]:
     return {".".join(p[:end]) for p in parts for end in range(1, len(p) + 1)}
 
 
-def _files_of(name: str, root: Path, module_name: str) -> list[Path]:
-    """Where a module would lie in the folder of the outermost package, or beside a plain module."""
-    top, *rest = name.split(".")
-    in_package = "." in module_name or (root.name == module_name and (root / "__init__.py").is_file())
-    if in_package and top != module_name.partition(".")[0]:
-        return []
-    place = root.joinpath(*rest) if in_package else root.joinpath(top, *rest)
+def _files_of(name: str, root: Path) -> list[Path]:
+    """Where a module would lie below the folder that the user's one was found in."""
+    place = root.joinpath(*name.split("."))
     return [file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()]
 
 

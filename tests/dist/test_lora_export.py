@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from strop import files
 from strop.config import LoraConfig
 from strop.errors import StorageError, UserError
+from strop.models import hf
 from strop.models.export import export_checkpoint, find_checkpoint
 from tests import toy as t
 from tests.dist.lora_helpers import LORA, OPTIM, Truth, weights_of
@@ -67,6 +69,17 @@ def truth(run_dir, base, name):
 def export(run_dir, out, **options):
     config = read_config(run_dir / "config.yaml")
     export_checkpoint(find_checkpoint(run_dir, "latest"), config.model, out, lora=config.lora, **options)
+
+
+def test_the_base_is_not_read_again_for_its_digest(runs, tmp_path, monkeypatch):
+    """The cache of the training knows it, or that of an earlier export."""
+    read, sha256 = [], files.sha256
+    monkeypatch.setattr(hf.files, "sha256", lambda path: read.append(path.name) or sha256(path))
+    monkeypatch.setattr(hf, "SETTLED_NS", 0)
+    run_dir, _ = runs["all"]
+    for number in range(2):
+        export(run_dir, tmp_path / str(number), adapter=True, cache=tmp_path / "cache")
+        assert read.count("model.safetensors") == 1
 
 
 def close(logits, expected):

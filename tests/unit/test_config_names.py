@@ -98,17 +98,18 @@ def test_dump_is_read_back_equal_also_with_awkward_text(file):
 
 def test_differences_of_what_matters(file):
     old = yaml.safe_load(dump_yaml(loaded(file)))
-    assert differences(old, loaded(file)) == []
+    assert differences(old, to_dict(loaded(file))) == []
     allowed = ["max_steps=9", "run.allow_config_change=true", "log.level=debug", "checkpoint.every=1",
                "cluster.nodes=2", "dist.timeout_s=3", "+metadata.a=1", "validation.every=2"]  # fmt: skip
-    assert differences(old, loaded(file, *allowed)) == []
-    assert differences(old, loaded(file, "train.seed=43", "model.revision=x", "optim.betas=[0.9, 0.98]")) == [
+    assert differences(old, to_dict(loaded(file, *allowed))) == []
+    changed = loaded(file, "train.seed=43", "model.revision=x", "optim.betas=[0.9, 0.98]")
+    assert differences(old, to_dict(changed)) == [
         "model.revision: null -> x",
         "train.seed: 42 -> 43",
         "optim.betas: [0.9, 0.999] -> [0.9, 0.98]",
     ]
     del old["train"]["compile"]
-    assert differences(old, loaded(file)) == ["train.compile: (not set) -> False"]
+    assert differences(old, to_dict(loaded(file))) == ["train.compile: (not set) -> False"]
 
 
 def test_parse_args():
@@ -173,7 +174,8 @@ def test_what_losses_without_reference_or_pairs_do_not_take(file, words, expecte
 @pytest.mark.parametrize(
     ("algo", "word", "owner"),
     [("dpo", "sft.neftune_alpha=5", "sft"), ("cpt", "sft.neftune_alpha=5", "sft"),
-     ("kto", "dpo.beta=3", "dpo"), ("rm", "dpo.reference_policy_kl_penalty=3", "dpo")],
+     ("kto", "dpo.beta=3", "dpo"), ("rm", "dpo.reference_policy_kl_penalty=3", "dpo"),
+     ("sft", "prepare.near_duplicates=0.8", "cpt")],
 )  # fmt: skip
 def test_a_key_of_another_algorithm_is_refused(file, algo, word, owner):
     assert f"but only {owner} knows it: this is {algo}" in message(file, word, algo=algo)
@@ -181,10 +183,15 @@ def test_a_key_of_another_algorithm_is_refused(file, algo, word, owner):
 
 
 def test_a_file_may_be_shared_by_algorithms(file):
-    file.write_text(MINIMAL + "sft: {neftune_alpha: 5}\ndpo: {beta: 3}\n")
+    file.write_text(
+        MINIMAL + "sft: {neftune_alpha: 5}\ndpo: {beta: 3}\nprepare: {min_chars: 9, text_key: text}\n"
+    )
     notes = []
     assert config.load("dpo", file, [], notes).dpo.beta == 3
-    assert notes == ["sft.neftune_alpha is for sft, and of no use to dpo"]
+    assert notes == [
+        "sft.neftune_alpha is for sft, and of no use to dpo",
+        "prepare.min_chars is for cpt, and of no use to dpo",
+    ]
     assert config.load("dpo", file, ["sft.neftune_alpha=null"]).dpo.beta == 3
 
 

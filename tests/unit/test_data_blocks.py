@@ -34,6 +34,7 @@ def make(lengths, shard=7):
     )
 
 
+@settings(deadline=None)
 @given(lengths=DOCS, length=st.integers(2, 20), cross=st.booleans(), cut=st.integers(0, 12))
 def test_every_token_is_predicted_once_from_its_own_document(lengths, length, cross, cut):
     """But the first of a document (of everything, where attention crosses). Two parts of one corpus."""
@@ -80,7 +81,7 @@ def test_blocks_by_hand():
     seed=st.integers(0, 2**40),
     batch=st.integers(1, 50),
 )
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_a_blend_keeps_its_shares_and_visits_every_row(sizes, data, seed, batch):
     """Whatever the batch size: an epoch holds each source by its weight to within one row, and a source's
     rows come in whole passes, none twice before all have come once."""

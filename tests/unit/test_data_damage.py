@@ -122,5 +122,80 @@ def test_a_twin_that_is_faster_takes_the_half_away(tmp_path, monkeypatch):
     store = read_all("sft", data, tmp_path / "cache")
     monkeypatch.undo()
     alone = read_all("sft", data, tmp_path / "alone")
-    for name in FILES["sft"]:
+    for name in FILES["sft"] - {"store.json"}:  # which has the times of writing
         assert Path(store, name).read_bytes() == Path(alone, name).read_bytes(), name
+
+
+def flip(file):
+    """A byte in the second half of a file, behind any header, is another one, in place: the size stays."""
+    place = file.stat().st_size * 3 // 4
+    with open(file, "r+b") as opened:
+        opened.seek(place)
+        [byte] = opened.read(1)
+        opened.seek(place)
+        opened.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_other_content_of_the_same_size_is_found_by_the_next_run(tmp_path, kind):
+    data = write_jsonl(tmp_path / "rows.jsonl", ROWS[kind])
+    store = Path(read_all(kind, data, tmp_path / "cache")) if kind != "text" else None
+    if store is None:
+        read_all(kind, data, tmp_path / "cache")
+        [store] = (tmp_path / "cache").iterdir()
+    for name in FILES[kind]:
+        if name.endswith(".json"):
+            continue
+        cache = tmp_path / name
+        shutil.copytree(tmp_path / "cache", cache)  # times of writing and all
+        flip(cache / store.name / name)
+        with pytest.raises(UserError) as caught:
+            read_all(kind, data, cache)
+        assert str(caught.value).startswith(
+            f"{cache / store.name / name} is damaged (its content is not what was written): delete "
+        )
+
+
+def test_a_copy_with_another_time_of_writing_is_the_same_store(tmp_path):
+    data = write_jsonl(tmp_path / "rows.jsonl", ROWS["sft"])
+    store = Path(read_all("sft", data, tmp_path / "cache"))
+    for file in store.iterdir():
+        os.utime(file, ns=(0, 0))
+    assert Path(read_all("sft", data, tmp_path / "cache")) == store
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_a_store_that_is_written_to_while_it_is_mapped(tmp_path, kind):
+    """In place it is an error; a twin renamed over it is not, since the mapped files live on."""
+    data = write_jsonl(tmp_path / "rows.jsonl", ROWS[kind])
+    config = Config(data=DataConfig(train=str(data)))
+    place, _ = sets.Maker(config, kind, TOKENIZER, "t", tmp_path / "cache").prepare("train")
+    rows = sets.open_set(place, config, "train")
+    store = Path(sets.directories(place)[0])
+    rows.check_unwritten()
+    shutil.copytree(store, tmp_path / "twin")
+    shutil.rmtree(store)
+    rows.check_unwritten()
+    os.rename(tmp_path / "twin", store)
+    rows.check_unwritten()
+    rows = sets.open_set(place, config, "train")
+    tokens = next(store.glob("tokens*.bin"))
+    flip(tokens)
+    with pytest.raises(UserError, match=rf"{tokens.name} was written to while this run was reading it"):
+        rows.check_unwritten()
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_the_content_of_a_set_is_that_of_its_tokens(tmp_path, kind):
+    """Wherever it lies and whatever its source is called; other rows, or their order, are another content."""
+
+    def content(name, rows, cache="cache"):
+        (tmp_path / name).mkdir()
+        data = write_jsonl(tmp_path / name / "rows.jsonl", rows)
+        config = Config(data=DataConfig(train=str(data)))
+        return sets.content(sets.Maker(config, kind, TOKENIZER, "t", tmp_path / cache).prepare("train")[0])
+
+    rows = ROWS[kind]
+    first = content("first", rows)
+    assert content("second", rows, "elsewhere") == first
+    assert len({first, content("fewer", rows[1:]), content("turned", rows[::-1])}) == 3

@@ -276,6 +276,14 @@ def test_arguments_for_no_adapter(tmp_path, monkeypatch, train):
     assert message == "data.adapter_args: there is no data.adapter to take them"
 
 
+def test_a_secret_that_config_yaml_does_not_keep_is_asked_for(tmp_path):
+    """A run's config.yaml as the configuration of another run."""
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}])
+    config = DataConfig(train=str(path), adapter="mine:A", adapter_args={"login": {"api_key": "[secret]"}})
+    message = error_of(sources.find, config, "train", "sft")
+    assert message.startswith("data.adapter_args: [secret] stands for a secret that a run's config.yaml does")
+
+
 def test_a_directory_of_texts_called_as_a_known_set_is_said(tmp_path, monkeypatch, caplog):
     name = next(iter(TABLE))
     (tmp_path / name).mkdir()

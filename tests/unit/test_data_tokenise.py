@@ -8,6 +8,7 @@ from data_helpers import CHATML, SENTENCES, WITH_BOS, num_bytes, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from strop.data import tokenise
 from strop.data.ledger import BadRow
 from strop.data.render import Options, Renderer, chat_template
 from strop.data.sources import Row
@@ -269,6 +270,111 @@ def test_leftover_truncation_and_padding_of_the_tokenizer_are_not_applied():
     assert marked(PLAIN, row.sequences[0]) == "The dog⟦ jumps</s>⟧"
 
 
+def test_content_in_parts_is_the_text_of_its_parts():
+    """As a template puts it together that knows such lists; CHATML would write the list as Python does."""
+    parts = [{"type": "text", "text": "How many"}, {"text": " apples?", "type": "text"}]
+    in_parts = [{"role": "user", "content": parts}, assistant([{"type": "text", "text": "84"}])]
+    same(*run([{"messages": in_parts}, {"messages": [USER, assistant("84")]}], "sft"))
+    pair = {"prompt": [USER], "chosen": [assistant("84")], "rejected": [assistant("85")]}
+    other = {"prompt": in_parts[:1], "chosen": in_parts[1:], "rejected": [assistant("85")]}
+    same(*run([pair, other], "preference"))
+
+
+def test_a_message_without_content_may_call_a_tool():
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+        "{% for c in m['tool_calls'] or [] %}{{ c['name'] }}(){% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "count", "of": None}]}
+    row = run({"messages": [USER, call]}, "sft", template=template)
+    assert marked(PLAIN, row.sequences[0]).endswith("<|im_start|>assistant\n⟦count()<|im_end|>\n⟧")
+
+
+TOOLS = (
+    "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% for c in m['tool_calls'] or [] %}CALL{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+AS_OBJECT = TOOLS.replace("CALL", "{{ c['function']['arguments'] | tojson }}")
+AS_TEXT = TOOLS.replace("CALL", "{{ '' + c['function']['arguments'] }}")
+EITHER = TOOLS.replace(
+    "CALL",
+    "{% set a = c['function']['arguments'] %}{{ a if a is string else a | tojson }}",
+)
+
+
+@pytest.mark.parametrize("template", [AS_OBJECT, AS_TEXT, EITHER])
+@pytest.mark.parametrize("arguments", ['{"city": "Bern", "n": 2}', {"city": "Bern", "n": 2}])
+def test_arguments_of_tool_calls_are_written_once(template, arguments):
+    """Rows keep them as OpenAI's JSON text or as an object; templates for both are about (Qwen, DeepSeek). A
+    text that goes through tojson would be a quoted text."""
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    messages = [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    row = run({"messages": messages}, "sft", template=template)
+    assert marked(PLAIN, row.sequences[0]).endswith(
+        '<|im_start|>assistant\n⟦{"city": "Bern", "n": 2}<|im_end|>\n⟧'
+    )
+
+
+def test_arguments_that_are_no_object_stay_as_they_are():
+    for arguments in ("not JSON", "[1]", "3"):
+        call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+        messages = [USER, {"role": "assistant", "tool_calls": [call]}]
+        row = run({"messages": messages}, "sft", template=AS_TEXT)
+        assert marked(PLAIN, row.sequences[0]).endswith(f"⟦{arguments}<|im_end|>\n⟧")
+
+
+def test_fields_that_arrow_fills_up_with_nulls_are_not_there():
+    """Of calls and tools as they come from Parquet: every object has the fields of all others."""
+    call = {"function": {"name": "f", "arguments": {"city": "x", "n": None, "in": {"deep": None}}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"city": {"type": "str"}, "n": None}}}
+    messages = [{**USER, "tool_calls": None}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    row = run({"messages": messages, "tools": [tool]}, "sft", template=AS_OBJECT)
+    text = marked(PLAIN, row.sequences[0])
+    assert text.startswith(
+        '{"type": "function", "function": {"name": "f", "parameters": {"city": {"type": "str"}}}}'
+    )
+    assert text.endswith('⟦{"city": "x", "in": {}}<|im_end|>\n⟧')
+
+
+NO_CONTENT = [
+    (3, "is not text: 3"),
+    (True, "is not text: True"),
+    ({"text": "a"}, "is not text: {'text': 'a'}"),
+    ([], "is not all text: []"),
+    (["84"], "is not all text: ['84']"),
+    ([{"type": "text", "text": None}], "is not all text: [{'type': 'text'}]"),
+    (
+        [{"type": "text", "text": "a"}, {"type": "image"}],
+        "is not all text: [{'type': 'text', 'text': 'a'}, {'type': 'image'}]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), NO_CONTENT)
+def test_content_that_a_template_would_spell_as_python_does_is_refused(content, message):
+    for messages in ([USER, assistant(content)], [{"role": "user", "content": content}, assistant("x")]):
+        bad = run({"messages": messages}, "sft")
+        assert (bad.reason, bad.message) == ("wrong_fields", f"the content of a message {message}")
+    bad = run({"messages": [USER, assistant(None)]}, "sft")
+    assert bad.message == "a message has no content: {'role': 'assistant', 'content': None}"
+
+
+@pytest.mark.parametrize(
+    "expression", ["1 // 0", "{}.pop('a')", "'a'.index('b')", "[1, 2].index(3)", "1 + 'a'", "''.join([1])"]
+)
+def test_whatever_a_template_raises_is_the_rows_error(expression):
+    template = "{% if messages[0]['content'] == 'odd' %}{{ " + expression + " }}{% endif %}" + CHATML
+    good = {"messages": [USER, assistant("x")]}
+    odd = {"messages": [{"role": "user", "content": "odd"}, assistant("x")]}
+    before, bad, after = run([good, odd, good], "sft", template=template)
+    same(before, after)
+    assert bad.reason == "template"
+    assert bad.message.startswith("the chat template refuses it: ")
+
+
 BAD_PREFERENCE = [
     ({"prompt": "a", "chosen": "b"}, "wrong_fields", "it has the fields prompt, chosen; needed: chosen and"),
     ({"prompt": "a", "chosen": "", "rejected": "b"}, "empty", "chosen is empty"),
@@ -358,6 +464,62 @@ def test_length_limit_counts_every_special_token():
         "3 tokens, more than data.max_length=2",
         3,
     )
+
+
+@pytest.mark.parametrize("policy", ["drop", "error"])
+@pytest.mark.parametrize("kind", ["sft", "preference", "unpaired"])
+def test_a_row_that_is_far_too_long_is_found_out_by_its_beginning(monkeypatch, kind, policy):
+    """Three million characters, of which the tokenizer must not see more than a few thousand; in one half of
+    a pair, as it may be. The rows around it are as ever."""
+    encoded = []
+
+    def encode(tokenizer, texts):
+        encoded.extend(map(len, texts))
+        return real(tokenizer, texts)
+
+    real = tokenise.encode
+    monkeypatch.setattr(tokenise, "encode", encode)
+    good = {"prompt": "a", "completion": "b", "chosen": "c", "rejected": "d", "label": True}
+    many = "so it is " * 333_333
+    long = {"prompt": "The dog", "completion": many, "chosen": "c", "rejected": many, "label": True}
+    renderer = Renderer(kind, PLAIN, None)
+    rows = [renderer(Row("a.jsonl", line, row)) for line, row in enumerate([good, long, good], start=1)]
+    before, bad, after = Tokeniser(PLAIN, 100, policy)(rows)
+    same(before, after)
+    assert (bad.reason, bad.line, bad.tokens) == ("over_length", 2, 101)
+    assert bad.message == f"{7 + len(many):,} characters, more than data.max_length=100 tokens"
+    assert sum(encoded) < 10_000
+
+
+def test_half_of_a_pair_taken_apart_is_a_half_when_it_is_far_too_long():
+    rows = Renderer("unpaired", PLAIN, None).rows(
+        Row("a.jsonl", 1, {"prompt": "a", "chosen": "b", "rejected": " c" * 50_000})
+    )
+    used, bad = Tokeniser(PLAIN, 100)(rows)
+    assert (used.half, bad.half, bad.reason) == (True, True, "over_length")
+
+
+def test_a_text_of_few_long_tokens_fits_however_many_characters_it_has():
+    """100 tokens of 60 characters and EOS: its beginning is looked at, and decides nothing."""
+    tokenizer = tiny_tokenizer()
+    word = "<" + "long" * 15 + ">"
+    tokenizer.add_tokens([word])
+    fields = {"prompt": word * 40, "completion": word * 60}
+    row = run(fields, "sft", tokenizer, max_length=101)
+    ids, trained = row.sequences[0]
+    assert ids.tolist() == [tokenizer.convert_tokens_to_ids(word)] * 100 + [EOS]
+    assert trained.tolist() == [False] * 40 + [True] * 61
+    assert run(fields, "sft", tokenizer, max_length=100).message.startswith("101 tokens, more than")
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=TEXT.filter(str.strip), times=st.integers(400, 900), limit=st.integers(1, 40))
+def test_no_row_that_fits_is_found_too_long_by_its_beginning(text, times, limit):
+    """The truth is the text encoded as a whole, here of up to 27,000 characters."""
+    whole = len(PLAIN(text * times, add_special_tokens=False)["input_ids"]) + 1
+    for max_length in (limit, whole // 2, whole - 1, whole):
+        row = run({"prompt": "", "completion": text * times}, "sft", max_length=max_length)
+        assert isinstance(row, BadRow) == (whole > max_length)
 
 
 def test_configuration_errors_name_the_key(tmp_path):

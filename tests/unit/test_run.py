@@ -8,11 +8,15 @@ import os
 import stat
 
 import pytest
+import yaml
 
+from strop import config as config_module
+from strop import config_load
 from strop import run as run_module
 from strop.config import Config, RunConfig
 from strop.data.store import TokenStore
 from strop.errors import UserError
+from strop.obs import secrets
 from strop.obs.metrics import MetricsFile
 from strop.slurm import attempts, code, env
 
@@ -106,3 +110,84 @@ def look(folder):
     assert stat.S_IMODE(aside.stat().st_mode) == 0o2775
     assert {stat.S_IMODE(p.stat().st_mode) for p in aside.iterdir()} == {0o664}
     yield from ()
+
+
+SECRET = {
+    "data": {
+        "train": "https://me:hunter22@example.org/rows.jsonl",
+        "adapter": "mine:Adapter",
+        "adapter_args": {"api_key": "correct horse", "url": "https://example.org", "auth": "from-the-env"},
+    },
+    "metadata": {"notify": "https://bot:pass1234@example.org/hook", "db": {"password": "battery staple"}},
+}
+KEPT = {
+    "data": {
+        "train": "https://me:[secret]@example.org/rows.jsonl",
+        "adapter": "mine:Adapter",
+        "adapter_args": {"api_key": "[secret]", "url": "https://example.org", "auth": "[secret]"},
+    },
+    "metadata": {"notify": "https://bot:[secret]@example.org/hook", "db": {"password": "[secret]"}},
+}
+
+
+@pytest.fixture
+def secretive(tmp_path, monkeypatch):
+    """seed -> a configuration that is full of secrets, read as the trainer reads it."""
+    monkeypatch.setenv("MY_TOKEN", "from-the-env")
+    secrets.learn(())  # what is known of the environment is read anew
+    tree = {**SECRET, "model": {"path": "models/from-the-env"}}
+    tree["data"] = {**SECRET["data"], "adapter_args": {**SECRET["data"]["adapter_args"]}}
+    tree["data"]["adapter_args"]["auth"] = "${oc.env:MY_TOKEN}"
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    yield lambda *words: config_module.load("sft", file, words)
+    monkeypatch.undo()
+    secrets.learn(())
+
+
+def test_config_yaml_keeps_no_secret_and_a_resume_agrees_all_the_same(secretive, tmp_path, monkeypatch):
+    """The run itself has them. One that is another now (a renewed token) is the same configuration."""
+    monkeypatch.chdir(tmp_path)
+    config = secretive("run.name=x", "train.seed=1")
+    assert config.data.adapter_args["auth"] == "from-the-env"
+    assert config.data.adapter_args["api_key"] == "correct horse"
+    run = run_module.open_run(config, direct())
+    run_module.write_config(run, config)
+    text = (run.dir / "config.yaml").read_text()
+    kept = yaml.safe_load(text)
+    assert {key: kept["data"][key] for key in KEPT["data"]} == KEPT["data"]
+    assert kept["metadata"] == KEPT["metadata"]
+    assert kept["model"]["path"] == "models/from-the-env", "an export reads it"
+    assert not [word for word in ("hunter22", "correct horse", "pass1234", "battery") if word in text]
+    assert run_module.agree(run, config) == config
+    args = "data.adapter_args={api_key: renewed, url: https://example.org, auth: from-the-env}"
+    renewed = secretive("run.name=x", "train.seed=1", args)
+    assert run_module.agree(run, renewed) == renewed
+    other = secretive("run.name=x", "train.seed=2")
+    with pytest.raises(UserError) as caught:
+        run_module.agree(run, other)
+    assert str(caught.value).endswith(":\n  train.seed: 1 -> 2")
+
+
+def test_a_run_whose_config_yaml_still_has_secrets_goes_on_and_does_not_show_them(
+    secretive, tmp_path, monkeypatch
+):
+    """As runs of older versions left it."""
+    monkeypatch.chdir(tmp_path)
+    args = "data.adapter_args={api_key: %s, url: %s, auth: from-the-env}"
+    config = secretive("run.name=x", args % ("clear", "https://example.com"))
+    run = run_module.open_run(config, direct())
+    (run.dir / "config.yaml").write_text(config_module.dump_yaml(config))
+    assert run_module.agree(run, config) == config
+    with pytest.raises(UserError) as caught:
+        run_module.agree(run, secretive("run.name=x", args % ("another", "https://example.org")))
+    assert str(caught.value).endswith(
+        ":\n  data.adapter_args.url: https://example.com -> https://example.org"
+    )
+
+
+def test_no_key_of_ours_names_a_secret():
+    """Else it would be kept as a marker, and an export or a resume would read that."""
+    texts = [key for key, leaf in config_load.leaves(Config).items() if "str" in str(leaf.hint)]
+    assert "model.path" in texts
+    assert [key for key in texts if secrets.names_secret(key.rpartition(".")[2])] == []

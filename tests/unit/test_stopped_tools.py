@@ -91,3 +91,43 @@ def test_left_overs_of_killed_writers(tmp_path):
     files.remove_left_over(tmp_path / "latest")
     assert not left.exists()
     assert sorted(tmp_path.iterdir()) == sorted(kept)
+
+
+TOOLS = [path.stem for path in (ROOT / "tools").glob("*.py") if "__main__" in path.read_text()]
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_ctrl_c_during_the_first_imports_is_one_line(tmp_path, tool):
+    """All tools import argparse; this one takes as long as it needs to be interrupted."""
+    (tmp_path / "argparse.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)\n")
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"tools.{tool}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={"PYTHONPATH": str(tmp_path)},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20) == ("", "interrupted\n")
+    assert process.returncode == 130
+
+
+def test_ctrl_c_cleans_up_once_the_tool_has_begun():
+    """And whoever only imports a tool keeps what Ctrl-C does for him."""
+    program = (
+        "import signal, tools\n"
+        "from tools.command_line import run\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+        "signal.signal(signal.SIGINT, tools.end_at_once)  # as of `python -m tools.NAME`\n"
+        "def main():\n"
+        "    try:\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+        "    finally:\n"
+        "        print('cleaned', flush=True)\n"
+        "run(main)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "cleaned\n", "interrupted\n")

@@ -242,6 +242,22 @@ def test_a_package_in_the_working_directory(own, run):
     assert (texts(first)[0], texts(second)[0]) == ("1 + 1? 2</s>", "1 + 1? 2 2</s>")
 
 
+@pytest.mark.parametrize("module", ["own_package.deep", "own_package"])
+def test_what_lies_beside_a_package_counts_if_it_is_imported(own, module):
+    own("own_words.py", "def ending():\n    import own_other.last\n    return own_other.last.text\n")
+    own("own_other/__init__.py", "")
+    own("own_other/last.py", "text = '.'\n")
+    for name in ("__init__", "deep"):
+        own(f"own_package/{name}.py", "from own_words import ending\n\ndef f(row):\n    return ending()\n")
+    first = digest(f"{module}:f", "k")
+    own("own_unused.py", "text = '?'\n")
+    assert digest(f"{module}:f", "k") == first
+    own("own_other/last.py", "text = '!'\n")
+    second = digest(f"{module}:f", "k")
+    own("own_words.py", "def ending():\n    return '!'\n")
+    assert len({first, second, digest(f"{module}:f", "k")}) == 3
+
+
 def test_a_script_that_leaves_while_it_is_imported(tmp_path, monkeypatch):
     (tmp_path / "leaving_script.py").write_text("import sys\n\nsys.exit('usage: leaving_script.py FILE')\n")
     monkeypatch.syspath_prepend(str(tmp_path))

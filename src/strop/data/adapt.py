@@ -21,6 +21,7 @@ from strop.data.adapters import TABLE, Adapter, Form, LeftOut, Made
 from strop.data.fields import Refused, listed, short
 from strop.data.ledger import BadRow, place
 from strop.errors import UserError
+from strop.obs import secrets
 
 if TYPE_CHECKING:
     from strop.data.sources import Row
@@ -85,6 +86,11 @@ def of_path(config: DataConfig, kind: str) -> Use | None:
         hint = similar.meant_or_known(config.adapter.lower(), TABLE)
         raise UserError(
             f"{KEY}: no adapter is called {config.adapter!r}{hint} (or package.module:name, or none)"
+        )
+    if secrets.MARKER in str(config.adapter_args):
+        raise UserError(
+            f"data.adapter_args: {secrets.MARKER} stands for a secret that a run's config.yaml does not "
+            "keep: give it, for example as ${oc.env:NAME}"
         )
     return Use(config.adapter, kind, dict(config.adapter_args))
 

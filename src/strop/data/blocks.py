@@ -74,6 +74,11 @@ class Blocks:
         text = repr((what, self.length, self.cross_documents))
         return hashlib.blake2b(text.encode(), digest_size=32).hexdigest()
 
+    def check_unwritten(self) -> None:
+        """As `TokenStore.check_unwritten`."""
+        for file in dict.fromkeys(file for part in self.parts for file in part.corpus.mapped):
+            file.check()
+
     @cached_property
     def row_lengths(self) -> np.ndarray:
         """int64 [num_rows]: tokens of each block, its context included."""

@@ -4,8 +4,8 @@ A corpus is a directory. The tokens of all documents lie one after another in `t
 `tokens-00001.bin`, ... of a fixed size each (a document may go on in the next); `offsets.npy` says where each
 document begins in their sum, `rows.npy` from which line of which source it came. Documents are sorted by the
 set that `data.split` gives them to (train, validation, test), in it by the entry of `data.train` that they
-came from, in that by their place there; `store.json` tells the ranges. It is written last, into a directory
-that is then renamed to its final name, which is its digest.
+came from, in that by their place there; `store.json` tells the ranges, and seals the other files (see
+`intact`). It is written last, into a directory that is then renamed to its final name, which is its digest.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from strop.data import intact
 from strop.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 """Version of the files; also part of every digest."""
 SHARD_TOKENS = 64 * 2**20
 """Tokens in a file: 256 MiB."""
@@ -55,6 +55,8 @@ class Corpus:
     """int64 [documents, 2]: index into `sources`, line."""
     sources: tuple[str, ...]
     ranges: tuple[Range, ...]
+    mapped: tuple[intact.Mapped, ...] = ()
+    """The files behind shards, offsets and rows."""
 
     def tokens(self, begin: int, end: int) -> np.ndarray:
         """int32 [end - begin] of the tokens of all documents side by side; a copy where files meet."""
@@ -103,6 +105,7 @@ class Corpus:
             rows=intact.array(path / "rows.npy", len(offsets) - 1, "r"),
             sources=tuple(meta["sources"]),
             ranges=tuple(Range(*r) for r in meta["ranges"]),
+            mapped=tuple(intact.Mapped.now(path / name) for name in meta["files"]),
         )
 
 
@@ -162,5 +165,6 @@ def write_index(
         "shard_tokens": SHARD_TOKENS,
         "sources": list(sources),
         "ranges": [[r.split, r.entry, r.begin, r.end] for r in ranges],
+        "files": intact.seal(directory),
     }
     (directory / "store.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from typing import Any
@@ -48,8 +49,60 @@ def known(value: Any) -> str | list[Message] | None:
             raise Refused(
                 "wrong_fields", f'a message is not {{"role": ..., "content": ...}}: {short(message)}'
             )
-        messages.append({key: item for key, item in message.items() if item is not None})
+        messages.append(_checked(message))
     return messages
+
+
+def _checked(message: dict[str, Any]) -> Message:
+    """A message without its nulls, and with its content as text. A list of parts (OpenAI's form) is put
+    together as templates for such lists do it; others would write Python's spelling of the list."""
+    own: Message = without_nulls(message)
+    content = own.get("content")
+    if isinstance(content, list):
+        parts = [part if isinstance(part, dict) else {"type": None} for part in content]
+        texts = [str(part["text"]) for part in parts if isinstance(part.get("text"), str)]
+        if not texts or len(texts) < len(parts) or any(part.get("type", "text") != "text" for part in parts):
+            raise Refused("wrong_fields", f"the content of a message is not all text: {short(content)}")
+        own["content"] = "".join(texts)
+    elif content is None and own.keys() <= {"role", "name", "weight"}:
+        raise Refused("wrong_fields", f"a message has no content: {short(message)}")
+    elif content is not None and not isinstance(content, str):
+        raise Refused("wrong_fields", f"the content of a message is not text: {short(content)}")
+    return own
+
+
+def without_nulls(value: Any) -> Any:
+    """Without the fields that are null, at any depth: Arrow (Parquet, hub sets) gives every object the fields
+    of all others."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def with_arguments(messages: list[Message], as_text: bool) -> list[Message]:
+    """The arguments of tool calls as JSON text, or as the object that such a text holds."""
+    out = []
+    for message in messages:
+        calls = message.get("tool_calls")
+        if isinstance(calls, list):
+            message = {**message, "tool_calls": [_with_arguments(call, as_text) for call in calls]}
+        out.append(message)
+    return out
+
+
+def _with_arguments(call: Any, as_text: bool) -> Any:
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_arguments(call["function"], as_text)}
+    arguments = call.get("arguments")
+    if as_text and isinstance(arguments, dict):
+        return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    if not as_text and isinstance(arguments, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            found = json.loads(arguments)
+            return {**call, "arguments": found} if isinstance(found, dict) else call
+    return call
 
 
 def label_of(fields: dict[str, Any]) -> float:
@@ -92,7 +145,7 @@ def tools_of(fields: dict[str, Any]) -> Any:
     """The tools field, which data sets often keep as JSON in a string."""
     tools = fields.get("tools")
     if not isinstance(tools, str):
-        return tools or None
+        return without_nulls(tools) or None
     try:
         return json.loads(tools) or None if tools.strip() else None
     except json.JSONDecodeError as error:

@@ -35,7 +35,7 @@ class BadRow:
     message: str
     """For the user: what is wrong with this very row, without its place."""
     tokens: int = 0
-    """Its length where that is known."""
+    """Its length where that is known; where it is far too long, data.max_length + 1."""
     half: bool = False
     """As `TokenisedRow.half`."""
     wanted: bool = False
@@ -73,7 +73,8 @@ class Dropped:
 
     rows: int = 0
     tokens: int = 0
-    """Their tokens, where they were tokenised; of rows that were cut, those that are gone."""
+    """Their tokens, where they were tokenised; of rows that were cut, those that are gone. A row far beyond
+    data.max_length counts as one token longer than that."""
     examples: list[dict[str, str | int]] = field(default_factory=list)
     """[{line, message}] of the first few."""
     wanted: bool = False

@@ -25,7 +25,7 @@ from strop.data.store import FORMAT, TokenisedRow, TokenStore
 from strop.data.tokenise import Tokeniser
 from strop.errors import STORAGE_ERRNOS, StorageError
 
-PIPELINE = 2
+PIPELINE = 3
 """Raise it when the same row would be tokenised or masked in another way than before."""
 
 

@@ -11,6 +11,7 @@ from a template that marks them (strop.data.marks); `sft.train_on` or a message'
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +29,12 @@ from strop.data.fields import (
     margin_of,
     tools_of,
     weight,
+    with_arguments,
     wrong_fields,
 )
 from strop.data.ledger import BadRow
 from strop.data.sources import Row
-from strop.errors import UserError
+from strop.errors import UserError, first_line
 
 FIXED_DATE = (
     "{% macro strftime_now(format) %}{{ format.replace('%d', '26').replace('%m', '07').replace('%Y', '2024')"
@@ -40,6 +42,9 @@ FIXED_DATE = (
 )
 """Put before templates that print the date (Llama 3): the same rows must give the same tokens tomorrow. It
 shadows the clock that transformers gives them; the day is the one that Llama's template has of its own."""
+
+TEMPLATE_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+"""What a template, which is a program, may raise beside Jinja's own errors."""
 
 
 @dataclass(frozen=True)
@@ -304,6 +309,8 @@ class Renderer:
     ) -> str:
         import jinja2
 
+        if any("tool_calls" in message for message in messages):
+            messages = with_arguments(messages, self._wants_text)
         if self.template is None:
             raise UserError(
                 "the data has messages, but the tokenizer has no chat template: set model.chat_template "
@@ -319,8 +326,27 @@ class Renderer:
             )
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"model.chat_template: line {error.lineno}: {error.message}") from None
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise Refused("template", f"the chat template refuses it: {error}") from None
+        except (*TEMPLATE_ERRORS, jinja2.TemplateError) as error:
+            raise Refused("template", f"the chat template refuses it: {first_line(error)}") from None
+
+    @functools.cached_property
+    def _wants_text(self) -> bool:
+        """Whether the template puts the arguments of a tool call into the text as they are (DeepSeek), where
+        others write an object as JSON, and a text as a quoted one (Qwen). Rows have them in either form."""
+        import jinja2
+
+        call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+        messages = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
+        try:
+            self.tokenizer.apply_chat_template(messages, chat_template=self.template, tokenize=False)
+        except TypeError:
+            return True
+        except (*TEMPLATE_ERRORS, jinja2.TemplateError):  # the rows will say so
+            return False
+        return False
 
 
 def _check_unicode(text: str) -> None:

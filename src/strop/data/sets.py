@@ -8,13 +8,14 @@ what is there already, since stores are named by their content. Only `open_set` 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Union
 
 from strop.config import Config, DataConfig
 from strop.config_check import REFERENCE_FREE
-from strop.data import corpus, documents, noise, plan, prepare_text, sources
+from strop.data import corpus, documents, intact, noise, plan, prepare_text, sources
 from strop.data.blocks import Blocks
 from strop.data.corpus import Corpus, Range
 from strop.data.ledger import Ledger
@@ -62,11 +63,18 @@ class Maker:
         return ["train", *(["validation"] if validates else []), *c.validation.watch]
 
     def prepare(self, name: str) -> tuple[Place, Ledger]:
-        """Where the set lies, and what became of its rows. UserError, StorageError as the makers below."""
+        """Where the set lies, and what became of its rows. UserError, StorageError as the makers below, and
+        UserError for a store in which something else was written since it was made."""
         if self.kind == "text":
             place, ledger = self._text(name)
             ledger.check(self.config.data.max_dropped_fraction, wanted=noise.REASONS)
-            return place, ledger
+        else:
+            place, ledger = self._rows(name)
+        for path in directories(place):
+            intact.check_seal(Path(path))
+        return place, ledger
+
+    def _rows(self, name: str) -> tuple[Place, Ledger]:
         config, split = self.config, name
         if name in config.validation.watch:
             data = dataclasses.replace(config.data, validation=config.validation.watch[name], split=None)
@@ -156,6 +164,19 @@ class Maker:
     def _share_of_validation(self) -> float:
         split = self.config.data.split
         return sources.shares(split)[1] if split is not None else 0.0
+
+
+def directories(place: Place) -> list[str]:
+    """The stores of a set."""
+    return [place] if isinstance(place, str) else list(dict.fromkeys(path for path, _, _ in place))
+
+
+def content(place: Place) -> str:
+    """Address of what a set holds: the same tokens in the same order have the same, wherever they lie."""
+    if isinstance(place, str):
+        return intact.content(Path(place))
+    what = repr([(intact.content(Path(path)), begin, end) for path, begin, end in place])
+    return hashlib.sha256(what.encode()).hexdigest()
 
 
 def _has_reference(config: Config) -> bool:

@@ -4,7 +4,7 @@ A store is a directory. All tokens of all sequences lie one after another in `to
 mask beside them in `trained.bin`; `offsets.npy` says where each sequence begins. A row is `seqs_per_row`
 neighbouring sequences (a preference row: chosen, then rejected). `rows.npy` tells from which line of
 which source a row came, so that an error or a dump can name it, `values.npy` what number it brings along for
-its loss. `store.json` is written last. The
+its loss. `store.json` is written last, with a seal of the others (see `intact`). The
 directory's name is its digest: whoever finds it finds it whole, and two processes that write the same
 one at the same time leave one of the two equal results.
 """
@@ -31,7 +31,7 @@ from strop import files
 from strop.data import intact
 from strop.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
 """Version of the files; also part of every digest, so that older stores are simply not found."""
 
 CHUNK_ROWS = 4096
@@ -86,9 +86,16 @@ class TokenStore:
     sources: tuple[str, ...]
     values_R: np.ndarray
     """fp32 [num_rows]: `TokenisedRow.value`."""
+    mapped: tuple[intact.Mapped, ...]
+    """The files behind tokens and trained."""
     shared_R: np.ndarray | None = None
     """int64 [num_rows]: leading tokens that the second sequence of a row does not repeat (see
     `sharing_prompts`); row_lengths and spans are without them."""
+
+    def check_unwritten(self) -> None:
+        """UserError if a file was written to while it is mapped here."""
+        for file in self.mapped:
+            file.check()
 
     def sharing_prompts(self) -> TokenStore:
         """The same store with the prompt of each pair once. Only untrained tokens are shared, so the sums
@@ -172,6 +179,7 @@ class TokenStore:
             row_sources=intact.array(path / "rows.npy", num_rows),
             sources=tuple(meta["sources"]),
             values_R=intact.array(path / "values.npy", num_rows),
+            mapped=tuple(intact.Mapped.now(path / name) for name in ("tokens.bin", "trained.bin")),
         )
 
     @classmethod
@@ -203,6 +211,7 @@ class TokenStore:
             np.save(aside / "values.npy", values)
             finish(aside)
             meta = {"format": FORMAT, "kind": kind, "digest": digest, "sources": sources}
+            meta["files"] = intact.seal(aside)
             (aside / "store.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
             publish(aside, path)
         finally:

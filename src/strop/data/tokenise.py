@@ -5,7 +5,8 @@ its own, plain text gets BOS here (where the tokenizer wants one) and EOS, never
 says which tokens are predicted and trained. For prompt and completion it begins after ids(prompt), if
 those are a prefix of ids(prompt + completion); where the tokenizer merges across the boundary, and where
 several turns are trained, it follows the characters that each token covers: a token that reaches into
-the completion is trained. Pad ids play no part.
+the completion is trained. Pad ids play no part. A text that is many times too long to be used is found out
+by its beginning, since an encoding takes some 100 bytes a token.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ from strop.errors import UserError, first_line
 BATCH_ROWS = 512
 BATCH_CHARS = 4_000_000
 """A batch is encoded when it has so many rows or characters, which bounds the memory."""
+BEGINNING_TOKENS = 256
+"""More than what stands around the end of a text's beginning can be counted wrong by."""
+BEGINNING_CHARS_A_TOKEN = 6
+"""Few texts need more characters for a token; for one that does a longer beginning is taken."""
 
 
 def load_tokenizer(config: ModelConfig, *, only_here: bool = False) -> Any:
@@ -76,12 +81,32 @@ class Tokeniser:
         batch: list[Rendered | BadRow] = []
         chars = 0
         for row in rows:
+            row = (self._far_too_long(row) or row) if isinstance(row, Rendered) else row
             batch.append(row)
             chars += sum(len(item.text) for item in row.texts) if isinstance(row, Rendered) else 0
             if len(batch) >= BATCH_ROWS or chars >= BATCH_CHARS:
                 yield from self._batch(batch)
                 batch, chars = [], 0
         yield from self._batch(batch)
+
+    def _far_too_long(self, row: Rendered) -> BadRow | None:
+        """The row as it is dropped, if the beginning of one of its texts has twice the tokens that it may
+        have. Whatever follows could change the last word of that beginning, but never so many tokens."""
+        if self.over_length not in ("drop", "error"):
+            return None
+        enough = 2 * self.max_length + BEGINNING_TOKENS
+        for item in row.texts:
+            chars = BEGINNING_CHARS_A_TOKEN * enough
+            while chars < len(item.text):
+                if len(encode(self.tokenizer, [item.text[:chars]])[0]) > enough:
+                    message = (
+                        f"{len(item.text):,} characters, more than data.max_length={self.max_length} tokens"
+                    )
+                    return BadRow(
+                        row.source, row.line, "over_length", message, self.max_length + 1, half=row.half
+                    )
+                chars *= 4
+        return None
 
     def _batch(self, rows: list[Rendered | BadRow]) -> Iterator[TokenisedRow | BadRow]:
         texts = [item for row in rows if isinstance(row, Rendered) for item in row.texts]

@@ -41,7 +41,6 @@ class Scan:
     row_tokens: list[int] = field(default_factory=list)
     """Tokens of each usable row (both sides of a pair)."""
     sequence_tokens: list[int] = field(default_factory=list)
-    too_long: list[int] = field(default_factory=list)
     examples: list[TokenisedRow] = field(default_factory=list)
     templated: int = 0
     plain: int = 0
@@ -83,8 +82,6 @@ def scan(config: Config, tokenizer: Any, kind: str, split: str, limit: Optional[
     for row in tokeniser(_rendered(found, config, split, renderer, limit, result)):
         if isinstance(row, BadRow):
             result.ledger.drop(row)
-            if row.reason == "over_length":
-                result.too_long.append(row.tokens)
             continue
         result.add(row, config.data.over_length)
     return result

@@ -53,7 +53,7 @@ class Trained:
 
     def __init__(
         self, directory: Path, model: PreTrainedModel, base: ModelConfig, config: LoraConfig,
-        stored: Mapping[str, TensorStorageMetadata],
+        stored: Mapping[str, TensorStorageMetadata], cache: Path | None,
     ) -> None:  # fmt: skip
         """`model` gets adapters. Raises UserError if checkpoint, configuration and base do not fit."""
         assert base.path is not None
@@ -69,7 +69,7 @@ class Trained:
                 f"{len(wrong) - 1} more) is not as it says"
             )
         frozen = json.loads((directory / STATE).read_text()).get("frozen") or {}
-        if frozen.get("base") != hf.weights_digest(base.path, base.revision):
+        if frozen.get("base") != hf.weights_digest(base.path, base.revision, cache):
             raise UserError(
                 f"model.path: the weights in {base.path} are not those that the adapters in {directory} were "
                 "trained beside"

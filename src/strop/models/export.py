@@ -86,10 +86,12 @@ def export_checkpoint(
     dtype: str | None = None,
     max_shard_bytes: int = 4 * 10**9,
     replace: bool = False,
+    cache: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Write the checkpoint in `directory` as the HF directory `out`; of a run with adapters (`lora`) the
-    model with them added in, or with `adapter` PEFT's files of them.
+    model with them added in, or with `adapter` PEFT's files of them. cache: as of `hf.weights_digest`, where
+    the digest of the base is known from training.
 
     `dtype` is a name of DTYPES, or None for the base model's own (of adapters: fp32). Raises UserError if the
     checkpoint does not fit the base model or is removed meanwhile, if `out` exists without `replace`, or if a
@@ -98,7 +100,7 @@ def export_checkpoint(
     if out.exists() and not replace:
         raise UserError(f"--out {out} exists; add --force to replace it, or name another directory")
     with _still_there(directory):
-        _export(directory, base, out, lora, adapter, dtype, max_shard_bytes, replace, say)
+        _export(directory, base, out, lora, adapter, dtype, max_shard_bytes, replace, cache, say)
 
 
 def _export(
@@ -110,6 +112,7 @@ def _export(
     dtype: str | None,
     max_shard_bytes: int,
     replace: bool,
+    cache: Path | None,
     say: Callable[[str], None],
 ) -> None:
     """As `export_checkpoint`."""
@@ -124,7 +127,7 @@ def _export(
         reward.set_pad_token(config, tokenizer)
     read: Reader
     if lora is not None and lora.rank is not None:
-        trained = Trained(directory, model, base, lora, stored)
+        trained = Trained(directory, model, base, lora, stored, cache)
         if adapter:
             with new_directory(out, replace=replace) as aside:
                 write_adapter(trained, model, base, aside, DTYPES[dtype or "fp32"])

@@ -84,14 +84,15 @@ def values_in(tree: Any, secret: bool = False) -> list[str]:
     return [tree] if secret and isinstance(tree, str) else []
 
 
-def mask(tree: Any, secret: bool = False) -> Any:
-    """A configuration for showing: the same tree, with a marker for what is secret."""
+def mask(tree: Any, secret: bool = False, of_text: Optional[Callable[[str], str]] = None) -> Any:
+    """A configuration for showing: the same tree, with a marker for what is secret. `of_text`: in place of
+    `redact`, which texts below other keys go through."""
     if isinstance(tree, Mapping):
-        return {key: mask(below, secret or names_secret(str(key))) for key, below in tree.items()}
+        return {key: mask(below, secret or names_secret(str(key)), of_text) for key, below in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return [mask(below, secret) for below in tree]
+        return [mask(below, secret, of_text) for below in tree]
     if isinstance(tree, str):
-        return MARKER if secret and tree else redact(tree)
+        return MARKER if secret and tree else (of_text or redact)(tree)
     return tree
 
 

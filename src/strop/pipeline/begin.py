@@ -48,7 +48,7 @@ def plan(pipeline: Pipeline, executor: str, allow_change: bool) -> tuple[Graph, 
                 )
             changed.add(stage.name)
             continue
-        lines = config_module.differences(kept, stage.config)
+        lines = config_module.differences(kept, config_module.to_dict(stage.config))
         if kept.get("algo") != stage.algo:
             lines = [f"algo: {kept.get('algo')} -> {stage.algo}"]
         if lines and (run / "config.yaml").exists() and not allow_change:
