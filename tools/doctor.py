@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Optional
 from rich.console import Console
 from rich.text import Text
 
+from strop import packages
 from strop.config import ALGOS
 from strop.errors import EXIT_USER, UserError
 from tools.command_line import command_parser, run
@@ -114,6 +115,7 @@ def show(answer: Answer) -> None:
 
 def main() -> None:
     options = parse()
+    packages.check()
     # Before transformers is imported: what is not here is reported, never fetched.
     asked = dict(os.environ)
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")

@@ -99,6 +99,10 @@ def _convert(file: Path, aside: Path, dtype: str) -> None:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config._name_or_path = ""  # here the model's title, which is no path
+    for name in ("bos", "eos"):  # transformers 5.17 gives bos for both
+        number = getattr(config, f"{name}_token_id", None)
+        if isinstance(number, int):
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))
     config.dtype = torch_dtype
     model: Any = type(loaded)(config)
     model.to(torch_dtype)

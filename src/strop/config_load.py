@@ -50,9 +50,8 @@ class Loader(yaml.SafeLoader):
             problem = "anchors are not supported; write ${section.key} to repeat a value"
             raise yaml.composer.ComposerError(None, None, problem, self.peek_event().start_mark)
         if self.depth == MAX_DEPTH:
-            raise TooDeep(
-                None, None, f"nested more than {MAX_DEPTH} levels deep", self.peek_event().start_mark
-            )
+            problem = f"nested more than {MAX_DEPTH} levels deep"
+            raise TooDeep(None, None, problem, self.peek_event().start_mark)
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -372,14 +371,16 @@ def merge(
 ) -> tuple[Any, dict[str, str]]:
     """Defaults < layers in their order. Returns the tree and, for each key that was set, where."""
     where = {entry.key: entry.where for layer in layers for entry in layer}
+    defaults = OmegaConf.structured(schema)
+    for part in (defaults, *filter(OmegaConf.is_config, defaults.values())):  # frozen: omegaconf 2.3 minds
+        OmegaConf.set_readonly(part, False)
     try:
-        tree = OmegaConf.merge(OmegaConf.structured(schema), *(_nested(layer) for layer in layers))
+        tree = OmegaConf.merge(defaults, *(_nested(layer) for layer in layers))
         plain: Any = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as e:
         key = str(e.full_key or "")
         place_ = where.get(key.partition("[")[0], COMMAND_LINE)
-        reason = str(e).splitlines()[0]
-        raise UserError(f"{place_}: {key}: ${{...}} cannot be resolved: {reason}") from None
+        raise UserError(f"{place_}: {key}: ${{...}} cannot be resolved: {first_line(e)}") from None
     for key, place_ in where.items():
         if key in known:
             value = plain

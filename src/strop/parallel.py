@@ -95,7 +95,7 @@ class _SumAtRoot(DefaultReduceScatter):
 
     _has_input = False
 
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         self._has_input = not self._has_input
         return _gradient(self._has_input, size, dtype, device)
 

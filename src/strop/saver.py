@@ -17,7 +17,7 @@ from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.tensor import DTensor
 
 from strop import checkpoint, files
@@ -78,14 +78,9 @@ class Saver:
         if self.background is None:
             free = free_memory() * MEMORY_SHARE / run.env.local_size
             self.background = not dist.any(num_bytes > free)
-        pinned = dist.device.type == "cuda"
-        options = StagingOptions(
-            use_pinned_memory=pinned,
-            use_shared_memory=False,
-            use_async_staging=False,
-            use_non_blocking_copy=pinned,
-        )
-        self._stager = DefaultStager(options) if self.background else None
+        self._pinned = dist.device.type == "cuda"
+        # Not DefaultStager, which is around it: in torch 2.11 that one stages once and never again.
+        self._stager = StateDictStager(pin_memory=self._pinned) if self.background else None
         self._thread: Optional[threading.Thread] = None
         self._error: Optional[BaseException] = None
         self._last_start = time.monotonic()
@@ -128,8 +123,9 @@ class Saver:
             if not last:
                 self._report.stalled(time.monotonic() - begin)
             return
-        staged = self._stager.stage(tensors)
-        assert isinstance(staged, dict)
+        staged = self._stager.stage(tensors, non_blocking=self._pinned)
+        if self._pinned:
+            torch.cuda.synchronize()
         self._thread = threading.Thread(target=self._commit, args=(staged, state, begin), name="saver")
         self._thread.start()
         self._report.stalled(time.monotonic() - begin)

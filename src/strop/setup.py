@@ -294,9 +294,10 @@ def _set_layout(t: Trainer, choices: dict[str, Any]) -> None:
         t.policy.attention = choices.get("attention", t.policy.attention)
         t.policy.set_layout(choices["layout"], t.dist.device)
     else:
-        with t.report.phase("probing attention and head"):
+        # A block is compiled for a few kinds of input only, which must be those of the training.
+        with t.report.phase("probing attention and head"), torch.compiler.set_stance("force_eager"):
             t.policy.probe(t.dist.device, parallel.DTYPES[t.config.train.precision], t.config.model.attention)
-        choices |= {"head": t.policy.head, "layout": t.policy.layout, "shared_prefix": _shares_prompts(t)}
+            choices |= {"head": t.policy.head, "layout": t.policy.layout, "shared_prefix": _shares_prompts(t)}
         choices["attention"] = t.policy.attention
         choices["frozen"] = t.state.frozen
     if choices.get("shared_prefix"):

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn, Optional
 
 from strop import config as config_module
+from strop import packages
 from strop import run as run_module
 from strop.errors import EXIT_DONE, EXIT_USER, UserError
 from strop.obs import logs, native_stack, secrets
@@ -72,6 +73,7 @@ def _refuse(error: UserError, env: Env) -> int:
 
 def _train(run: run_module.Run, config: config_module.Config, position: run_module.Position) -> int:
     try:
+        packages.check()
         with Watchdog(run, config.watchdog, position):
             from strop import loop  # torch and transformers: seconds that a wrong key need not wait for
 

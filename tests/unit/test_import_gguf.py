@@ -34,12 +34,12 @@ def source(tmp_path_factory):
     letters = [chr(ord("a") + i) for i in range(26)]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(
-        ["<|unk|>", "<|start|>", "<|end|>", *letters, "ab", "cd", *[f"<{i}>" for i in range(9)]]
+        ["<|end|>", "<|start|>", "<|unk|>", *letters, "ab", "cd", *[f"<{i}>" for i in range(9)]]
     )
     writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
+    writer.add_eos_token_id(0)  # not Llama's default
+    writer.add_unk_token_id(2)
     writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
 
     def tensor(*shape):
@@ -80,7 +80,8 @@ def test_import(source, tmp_path, dtype, expected):
     assert (config["architectures"], config["num_hidden_layers"]) == (["LlamaForCausalLM"], LAYERS)
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.apply_chat_template([{"content": "abc"}], tokenize=False) == "abc"
-    assert tokenizer.eos_token_id == model.generation_config.eos_token_id == 2
+    assert tokenizer.eos_token_id == model.generation_config.eos_token_id == 0
+    assert tokenizer.bos_token_id == model.generation_config.bos_token_id == 1
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 

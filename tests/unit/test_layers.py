@@ -20,6 +20,7 @@ LAYERS = (
         "strop.aliases",
         "strop.files",
         "strop.libraries",
+        "strop.packages",
         "strop.similar",
         "strop.user_code",
     ),

@@ -117,8 +117,9 @@ class Policy(nn.Module):
         self.layout = layout
         if layout == "packed":
             name = self.attention if device.type == "cuda" else attention.NAME
-        else:  # some have soft caps that SDPA lacks, some have no attention at all
-            name = "sdpa" if self.lm._supports_sdpa else "eager"
+        else:  # some have no attention at all; transformers 5.17 would take SDPA, which has no soft caps
+            capped = getattr(self.lm.config.get_text_config(), "attn_logit_softcapping", None) is not None
+            name = "sdpa" if self.lm._supports_sdpa and not capped else "eager"
         self.lm.set_attn_implementation(name)
 
     def forward(self, batch: Batch, loss: Optional[PartLoss] = None) -> Output:

@@ -70,7 +70,7 @@ class ToRankLog(logging.Handler):
 _FORMATTER = logging.Formatter()
 
 
-class _Console(logging.StreamHandler[TextIO]):
+class _Console(logging.StreamHandler):
     """Looks stdout or stderr up at each line: a progress bar replaces them while it is drawn."""
 
     def __init__(self, stream_name: str):

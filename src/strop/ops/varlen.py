@@ -15,7 +15,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from strop.ops.registered import LIB, define
+from strop.ops.registered import define
 
 MOST_HEAD_SIZE = 256
 MULTIPLE = 8
@@ -62,7 +62,7 @@ def attention(
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     parts = (x[0].transpose(0, 1) for x in (query, key, value))
-    return torch.ops.strop.varlen(*parts, cu_seqlens, max_seqlen, scale, window or 0)[0][None]
+    return _VARLEN(*parts, cu_seqlens, max_seqlen, scale, window or 0)[0][None]
 
 
 def _bounds(window: int) -> dict[str, int]:
@@ -118,10 +118,10 @@ def _autograd(ctx: Any, d_out: Optional[Tensor], _: Any) -> tuple[Optional[Tenso
     if d_out is None:
         return (None,) * 7
     settings = (ctx.max_seqlen, ctx.scale, ctx.window)
-    return (*torch.ops.strop.varlen_backward(d_out, *ctx.saved_tensors, *settings), None, None, None, None)
+    return (*_VARLEN_BACKWARD(d_out, *ctx.saved_tensors, *settings), None, None, None, None)
 
 
-define(
+_VARLEN = define(
     "varlen(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, int max_seqlen, float scale, "
     "int window) -> (Tensor, Tensor)",
     _varlen,
@@ -129,8 +129,10 @@ define(
         torch.empty_like(query, memory_format=torch.contiguous_format),
         query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32),
     ),
+    _setup,
+    _autograd,
 )
-define(
+_VARLEN_BACKWARD = define(
     "varlen_backward(Tensor d_out, Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, Tensor out, "
     "Tensor lse, int max_seqlen, float scale, int window) -> (Tensor, Tensor, Tensor)",
     _varlen_backward,
@@ -138,4 +140,3 @@ define(
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
     ),
 )
-torch.library.register_autograd("strop::varlen", _autograd, setup_context=_setup, lib=LIB)
