@@ -196,10 +196,9 @@ def read_file(path: Path, section_names: set[str]) -> list[Entry]:
             raise UserError(f"{path}:{root.start_mark.line + 1}: expected `key: value` lines at the top")
         return list(_flatten(loader, root, "", str(path), section_names))
     except yaml.YAMLError as e:
-        mark = getattr(e, "problem_mark", None)
+        mark, reason = getattr(e, "problem_mark", None), getattr(e, "problem", None) or first_line(e)
         line = f":{mark.line + 1}" if mark is not None else ""
-        problem = getattr(e, "problem", None) or first_line(e)
-        raise UserError(f"{path}{line}: not valid YAML: {problem}") from None
+        raise UserError(f"{path}{line}: not valid YAML: {reason}") from None
 
 
 def _similar_files(path: Path) -> str:
