@@ -1,4 +1,4 @@
-"""The gradient of the root (embedding, head) where the head's exponentials have been, on one rank and on two."""
+"""The gradient of the root (embedding, head) where the head's exponentials have been: one rank, and two."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.unit.test_policy import SIZES, build, packed_batch
 
 CPU = torch.device("cpu")
 LARGE = SIZES | {"vocab_size": 140_000, "tie_word_embeddings": True}
-"""17.1 MiB of gradient in fp32; of 32 and more tokens the exponentials are larger than the least piece too."""
+"""17.1 MiB of gradient in fp32; from 32 tokens on the exponentials are larger than the least piece too."""
 
 
 def gradients(policy, batch, scale=1.0):
