@@ -80,7 +80,7 @@ class _SumOfOne:
         self._at_root = at_root
         self._input: Optional[Tensor] = None
 
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         given, self._input = self._input, None
         if given is None:
             given = self._input = _gradient(self._at_root, size, dtype, device)
@@ -95,12 +95,12 @@ class _SumAtRoot(DefaultReduceScatter):
 
     _has_input = False
 
-    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         self._has_input = not self._has_input
         return _gradient(self._has_input, size, dtype, device)
 
 
-def _gradient(at_root: bool, size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _gradient(at_root: bool, size: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory for one. That of the root (embedding, head) comes when all others are there: where the head's
     exponentials have been."""
     if at_root:

@@ -1,4 +1,4 @@
-"""The root's gradient (embedding, head) where the head's exponentials have been, on one rank and on two."""
+"""The gradient of the root (embedding, head) where the head's exponentials have been: one rank, and two."""
 
 from __future__ import annotations
 
