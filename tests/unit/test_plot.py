@@ -44,7 +44,9 @@ def test_picture_has_ink_in_every_panel(tmp_path):
     plot.draw([plot.read_run(tmp_path / "a")], out)
     pixels = image.imread(out)[:, :, :3]
     height, width = pixels.shape[:2]
-    assert (width, height) == (1690, 936)  # 13 x 7.2 inches at 130 dots an inch: six panels
+    # 13 x 7.2 inches at 130 dots an inch: six panels. Some matplotlibs round 936 down.
+    assert width == 1690
+    assert height in (935, 936)
     for row in range(2):
         for column in range(3):
             panel = pixels[
