@@ -14,7 +14,7 @@ from strop.data.store import TokenisedRow, TokenStore
 ALONE = SimpleNamespace(
     rank=0,
     is_main=True,
-    device="cpu",
+    device=torch.device("cpu"),
     broadcast=lambda value: value,
     gather=lambda value: [value],
     barrier=lambda: None,
