@@ -189,14 +189,15 @@ def test_ctrl_c_commits_and_ends_a_direct_run(toy, tmp_path):
 def test_a_second_ctrl_c_ends_a_direct_run_at_once(toy, tmp_path):
     """Its second step would last an hour: no safe point comes."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import time, torch\n"
-        "real = torch.optim.AdamW.step\n"
-        "def step(self, *args, **kwargs):\n"
-        "    if any(s['step'] == 1 for s in self.state.values()):\n"
+        "import time\n"
+        "from torch.optim import adamw as module\n"
+        "real = module.adamw\n"
+        "def adamw(params, grads, first, second, largest, steps, **kwargs):\n"
+        "    if any(step == 1 for step in steps):\n"
         "        print('asleep', flush=True)\n"
         "        time.sleep(3600)\n"
-        "    return real(self, *args, **kwargs)\n"
-        "torch.optim.AdamW.step = step\n"
+        "    return real(params, grads, first, second, largest, steps, **kwargs)\n"
+        "module.adamw = adamw\n"
     )
     path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
     with direct_run(toy, tmp_path, PYTHONPATH=path) as trainer:

@@ -112,13 +112,14 @@ def test_the_only_rank_outside_of_a_collective_is_named(start):
         3,
         """
         if os.environ["STROP_RANK"] == "2" and os.environ["STROP_ATTEMPT"] == "1":
-            import time, torch
-            real = torch.optim.AdamW.step
-            def step(self, *args, **kwargs):
-                if self.param_groups[0]["lr"] and any(s["step"] == 2 for s in self.state.values()):
+            import time
+            from torch.optim import adamw as module
+            real = module.adamw
+            def adamw(params, grads, first, second, largest, steps, **kwargs):
+                if any(step == 2 for step in steps):
                     time.sleep(3600)
-                return real(self, *args, **kwargs)
-            torch.optim.AdamW.step = step
+                return real(params, grads, first, second, largest, steps, **kwargs)
+            module.adamw = adamw
         """,
         **IMPATIENT,
     )
@@ -136,15 +137,13 @@ def test_native_crash_twice_at_the_same_place_ends_the_run(start):
         2,
         """
         if os.environ["STROP_RANK"] == "1":
-            import ctypes, torch
-            real = torch.optim.AdamW.step
+            import ctypes
+            from torch.optim import adamw as module
             def break_it():
                 ctypes.string_at(0)
-            def step(self, *args, **kwargs):
-                if self.state:
-                    break_it()
-                return real(self, *args, **kwargs)
-            torch.optim.AdamW.step = step
+            def adamw(*args, **kwargs):
+                break_it()
+            module.adamw = adamw
         """,
     )
     output, _ = job.communicate(timeout=300)
