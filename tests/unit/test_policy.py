@@ -131,7 +131,8 @@ def leaking(module, query, key, value, attention_mask, scaling=None, cu_seq_lens
     """Causal over the whole pack: what a model that ignores the bounds does."""
     if cu_seq_lens_q is not None:
         cu_seq_lens_q = torch.tensor([0, query.shape[2]], dtype=torch.int32)
-    return attention.packed_sdpa(module, query, key, value, attention_mask, scaling, None, cu_seq_lens_q)
+    whole = {"cu_seq_lens_q": cu_seq_lens_q}
+    return attention.packed_sdpa(module, query, key, value, attention_mask, scaling, **whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -22,7 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from strop.doctor.model import Shape
-from strop.ops.head import CHUNK_BYTES, KEPT_BYTES, KEPT_IN_ANY_CASE, TIMES_ON_CUDA
+from strop.ops.head import CHUNK_BYTES, KEPT_BYTES, TIMES_ON_CUDA, most_kept_fused
 from strop.parallel import WHOLE_GRADIENT_BYTES
 
 COMPUTE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -97,7 +97,7 @@ def _head_bytes(shape: Shape, tokens: int, c: int, gpu: bool) -> int:
     if gpu:
         kept = kept if kept <= KEPT_BYTES * TIMES_ON_CUDA else 0
     else:
-        kept = min(kept, KEPT_BYTES, max(2 * c * shape.vocab_size * shape.hidden, KEPT_IN_ANY_CASE))
+        kept = min(kept, most_kept_fused(c * shape.vocab_size * shape.hidden))
     kept += kept * 4 // (12 * c)
     return kept + 2 * CHUNK_BYTES["cuda" if gpu else "cpu"] + 2 * 4 * tokens * shape.hidden
 

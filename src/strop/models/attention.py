@@ -55,31 +55,28 @@ def packed_varlen(
     attention_mask: Optional[Tensor],
     scaling: Optional[float] = None,
     sliding_window: Optional[int] = None,
-    cu_seq_lens_q: Optional[Tensor] = None,
-    cu_seq_lens_k: Optional[Tensor] = None,
-    max_length_q: Optional[int] = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence, shapes as in `packed_sdpa`."""
-    cu_seqlens = _check_packed(attention_mask, sliding_window, cu_seq_lens_q, kwargs)
-    if max_length_q is None or (cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seqlens):
+    cu_seqlens, cu_keys = _offsets(attention_mask, sliding_window, kwargs)
+    longest = kwargs.get("max_length_q")
+    if longest is None or cu_keys is not cu_seqlens:
         raise PackingUnsupported("the model does not hand max_length on, or prompts are shared")
     if not varlen.attends(query, key, value):
         raise PackingUnsupported(f"no kernel for heads of {query.shape[-1]} and {value.shape[-1]}")
-    return varlen.attention(query, key, value, cu_seqlens, max_length_q, scaling, sliding_window), None
+    return varlen.attention(query, key, value, cu_seqlens, longest, scaling, sliding_window), None
 
 
-def _check_packed(
-    mask: Optional[Tensor], window: Optional[int], cu_seqlens: Optional[Tensor], kwargs: dict[str, Any]
-) -> Tensor:
-    """cu_seqlens. Raises PackingUnsupported for what our functions do not know."""
+def _offsets(mask: Optional[Tensor], window: Optional[int], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """cu_seqlens of queries and of keys. Raises PackingUnsupported for what our functions do not know."""
+    cu_seqlens, cu_keys = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     if cu_seqlens is None or mask is not None:
         raise PackingUnsupported("the model does not hand cu_seq_lens on to its attention")
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise PackingUnsupported("attention with a soft cap or sinks")
     if _watching:
         _windows_of_attention.add(window)
-    return cu_seqlens
+    return cu_seqlens, cu_seqlens if cu_keys is None else cu_keys
 
 
 def packed_sdpa(
@@ -90,19 +87,15 @@ def packed_sdpa(
     attention_mask: Optional[Tensor],
     scaling: Optional[float] = None,
     sliding_window: Optional[int] = None,
-    cu_seq_lens_q: Optional[Tensor] = None,
-    cu_seq_lens_k: Optional[Tensor] = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence: query [1, heads, T, D], key and value [1, kv heads, T, D],
     cu_seq_lens_q and cu_seq_lens_k [S+1] -> [1, T, heads, D]."""
-    cu_seq_lens_q = _check_packed(attention_mask, sliding_window, cu_seq_lens_q, kwargs)
+    cu_queries, cu_keys = _offsets(attention_mask, sliding_window, kwargs)
     if layers.attends(query, key, value):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        cu_keys = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
-        return layers.attention(query, key, value, cu_seq_lens_q, cu_keys, scale, sliding_window), None
-    lengths = _lengths(cu_seq_lens_q)
-    num_keys = lengths if cu_seq_lens_k is None else _lengths(cu_seq_lens_k)
+        return layers.attention(query, key, value, cu_queries, cu_keys, scale, sliding_window), None
+    lengths, num_keys = _lengths(cu_queries), _lengths(cu_keys)
     # One split for all sequences: the backward of S slices would fill S gradients of the whole batch.
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     pieces = []

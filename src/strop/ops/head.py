@@ -61,7 +61,11 @@ def most_kept(hidden: Tensor, weight: Tensor) -> int:
         return KEPT_BYTES * TIMES_ON_CUDA
     if engine(hidden, weight) != "fused":
         return KEPT_BYTES
-    return min(KEPT_BYTES, max(2 * weight.numel() * weight.element_size(), KEPT_IN_ANY_CASE))
+    return most_kept_fused(weight.numel() * weight.element_size())
+
+
+def most_kept_fused(weight_bytes: int) -> int:
+    return min(KEPT_BYTES, max(2 * weight_bytes, KEPT_IN_ANY_CASE))
 
 
 def words_kept(hidden: Tensor, weight: Tensor, softcap: Optional[float]) -> int:
