@@ -2,7 +2,8 @@
 
 Weights are fp32 shards (frozen ones in the compute type); a block's are gathered in the compute type just
 before its forward and its backward. Gradients are summed, not averaged, in fp32: the loss has been divided by
-the global count already.
+the global count already. One rank on a CPU, where there is nothing to gather, uses its weights as they are
+wherever the model allows it (strop.models.whole).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from strop.config import TrainConfig
 from strop.dist import Dist
+from strop.models import whole
 from strop.models.policy import Policy
 from strop.ops import workspace
 
@@ -46,6 +48,7 @@ _SAVED_OPS = {
 def shard(policy: Policy, config: TrainConfig, dist: Dist) -> None:
     """Checkpoint, compile and shard `policy` in place. Needs the resolved precision."""
     dtype = DTYPES[config.precision]
+    stays_whole = dist.world_size == 1 and not config.compile and whole.install(policy, dtype, dist.device)
     mp = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     # One rank only casts its own weights, which is cheaper than keeping a copy of them.
     frees = dist.world_size == 1 or reduce_each_micro_batch(policy)
@@ -53,9 +56,13 @@ def shard(policy: Policy, config: TrainConfig, dist: Dist) -> None:
         if config.activation_checkpointing != "none":
             block = _checkpointed(block, config.activation_checkpointing)
             setattr(parent, name, block)
+        if stays_whole:
+            continue
         if config.compile:
             block.compile()
         fully_shard(block, mesh=dist.mesh, mp_policy=mp, reshard_after_forward=frees)
+    if stays_whole:
+        return
     fully_shard(policy, mesh=dist.mesh, mp_policy=mp)
     for module in policy.modules():
         if not isinstance(module, FSDPModule):

@@ -74,6 +74,33 @@ def test_as_exact_as_torch(tokens, num_in, num_out):
         assert error <= 1.02 * of_torch + 1e-9
 
 
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize(("tokens", "num_in", "num_out"), [*SHAPES, (3, 7, 5)])
+def test_a_wide_weight_is_rounded_as_it_is_read_and_its_gradient_never(
+    tokens, num_in, num_out, kernels, monkeypatch
+):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: not kernels)
+    x, dy = random(tokens, num_in), random(tokens, num_out, seed=3)
+    weight, bias = (random(*s, seed=1, dtype=torch.float32) for s in ((num_out, num_in), (num_out,)))
+    y, dx, d_weight, d_bias = run(linear, [x, weight, bias], dy)
+    narrow = run(linear, [x, weight.to(BF16), bias.to(BF16)], dy)
+    assert torch.equal(y, narrow[0])
+    assert torch.equal(dx, narrow[1])
+    assert d_weight.dtype == d_bias.dtype == torch.float32
+    torch.testing.assert_close(d_bias.double(), dy.double().sum(0), rtol=1e-5, atol=1e-5)
+    if takes(x, weight, bias):
+        torch.testing.assert_close(d_weight.double(), dy.double().t() @ x.double(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(d_weight.to(BF16), narrow[2])
+
+
+def test_a_wide_weight_is_kept_as_it_is():
+    x, weight = random(5, 7).requires_grad_(), random(3, 7, dtype=torch.float32).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.data_ptr()), t)[1], lambda t: t):
+        linear(x, weight)
+    assert kept == [weight.data_ptr(), x.data_ptr()]
+
+
 def test_no_tokens():
     y, dx, d_weight, d_bias = run(
         linear, [random(0, 6), random(4, 6, seed=1), random(4, seed=2)], random(0, 4)
@@ -184,16 +211,24 @@ def raw(name, *arguments):
     return lib.strop_error(getattr(lib, name)(*arguments)).decode()
 
 
-@pytest.mark.parametrize("name", ["strop_linear", "strop_linear_d_input", "strop_linear_d_weight"])
-def test_what_c_refuses(name):
+def calls_of_c(pointer, sizes=(1, 2, 2), dtype=native.DTYPES["cpu"][BF16]):
+    """What C says of each product, called so; pointer: of each of its tensors by name, but the bias."""
+    x, y, weight, scratch = (pointer(name) for name in ("x", "y", "weight", "scratch"))
+    return [
+        raw("strop_linear", x, weight, dtype, None, *sizes, scratch, y),
+        raw("strop_linear_d_input", y, weight, dtype, *sizes, scratch, x),
+        raw("strop_linear_d_weight", y, x, *sizes, scratch, weight, dtype),
+    ]
+
+
+def test_what_c_refuses():
     ok = (ctypes.c_uint16 * 64)()
-    pointers = [ok, ok] + [None] * (name == "strop_linear")
     for sizes in ((-1, 2, 2), (1, 0, 2), (1, 2, -2), (1, 3, 2), (1, 2, 3)):
-        assert "does not fit" in raw(name, *pointers, *sizes, ok, ok)
-    for missing in (0, 1, len(pointers), len(pointers) + 1):
-        given = [*pointers, ok, ok]
-        given[missing] = None
-        assert "null" in raw(name, *given[:-2], 1, 2, 2, *given[-2:]).lower()
+        assert all("does not fit" in said for said in calls_of_c(lambda _: ok, sizes))
+    for missing in ("x", "y", "weight", "scratch"):
+        assert all("null" in said for said in calls_of_c(lambda name: None if name == missing else ok))
+    for dtype in (-1, 2):
+        assert all("no kernel" in said for said in calls_of_c(lambda _: ok, dtype=dtype))
 
 
 def test_the_heads_gradient_of_no_rows_needs_a_place_for_its_zeros():
@@ -217,7 +252,10 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.strop.linear.default, (inputs[0], inputs[1], None))
     frozen = [t.detach() for t in inputs]
     torch.library.opcheck(torch.ops.strop.linear_d_input.default, (random(3, 4), frozen[1]))
-    torch.library.opcheck(torch.ops.strop.linear_d_weight.default, (random(3, 4), frozen[0]))
+    for dtype in (BF16, torch.float32):
+        torch.library.opcheck(torch.ops.strop.linear_d_weight.default, (random(3, 4), frozen[0], dtype))
+    wide = [inputs[0], *(t.detach().float().requires_grad_() for t in inputs[1:])]
+    torch.library.opcheck(torch.ops.strop.linear.default, wide)
     turned = [random(2, 8, 3).transpose(1, 2), random(8, 4, seed=1).t(), random(4, seed=2)]
     torch.library.opcheck(torch.ops.strop.linear.default, [t.requires_grad_() for t in turned])
 

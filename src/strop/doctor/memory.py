@@ -8,6 +8,8 @@
     block's gradient      (c + 4) block            before and while it is reduced
     activations           T (L a + b)              see `activation_bytes`
 
+One rank on a CPU uses its fp32 weights as they are (models.whole): nothing is gathered, and gradients are 4P.
+
 With adapters (LoRA) the weights that stay frozen take c bytes each and nothing else, and P is in the other
 lines what is trained; A's inputs live until the backward as those of trained weights do.
 
@@ -77,11 +79,17 @@ def estimate(
     whole = 4 * p + c * frozen <= WHOLE_GRADIENT_BYTES
     block = min(shape.block_params or p, p)
     tokens = micro_batch_tokens
+    in_place = num_ranks == 1 and not gpu and not frozen
+    if in_place:
+        gradients, gathered = 4 * p, 0
+    else:
+        gradients = 4 * share + (4 * p if whole else (c + 4) * block)
+        gathered = c * (shape.root_params + 2 * shape.block_params)
     return Memory(
         weights=4 * share + c * frozen_share,
         optimizer=8 * share,
-        gradients=4 * share + (4 * p if whole else (c + 4) * block),
-        gathered=c * (shape.root_params + 2 * shape.block_params),
+        gradients=gradients,
+        gathered=gathered,
         activations=tokens * activation_bytes(shape, c, activation_checkpointing),
         head=0 if shape.scores else _head_bytes(shape, tokens, c, gpu),
         framework=GPU_FRAMEWORK_BYTES if gpu else CPU_FRAMEWORK_BYTES,

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from strop.ops import layers
-from strop.ops.linear import linear, takes
+from strop.ops.linear import applies, linear
 
 TOLERANCE = 1e-5
 """In fp32, on numbers around 1."""
@@ -44,7 +44,7 @@ def install(model: nn.Module) -> None:
         if "forward" in vars(module):
             continue
         if type(module) is nn.Linear and module is not head:
-            module.forward = types.MethodType(_linear, module)  # type: ignore[method-assign]
+            use_linear(module)
         elif _looks_like_norm(module) and _is_norm(module):
             module.forward = types.MethodType(_norm, module)
         elif _looks_like_mlp(module) and _is_mlp(module):
@@ -91,14 +91,18 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
-    if layers.supports(hidden_states) and hidden_states.dtype == self.weight.dtype:
+    if layers.supports(hidden_states) and layers.fits(hidden_states, self.weight):  # type: ignore[arg-type]
         return layers.rms_norm(hidden_states, self.weight, _eps(self))  # type: ignore[arg-type]
     return type(self).forward(self, hidden_states)
 
 
+def use_linear(module: nn.Linear) -> None:
+    module.forward = types.MethodType(_linear, module)  # type: ignore[method-assign]
+
+
 def _linear(self: nn.Linear, x: Tensor) -> Tensor:
-    """torch's own wherever there are no kernels, sharded weights among them."""
-    if type(self.weight) is nn.Parameter and type(x) is Tensor and takes(x, self.weight, self.bias):
+    """torch's own for what `linear` adds nothing to, and for sharded weights."""
+    if type(self.weight) is nn.Parameter and type(x) is Tensor and applies(x, self.weight, self.bias):
         return linear(x, self.weight, self.bias)
     return nn.Linear.forward(self, x)
 
@@ -125,7 +129,7 @@ def _mlp(self: nn.Module, x: Tensor) -> Tensor:
     gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj  # type: ignore[operator]
     if not layers.supports(gate) or not _is_plain(self.act_fn):  # type: ignore[arg-type]
         return down(self.act_fn(gate) * up)  # type: ignore[operator]
-    if type(down) is nn.Linear and down.bias is None and down.weight.dtype == gate.dtype and _is_plain(down):
+    if type(down) is nn.Linear and down.bias is None and layers.fits(gate, down.weight) and _is_plain(down):
         return layers.silu_mul_linear(gate, up, down.weight)
     return down(layers.silu_mul(gate, up))  # type: ignore[operator]
 

@@ -87,11 +87,6 @@ class PartLoss:
 class Policy(nn.Module):
     """Wraps a causal LM. `layout` is "packed" or "padded", `head` is "fused" or "logits"."""
 
-    set_requires_gradient_sync: Callable[[bool], None]
-    """Given by fully_shard: whether the next backward reduces the gradient."""
-    set_reshard_after_backward: Callable[[bool], None]
-    """Given by fully_shard: whether the next backward frees the gathered weights."""
-
     def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__()
         fused.install(lm)
@@ -107,6 +102,12 @@ class Policy(nn.Module):
         """What the probe measured: the mean difference in nats that the height of a batch makes."""
         self.neftune_alpha: Optional[float] = None
         self.adapters: Optional[Adapters] = None
+
+    def set_requires_gradient_sync(self, sync: bool) -> None:
+        """fully_shard replaces it: whether the next backward reduces the gradient."""
+
+    def set_reshard_after_backward(self, reshard: bool) -> None:
+        """fully_shard replaces it: whether the next backward frees the gathered weights."""
 
     @property
     def draws_at_random(self) -> bool:

@@ -60,10 +60,11 @@ class RewardModel(Policy):
             own = self.lm(input_ids=batch.tokens_T[None], use_cache=False).logits[0].float()
             return Scores(own, own.new_zeros(1, 0))
         hidden_SH, _ = self._hidden_or_logits(batch, batch.cu_seqlens[1:].long() - 1)
-        hidden_SH = hidden_SH.float()
         head: Any = self.lm.score
+        weight_H = head.weight[0].to(hidden_SH.dtype).float()
+        hidden_SH = hidden_SH.float()
         # No view of a larger result: FSDP warns of what could be done to one in place.
-        return Scores(torch.mv(hidden_SH, head.weight[0].float()), hidden_SH)
+        return Scores(torch.mv(hidden_SH, weight_H), hidden_SH)
 
     @torch.no_grad()
     def probe(self, device: torch.device, dtype: torch.dtype, wanted: str) -> None:

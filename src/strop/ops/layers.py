@@ -37,6 +37,17 @@ def _code(x: Tensor) -> int:
     return native.DTYPES["cpu"][x.dtype]
 
 
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether a weight is of x's dtype, or of fp32: then it is rounded to x's as it is read, and its gradient is
+    fp32."""
+    return weight.dtype in (x.dtype, torch.float32)
+
+
+def _check_weight(x: Tensor, weight: Tensor) -> None:
+    if not fits(x, weight) or weight.device != x.device:
+        _check_alike(x, weight=weight)
+
+
 def _check_alike(x: Tensor, **others: Tensor) -> None:
     """C gets addresses, which it takes to be the CPU's and of x's dtype."""
     if x.device.type != "cpu":
@@ -52,15 +63,16 @@ def _check_alike(x: Tensor, **others: Tensor) -> None:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight · x / √(mean(x²) + eps) over the last dim; the normalised row is rounded to x's dtype first.
 
-    x [..., size], weight [size] of the same dtype. Zhang and Sennrich 2019, as transformers computes it.
+    x [..., size], weight [size] of the same dtype or fp32 (`fits`). Zhang and Sennrich 2019, as transformers computes it.
     """
-    _check_alike(x, weight=weight)
+    _check_alike(x)
+    _check_weight(x, weight)
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight {tuple(weight.shape)} for x {tuple(x.shape)}")
     y = _NORM(x, weight, eps)[0]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # A copy of the weight: FSDP frees gathered ones, and gathers a block's in its own backward only.
-        remade.note(y, functools.partial(_norm_again, eps), x.detach(), weight.detach().clone())
+        remade.note(y, functools.partial(_norm_again, eps), x.detach(), weight.detach().to(x.dtype, copy=True))
     return y
 
 
@@ -69,7 +81,7 @@ def _norm_again(eps: float, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    x, weight = x.contiguous(), weight.contiguous()
+    x, weight = x.contiguous(), weight.to(x.dtype).contiguous()
     y, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
     native.call("strop_norm", x, x, weight, _code(x), inverse.numel(), x.shape[-1], eps, y, inverse)
     return y, inverse
@@ -78,7 +90,8 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, train: bool
 ) -> tuple[Tensor, Tensor]:
-    x, weight, dy = x.contiguous(), weight.contiguous(), dy.contiguous()
+    dtype = weight.dtype
+    x, weight, dy = x.contiguous(), weight.to(x.dtype).contiguous(), dy.contiguous()
     rows, size = inverse.numel(), x.shape[-1]
     dx, d_weight = torch.empty_like(x), torch.zeros_like(weight) if train else weight.new_empty(0)
     partial = None
@@ -88,7 +101,7 @@ def _norm_backward(
         "strop_norm_grad", x, x, weight, dy, inverse, _code(x), rows, size, dx, partial,
         d_weight if train else None,
     )  # fmt: skip
-    return dx, d_weight
+    return dx, d_weight.to(dtype)
 
 
 def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -146,10 +159,10 @@ def silu_mul_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
     """(silu(gate) · up) @ weight.T: a gated MLP's last two steps, which keep gate and up alone for the
     backward. Their product, a third of what the MLP would keep, is made again there by the same pass.
 
-    gate and up [..., I], weight [O, I], all of one dtype -> [..., O].
+    gate and up [..., I], weight [O, I] of the same dtype or fp32 (`fits`) -> [..., O].
     """
     _check_gate(gate, up)
-    _check_alike(gate, weight=weight)
+    _check_weight(gate, weight)
     if weight.ndim != 2 or weight.shape[1:] != gate.shape[-1:]:
         raise ValueError(f"weight {tuple(weight.shape)} for gate {tuple(gate.shape)}")
     return _GATE_LINEAR(gate, up, weight)
@@ -190,7 +203,7 @@ def _gate_linear_autograd(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Optiona
     train = ctx.needs_input_grad[2]
     d_product = linear.d_input(dy, weight)
     d_gate, d_up, product = _GATE_BACKWARD(d_product, gate, up, train)
-    d_weight = linear.d_weight(dy, product) if train else None
+    d_weight = linear.d_weight(dy, product, weight.dtype) if train else None
     return d_gate, d_up, d_weight
 
 

@@ -2,7 +2,10 @@
 y = x W^T + b and for both products of its backward, whose sums run in fp32 and are rounded once.
 
 A row of y does not depend on the rows beside it, which torch's bf16 matmuls do not promise, and nothing
-depends on the number of threads. Shapes: T tokens, I inputs, O outputs.
+depends on the number of threads. Weight and bias may be fp32 beside 16-bit x: they are rounded to x's dtype as
+they are read, and their gradients are fp32. No rounded copy of them outlives a product, on any CPU.
+
+Shapes: T tokens, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -16,18 +19,21 @@ from torch import Tensor
 from strop.ops import native, remade
 from strop.ops.registered import define
 
+_CODES = native.DTYPES["cpu"]
+
 
 def takes(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> bool:
-    """Whether `linear` has kernels for these: plain bf16 tensors, I and O even."""
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    return weight.ndim == 2 and _has_kernels_for(*weight.shape, *tensors)
+    """Whether `linear` has kernels for these: x in bf16, weight and bias too or in fp32, I and O even."""
+    if weight.ndim != 2 or x.dtype != torch.bfloat16 or not x.is_cpu or not weight.is_cpu:
+        return False
+    if bias is not None and not (bias.is_cpu and bias.dtype == weight.dtype):
+        return False
+    return _has_kernels_for(*weight.shape, weight.dtype)
 
 
-def _has_kernels_for(num_out: int, num_in: int, *tensors: Tensor) -> bool:
-    for tensor in tensors:
-        if tensor.dtype != torch.bfloat16 or not tensor.is_cpu:
-            return False
-    return num_out % 2 == num_in % 2 == 0 < num_out * num_in and _has_kernels()
+def _has_kernels_for(num_out: int, num_in: int, dtype: torch.dtype) -> bool:
+    known = dtype == torch.bfloat16 or dtype == torch.float32
+    return known and num_out % 2 == num_in % 2 == 0 < num_out * num_in and _has_kernels()
 
 
 @torch.compiler.assume_constant_result
@@ -36,12 +42,19 @@ def _has_kernels() -> bool:
     return native.has_avx512(torch.bfloat16) and not torch.cpu._is_amx_tile_supported()
 
 
+def applies(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> bool:
+    """Whether `linear` is more than torch's own: by its kernels, or beside an fp32 weight, which torch refuses."""
+    wider = weight.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
+    return wider or takes(x, weight, bias)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-    """x W^T + b: x [..., I], weight [O, I], bias [O] -> [..., O]. What `takes` refuses goes to torch.
+    """x W^T + b: x [..., I], weight [O, I], bias [O] -> [..., O] in x's dtype. torch multiplies what `takes`
+    refuses.
 
     Raises ValueError for shapes that do not fit.
     """
-    if not takes(x, weight, bias):
+    if not applies(x, weight, bias):
         return F.linear(x, weight, bias)
     num_out, num_in = weight.shape
     if x.ndim == 0 or x.shape[-1] != num_in or (bias is not None and bias.shape != (num_out,)):
@@ -51,17 +64,13 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
 
 
 def d_input(dy: Tensor, weight: Tensor) -> Tensor:
-    """dy [..., O], weight [O, I] -> [..., I], the gradient by x."""
-    if not takes(dy, weight, None):
-        return dy @ weight
+    """dy [..., O], weight [O, I] -> [..., I] in dy's dtype, the gradient by x."""
     return _D_INPUT(dy, weight)
 
 
-def d_weight(dy: Tensor, x: Tensor) -> Tensor:
-    """dy [..., O], x [..., I] -> [O, I], the gradient by the weight."""
-    if not _has_kernels_for(dy.shape[-1], x.shape[-1], dy, x):
-        return torch.atleast_2d(dy).flatten(0, -2).t() @ torch.atleast_2d(x).flatten(0, -2)
-    return _D_WEIGHT(dy, x)
+def d_weight(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """dy [..., O], x [..., I] -> [O, I] in dtype, the gradient by the weight."""
+    return _D_WEIGHT(dy, x, dtype)
 
 
 def _padded(size: int, multiple: int) -> int:
@@ -69,38 +78,54 @@ def _padded(size: int, multiple: int) -> int:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    bias = None if bias is None else bias.to(x.dtype)
+    if not takes(x, weight, None):
+        return F.linear(x, weight.to(x.dtype), bias)
     x, weight = x.contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     num_out, num_in = weight.shape
     y = x.new_empty(*x.shape[:-1], num_out)
     scratch = x.new_empty(_padded(num_out, native.TILE) * num_in)
-    native.call("strop_linear", x, x, weight, bias, x.numel() // num_in, num_in, num_out, scratch, y)
+    native.call(
+        "strop_linear", x, x, weight, _CODES[weight.dtype], bias, x.numel() // num_in, num_in, num_out, scratch, y
+    )
     return y
 
 
 def _d_input(dy: Tensor, weight: Tensor) -> Tensor:
+    if not takes(dy, weight, None):
+        return dy @ weight.to(dy.dtype)
     dy, weight = dy.contiguous(), weight.contiguous()
     num_out, num_in = weight.shape
     dx = dy.new_empty(*dy.shape[:-1], num_in)
     scratch = dy.new_empty(_padded(num_in, native.TILE) * num_out)
-    native.call("strop_linear_d_input", dy, dy, weight, dy.numel() // num_out, num_in, num_out, scratch, dx)
+    native.call(
+        "strop_linear_d_input", dy, dy, weight, _CODES[weight.dtype], dy.numel() // num_out, num_in, num_out,
+        scratch, dx,
+    )  # fmt: skip
     return dx
 
 
-def _d_weight(dy: Tensor, x: Tensor) -> Tensor:
-    dy, x = dy.contiguous(), x.contiguous()
+def _d_weight(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     num_out, num_in = dy.shape[-1], x.shape[-1]
+    plain = dy.is_cpu and dy.dtype == x.dtype == torch.bfloat16
+    if not plain or not _has_kernels_for(num_out, num_in, dtype):
+        return (torch.atleast_2d(dy).flatten(0, -2).t() @ torch.atleast_2d(x).flatten(0, -2)).to(dtype)
+    dy, x = dy.contiguous(), x.contiguous()
     num_tokens = dy.numel() // num_out
-    d_weight = x.new_empty(num_out, num_in)
+    d_weight = x.new_empty(num_out, num_in, dtype=dtype)
     columns = _padded(num_in, native.TILE) + _padded(num_out, native.PANEL)
     scratch = x.new_empty(columns * _padded(num_tokens, 2))
-    native.call("strop_linear_d_weight", dy, dy, x, num_tokens, num_in, num_out, scratch, d_weight)
+    native.call(
+        "strop_linear_d_weight", dy, dy, x, num_tokens, num_in, num_out, scratch, d_weight, _CODES[dtype]
+    )
     return d_weight
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Only what a gradient needs is kept, and nothing that can be made again."""
-    x, weight, _ = inputs
+    x, weight, bias = inputs
+    ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
     need_x, need_weight = ctx.needs_input_grad[:2]
     source = remade.source_of(x) if need_weight else None
     of_x: tuple[Optional[Tensor], ...] = (x if need_weight else None,)
@@ -117,8 +142,10 @@ def _autograd(ctx: Any, dy: Tensor) -> tuple[Optional[Tensor], ...]:
     dx = _D_INPUT(dy, weight) if need_x else None
     d_weight = None
     if need_weight:
-        d_weight = _D_WEIGHT(dy, of_x[0] if ctx.maker is None else ctx.maker.make(of_x))
-    return dx, d_weight, torch.atleast_2d(dy).flatten(0, -2).sum(0) if need_bias else None
+        x = of_x[0] if ctx.maker is None else ctx.maker.make(of_x)
+        d_weight = _D_WEIGHT(dy, x, ctx.weight_dtype)
+    d_bias = torch.atleast_2d(dy).flatten(0, -2).sum(0, dtype=ctx.bias_dtype) if need_bias else None
+    return dx, d_weight, d_bias
 
 
 _LINEAR = define(
@@ -134,7 +161,7 @@ _D_INPUT = define(
     lambda dy, weight: dy.new_empty(*dy.shape[:-1], weight.shape[1]),
 )
 _D_WEIGHT = define(
-    "linear_d_weight(Tensor dy, Tensor x) -> Tensor",
+    "linear_d_weight(Tensor dy, Tensor x, ScalarType dtype) -> Tensor",
     _d_weight,
-    lambda dy, x: x.new_empty(dy.shape[-1], x.shape[-1]),
+    lambda dy, x, dtype: x.new_empty(dy.shape[-1], x.shape[-1], dtype=dtype),
 )

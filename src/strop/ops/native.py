@@ -67,9 +67,9 @@ CPU_SIGNATURES: dict[str, tuple[Any, ...]] = {
     "strop_gate": (_P, _P, _I, _N, _P),
     "strop_gate_grad": (_P, _P, _P, _I, _N, _P, _P, _P),
     "strop_turn": (_P, _I, _N, _N, _P, _P, _N, _N, _N, _I, _P),
-    "strop_linear": (_P, _P, _P, _N, _N, _N, _P, _P),
-    "strop_linear_d_input": (_P, _P, _N, _N, _N, _P, _P),
-    "strop_linear_d_weight": (_P, _P, _N, _N, _N, _P, _P),
+    "strop_linear": (_P, _P, _I, _P, _N, _N, _N, _P, _P),
+    "strop_linear_d_input": (_P, _P, _I, _N, _N, _N, _P, _P),
+    "strop_linear_d_weight": (_P, _P, _N, _N, _N, _P, _P, _I),
     "strop_attend": (_P, _P, _P),
     "strop_attend_grad": (_P, _P, _P, _P, _P, _P, _P),
 }

@@ -467,9 +467,10 @@ int check_layer(int dtype, int64_t num_rows, int64_t size) {
     return num_rows < 0 || size <= 0 ? STROP_ESHAPE : STROP_OK;
 }
 
-int check_linear(int64_t num_tokens, int64_t num_in, int64_t num_out) {
+int check_linear(int weight_dtype, int64_t num_tokens, int64_t num_in, int64_t num_out) {
     const int status = check_layer(STROP_BF16, num_tokens, num_in);
     if (status != STROP_OK) return status;
+    if (weight_dtype != STROP_F32 && weight_dtype != STROP_BF16) return STROP_EDTYPE;
     return num_out <= 0 || num_in % 2 || num_out % 2 ? STROP_ESHAPE : STROP_OK;
 }
 
@@ -551,33 +552,41 @@ int strop_turn(const void* x, int dtype, int64_t token_stride, int64_t head_stri
     return STROP_OK;
 }
 
-int strop_linear(const void* x, const void* weight, const void* bias, int64_t num_tokens, int64_t num_in,
-                 int64_t num_out, void* scratch, void* y) {
-    const int status = check_linear(num_tokens, num_in, num_out);
+int strop_linear(const void* x, const void* weight, int weight_dtype, const void* bias, int64_t num_tokens,
+                 int64_t num_in, int64_t num_out, void* scratch, void* y) {
+    const int status = check_linear(weight_dtype, num_tokens, num_in, num_out);
     if (status != STROP_OK || num_tokens == 0) return status;
     if (!x || !weight || !scratch || !y) return STROP_ENULL;
-    linear::forward((const uint16_t*)x, (const uint16_t*)weight, (const uint16_t*)bias, num_tokens, num_in, num_out,
-                    (uint16_t*)scratch, (uint16_t*)y);
+    const auto run = [&](auto* w) {
+        linear::forward((const uint16_t*)x, w, (const uint16_t*)bias, num_tokens, num_in, num_out, (uint16_t*)scratch,
+                        (uint16_t*)y);
+    };
+    weight_dtype == STROP_F32 ? run((const float*)weight) : run((const uint16_t*)weight);
     return STROP_OK;
 }
 
-int strop_linear_d_input(const void* dy, const void* weight, int64_t num_tokens, int64_t num_in, int64_t num_out,
-                         void* scratch, void* dx) {
-    const int status = check_linear(num_tokens, num_in, num_out);
+int strop_linear_d_input(const void* dy, const void* weight, int weight_dtype, int64_t num_tokens, int64_t num_in,
+                         int64_t num_out, void* scratch, void* dx) {
+    const int status = check_linear(weight_dtype, num_tokens, num_in, num_out);
     if (status != STROP_OK || num_tokens == 0) return status;
     if (!dy || !weight || !scratch || !dx) return STROP_ENULL;
-    linear::input_gradient((const uint16_t*)dy, (const uint16_t*)weight, num_tokens, num_in, num_out,
-                           (uint16_t*)scratch, (uint16_t*)dx);
+    const auto run = [&](auto* w) {
+        linear::input_gradient((const uint16_t*)dy, w, num_tokens, num_in, num_out, (uint16_t*)scratch, (uint16_t*)dx);
+    };
+    weight_dtype == STROP_F32 ? run((const float*)weight) : run((const uint16_t*)weight);
     return STROP_OK;
 }
 
 int strop_linear_d_weight(const void* dy, const void* x, int64_t num_tokens, int64_t num_in, int64_t num_out,
-                          void* scratch, void* d_weight) {
-    const int status = check_linear(num_tokens, num_in, num_out);
+                          void* scratch, void* d_weight, int weight_dtype) {
+    const int status = check_linear(weight_dtype, num_tokens, num_in, num_out);
     if (status != STROP_OK) return status;
     if (!d_weight || (num_tokens > 0 && (!dy || !x || !scratch))) return STROP_ENULL;
-    linear::weight_gradient((const uint16_t*)dy, (const uint16_t*)x, num_tokens, num_in, num_out, (uint16_t*)scratch,
-                            (uint16_t*)d_weight);
+    const auto run = [&](auto* w) {
+        linear::weight_gradient((const uint16_t*)dy, (const uint16_t*)x, num_tokens, num_in, num_out,
+                                (uint16_t*)scratch, w);
+    };
+    weight_dtype == STROP_F32 ? run((float*)d_weight) : run((uint16_t*)d_weight);
     return STROP_OK;
 }
 
@@ -632,11 +641,15 @@ int strop_gate_grad(const void*, const void*, const void*, int, int64_t, void*, 
 int strop_turn(const void*, int, int64_t, int64_t, const void*, const void*, int64_t, int64_t, int64_t, int, void*) {
     return STROP_EDTYPE;
 }
-int strop_linear(const void*, const void*, const void*, int64_t, int64_t, int64_t, void*, void*) {
+int strop_linear(const void*, const void*, int, const void*, int64_t, int64_t, int64_t, void*, void*) {
     return STROP_EDTYPE;
 }
-int strop_linear_d_input(const void*, const void*, int64_t, int64_t, int64_t, void*, void*) { return STROP_EDTYPE; }
-int strop_linear_d_weight(const void*, const void*, int64_t, int64_t, int64_t, void*, void*) { return STROP_EDTYPE; }
+int strop_linear_d_input(const void*, const void*, int, int64_t, int64_t, int64_t, void*, void*) {
+    return STROP_EDTYPE;
+}
+int strop_linear_d_weight(const void*, const void*, int64_t, int64_t, int64_t, void*, void*, int) {
+    return STROP_EDTYPE;
+}
 int strop_attend(const strop_attention*, void*, float*) { return STROP_EDTYPE; }
 int strop_attend_grad(const strop_attention*, const void*, const void*, const float*, void*, void*, void*) {
     return STROP_EDTYPE;

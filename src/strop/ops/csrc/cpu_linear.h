@@ -1,5 +1,6 @@
 // A linear layer's three products in bf16 for CPUs with AVX-512's bf16 dot product: y = x W^T, dx = dy W and
-// dW = dy^T x, summed in fp32 over the whole depth and rounded once.
+// dW = dy^T x, summed in fp32 over the whole depth and rounded once. Weights may be fp32: they are rounded as they
+// are packed, and dW then is not rounded at all.
 //
 // As in cpu_avx512.h a tile is 12 rows, broadcast, by 32 columns in lanes: 24 accumulators. What lies in lanes is
 // packed first, [tile][depth / 2][32 columns][2], with two summands of a sum side by side in 32 bits: W for y and
@@ -30,16 +31,34 @@ struct Product {
     const uint16_t* rows;   // rows `stride` apart, or panels
     int64_t stride, num_rows, num_columns, pairs;  // pairs: half of the depth, rounded up
     const uint16_t* bias;                          // of the columns, or NULL
-    uint16_t* out;                                 // [num_rows, num_columns]
+    void* out;                                     // [num_rows, num_columns]
 };
 
 AVX512 INLINE __mmask32 columns_left(int64_t left) { return left >= TILE ? ~0u : (1u << left) - 1; }
 
+// 32 columns of a row, by `there`. past: whole, and their lines go past the caches.
+AVX512 INLINE void store(uint16_t* out, __m512 low, __m512 high, __mmask32 there, bool past) {
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    if (past)
+        _mm512_stream_si512((__m512i*)out, both);
+    else
+        _mm512_mask_storeu_epi16(out, there, both);
+}
+AVX512 INLINE void store(float* out, __m512 low, __m512 high, __mmask32 there, bool past) {
+    if (past) {
+        _mm512_stream_ps(out, low);
+        _mm512_stream_ps(out + 16, high);
+    } else {
+        _mm512_mask_storeu_ps(out, (__mmask16)there, low);
+        _mm512_mask_storeu_ps(out + 16, (__mmask16)(there >> 16), high);
+    }
+}
+
 // ROWS rows of out at `out`. PANELS: rows is a panel; such a product is the weight's gradient, which nothing reads
 // soon: whole lines go past the caches. next: the panel of rows after this one, asked for in advance.
-template <int ROWS, bool PANELS>
+template <int ROWS, bool PANELS, typename Out>
 AVX512 __attribute__((noinline)) void tile(const Product& p, const uint16_t* lanes, const uint16_t* rows,
-                                           const char* next, int64_t column, uint16_t* out) {
+                                           const char* next, int64_t column, Out* out) {
     __m512 acc[ROWS][2];
 #pragma GCC unroll 12
     for (int i = 0; i < ROWS; i++) acc[i][0] = acc[i][1] = _mm512_setzero_ps();
@@ -72,34 +91,33 @@ AVX512 __attribute__((noinline)) void tile(const Product& p, const uint16_t* lan
         }
     }
     const int64_t ld = p.num_columns;
-    if (PANELS && there == ~0u && ((uintptr_t)out | (uintptr_t)ld * 2) % 64 == 0) {
+    if (PANELS && there == ~0u && ((uintptr_t)out | (uintptr_t)ld * sizeof(Out)) % 64 == 0) {
 #pragma GCC unroll 12
-        for (int i = 0; i < ROWS; i++)
-            _mm512_stream_si512((__m512i*)(out + i * ld), (__m512i)_mm512_cvtne2ps_pbh(acc[i][1], acc[i][0]));
+        for (int i = 0; i < ROWS; i++) store(out + i * ld, acc[i][0], acc[i][1], there, true);
         return;
     }
 #pragma GCC unroll 12
-    for (int i = 0; i < ROWS; i++)
-        _mm512_mask_storeu_epi16(out + i * ld, there, (__m512i)_mm512_cvtne2ps_pbh(acc[i][1], acc[i][0]));
+    for (int i = 0; i < ROWS; i++) store(out + i * ld, acc[i][0], acc[i][1], there, false);
 }
 
-using Tile = void (*)(const Product&, const uint16_t*, const uint16_t*, const char*, int64_t, uint16_t*);
-template <bool PANELS, int... I>
-constexpr std::array<Tile, sizeof...(I)> tiles_of(std::integer_sequence<int, I...>) {
-    return {tile<I + 1, PANELS>...};
+template <typename Out>
+using Tile = void (*)(const Product&, const uint16_t*, const uint16_t*, const char*, int64_t, Out*);
+template <bool PANELS, typename Out, int... I>
+constexpr std::array<Tile<Out>, sizeof...(I)> tiles_of(std::integer_sequence<int, I...>) {
+    return {tile<I + 1, PANELS, Out>...};
 }
 
 // Rows from .. to - 1 (from: a multiple of the panel) of the tiles first .. last - 1. What fits into L1 is kept
 // there: the lanes of a tile, else the rows of a panel.
-template <bool PANELS>
+template <bool PANELS, typename Out>
 void item(const Product& p, int64_t from, int64_t to, int64_t first, int64_t last) {
-    static constexpr auto TILES = tiles_of<PANELS>(std::make_integer_sequence<int, PANEL>());
+    static constexpr auto TILES = tiles_of<PANELS, Out>(std::make_integer_sequence<int, PANEL>());
     const int64_t step = PANELS ? 2 * p.pairs : p.stride;  // elements between rows of one column, or panels' 12
     const auto one = [&](int64_t row, int64_t t) {
         const int64_t next = row + PANEL < to ? row + PANEL : from;
         TILES[std::min(PANEL, to - row) - 1](p, p.lanes + t * TILE * 2 * p.pairs, p.rows + row * step,
                                             (const char*)(p.rows + next * step), t * TILE,
-                                            p.out + row * p.num_columns + t * TILE);
+                                            (Out*)p.out + row * p.num_columns + t * TILE);
     };
     if (p.pairs * 4 * TILE <= L1_BYTES) {
         for (int64_t t = first; t < last; t++)
@@ -112,7 +130,7 @@ void item(const Product& p, int64_t from, int64_t to, int64_t first, int64_t las
 }
 
 // Inside a parallel region.
-template <bool PANELS>
+template <bool PANELS, typename Out>
 void multiply(const Product& p) {
     const int64_t tiles = ceil_div(p.num_columns, TILE), tile_bytes = 4 * TILE * p.pairs;
     const int64_t group = std::max<int64_t>(1, std::min(TILES_PER_ITEM, L2_BYTES / std::max<int64_t>(tile_bytes, 1)));
@@ -120,7 +138,7 @@ void multiply(const Product& p) {
 #pragma omp for schedule(dynamic) nowait
     for (int64_t i = 0; i < ceil_div(tiles, group) * blocks; i++) {
         const int64_t first = i / blocks * group, from = i % blocks * ROWS_PER_ITEM;
-        item<PANELS>(p, from, std::min(from + ROWS_PER_ITEM, p.num_rows), first, std::min(first + group, tiles));
+        item<PANELS, Out>(p, from, std::min(from + ROWS_PER_ITEM, p.num_rows), first, std::min(first + group, tiles));
     }
 }
 
@@ -146,18 +164,34 @@ AVX512 INLINE void transpose(__m512i (&r)[16]) {
     }
 }
 
+// 32 elements in bf16, zeros where `there` has none.
+AVX512 INLINE __m512i load(const uint16_t* from, __mmask32 there) { return _mm512_maskz_loadu_epi16(there, from); }
+AVX512 INLINE __m512i load(const float* from, __mmask32 there) {
+    const __m512 low = _mm512_maskz_loadu_ps((__mmask16)there, from);
+    const __m512 high = _mm512_maskz_loadu_ps((__mmask16)(there >> 16), from + 16);
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
+// The lines of 32 elements are asked for in advance.
+template <typename In>
+INLINE void fetch(const In* from) {
+    _mm_prefetch((const char*)from, _MM_HINT_T0);
+    if (sizeof(In) == 4) _mm_prefetch((const char*)(from + 16), _MM_HINT_T0);
+}
+
 // `count` <= 32 rows of a matrix as the columns of a tile: [size / 2][32][2], zeros beyond count.
-AVX512 inline void pack_transposed(const uint16_t* from, int64_t count, int64_t size, uint16_t* out) {
+template <typename In>
+AVX512 inline void pack_transposed(const In* from, int64_t count, int64_t size, uint16_t* out) {
     const int64_t pairs = size / 2;
     for (int64_t k = 0; k < pairs; k += 16) {
         const int64_t left = std::min<int64_t>(16, pairs - k);
-        const __mmask16 there = (__mmask16)((1u << left) - 1);
+        const __mmask32 there = columns_left(2 * left);
         for (int64_t half = 0; half < 2; half++) {
             __m512i r[16];
             for (int64_t i = 0; i < 16; i++) {  // the next tile's 32 rows follow these in memory
-                _mm_prefetch((const char*)(from + TILE * size + 2 * TILE * k + (16 * half + i) * TILE), _MM_HINT_T1);
+                fetch(from + TILE * size + 2 * TILE * k + (16 * half + i) * TILE);
                 const int64_t row = 16 * half + i;
-                r[i] = _mm512_maskz_loadu_epi32(row < count ? there : 0, from + std::min(row, count - 1) * size + 2 * k);
+                r[i] = load(from + std::min(row, count - 1) * size + 2 * k, row < count ? there : 0);
             }
             transpose(r);
             for (int64_t i = 0; i < left; i++) _mm512_storeu_si512(out + (k + i) * 2 * TILE + half * TILE, r[i]);
@@ -172,23 +206,23 @@ alignas(64) constexpr uint16_t TURNS[64] = {
 
 // Rows from .. to - 1 (from even) of `depth` rows of `size` columns, of which column .. column + width - 1 are
 // packed into their tiles. WIDTH: 32 for tiles of lanes, 12 for panels of rows.
-template <int WIDTH>
-AVX512 inline void pack_pairs(const uint16_t* matrix, int64_t depth, int64_t size, int64_t from, int64_t to,
+template <int WIDTH, typename In>
+AVX512 inline void pack_pairs(const In* matrix, int64_t depth, int64_t size, int64_t from, int64_t to,
                               int64_t column, int64_t width, uint16_t* out) {
     const __m512i low = _mm512_load_si512(TURNS), high = _mm512_load_si512(TURNS + 32);
     const int64_t pairs = ceil_div(depth, 2);
     for (int64_t k = from; k < to; k += 2) {
-        const uint16_t* row = matrix + k * size + column;
+        const In* row = matrix + k * size + column;
         for (int64_t c = 0; c < width; c += TILE) {
-            _mm_prefetch((const char*)(row + AHEAD * size + c), _MM_HINT_T0);
-            _mm_prefetch((const char*)(row + (AHEAD + 1) * size + c), _MM_HINT_T0);
+            fetch(row + AHEAD * size + c);
+            fetch(row + (AHEAD + 1) * size + c);
         }
         uint16_t* to_tile = out + column * 2 * pairs + k * WIDTH;
         for (int64_t c = 0; c < width; c += WIDTH, to_tile += 2 * WIDTH * pairs) {
             const int64_t left = std::min<int64_t>(WIDTH, width - c);
-            const __mmask32 there = left == 32 ? ~0u : (1u << left) - 1;
-            const __m512i a = _mm512_maskz_loadu_epi16(there, row + c);
-            const __m512i b = _mm512_maskz_loadu_epi16(k + 1 < depth ? there : 0, row + size + c);
+            const __mmask32 there = columns_left(left);
+            const __m512i a = load(row + c, there);
+            const __m512i b = load(row + size + c, k + 1 < depth ? there : 0);
             const __m512i first = _mm512_permutex2var_epi16(a, low, b);
             if (WIDTH == PANEL) {
                 _mm256_storeu_si256((__m256i*)to_tile, _mm512_castsi512_si256(first));
@@ -202,8 +236,8 @@ AVX512 inline void pack_pairs(const uint16_t* matrix, int64_t depth, int64_t siz
 }
 
 // Work item i of packing a matrix [depth, size] so; see num_items.
-template <int WIDTH>
-void pack_item(const uint16_t* matrix, int64_t depth, int64_t size, int64_t i, uint16_t* out) {
+template <int WIDTH, typename In>
+void pack_item(const In* matrix, int64_t depth, int64_t size, int64_t i, uint16_t* out) {
     const int64_t strip = WIDTH == PANEL ? PANEL_STRIP : STRIP, strips = ceil_div(size, strip);
     const int64_t column = i % strips * strip, from = i / strips * PACK_ROWS;
     pack_pairs<WIDTH>(matrix, depth, size, from, std::min(from + PACK_ROWS, depth), column,
@@ -217,32 +251,35 @@ inline int64_t num_items(int64_t depth, int64_t size, int64_t strip) {
 // ---- The products: x [T, K], weight [N, K], dy [T, N]
 
 // y [T, N]; scratch: ceil(N / 32) * 32 * K
-inline void forward(const uint16_t* x, const uint16_t* weight, const uint16_t* bias, int64_t num_tokens, int64_t num_in,
+template <typename Weight>
+void forward(const uint16_t* x, const Weight* weight, const uint16_t* bias, int64_t num_tokens, int64_t num_in,
                     int64_t num_out, uint16_t* scratch, uint16_t* y) {
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < num_out; n += TILE)
             pack_transposed(weight + n * num_in, std::min(TILE, num_out - n), num_in, scratch + n * num_in);
-        multiply<false>({scratch, x, num_in, num_tokens, num_out, num_in / 2, bias, y});
+        multiply<false, uint16_t>({scratch, x, num_in, num_tokens, num_out, num_in / 2, bias, y});
     }
 }
 
 // dx [T, K]; scratch: ceil(K / 32) * 32 * N
-inline void input_gradient(const uint16_t* dy, const uint16_t* weight, int64_t num_tokens, int64_t num_in,
+template <typename Weight>
+void input_gradient(const uint16_t* dy, const Weight* weight, int64_t num_tokens, int64_t num_in,
                            int64_t num_out, uint16_t* scratch, uint16_t* dx) {
 #pragma omp parallel
     {
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < num_items(num_out, num_in, STRIP); i++)
             pack_item<TILE>(weight, num_out, num_in, i, scratch);
-        multiply<false>({scratch, dy, num_out, num_tokens, num_in, num_out / 2, nullptr, dx});
+        multiply<false, uint16_t>({scratch, dy, num_out, num_tokens, num_in, num_out / 2, nullptr, dx});
     }
 }
 
 // dW [N, K]; scratch: (ceil(K / 32) * 32 + ceil(N / 12) * 12) * ceil(T / 2) * 2
-inline void weight_gradient(const uint16_t* dy, const uint16_t* x, int64_t num_tokens, int64_t num_in, int64_t num_out,
-                            uint16_t* scratch, uint16_t* d_weight) {
+template <typename Weight>
+void weight_gradient(const uint16_t* dy, const uint16_t* x, int64_t num_tokens, int64_t num_in, int64_t num_out,
+                     uint16_t* scratch, Weight* d_weight) {
     const int64_t pairs = ceil_div(num_tokens, 2), lanes = num_items(num_tokens, num_in, STRIP);
     const int64_t panels = num_items(num_tokens, num_out, PANEL_STRIP);
     uint16_t* const rows = scratch + ceil_div(num_in, TILE) * TILE * 2 * pairs;
@@ -255,7 +292,7 @@ inline void weight_gradient(const uint16_t* dy, const uint16_t* x, int64_t num_t
             else
                 pack_item<PANEL>(dy, num_tokens, num_out, i - lanes, rows);
         }
-        multiply<true>({scratch, rows, 0, num_out, num_in, pairs, nullptr, d_weight});
+        multiply<true, Weight>({scratch, rows, 0, num_out, num_in, pairs, nullptr, d_weight});
     }
 }
 

@@ -84,18 +84,19 @@ int strop_gate_grad(const void* gate, const void* up, const void* dy, int dtype,
 int strop_turn(const void* x, int dtype, int64_t token_stride, int64_t head_stride, const void* cosine,
                const void* sine, int64_t num_tokens, int64_t num_heads, int64_t size, int inverse, void* y);
 
-// A linear layer, bf16: x [T, in], weight [out, in], bias [out] or NULL, dy and y [T, out]. in and out are even.
-// Sums run in fp32 over their whole depth and are rounded once; a row of y or dx depends on no other row.
+// A linear layer, bf16: x [T, in], bias [out] or NULL, dy and y [T, out]. weight [out, in] and its gradient are of
+// weight_dtype, bf16 or fp32; fp32 ones are rounded to bf16 as they are read. in and out are even. Sums run in fp32
+// over their whole depth and are rounded once (a gradient in fp32: never); a row of y or dx depends on no other row.
 // y = x weight^T + bias. scratch: ceil(out / STROP_TILE) * STROP_TILE * in elements.
-int strop_linear(const void* x, const void* weight, const void* bias, int64_t num_tokens, int64_t num_in,
-                 int64_t num_out, void* scratch, void* y);
+int strop_linear(const void* x, const void* weight, int weight_dtype, const void* bias, int64_t num_tokens,
+                 int64_t num_in, int64_t num_out, void* scratch, void* y);
 // dx [T, in] = dy weight. scratch: ceil(in / STROP_TILE) * STROP_TILE * out elements.
-int strop_linear_d_input(const void* dy, const void* weight, int64_t num_tokens, int64_t num_in, int64_t num_out,
-                         void* scratch, void* dx);
+int strop_linear_d_input(const void* dy, const void* weight, int weight_dtype, int64_t num_tokens, int64_t num_in,
+                         int64_t num_out, void* scratch, void* dx);
 // d_weight [out, in] = dy^T x, zeros for no tokens. scratch: ceil(in / STROP_TILE) * STROP_TILE +
 // ceil(out / STROP_PANEL) * STROP_PANEL, times the tokens rounded up to an even number.
 int strop_linear_d_weight(const void* dy, const void* x, int64_t num_tokens, int64_t num_in, int64_t num_out,
-                          void* scratch, void* d_weight);
+                          void* scratch, void* d_weight, int weight_dtype);
 
 // Causal attention within each of S sequences (bf16; size a multiple of 16; num_heads one of num_kv_heads).
 // cu_queries, cu_keys int32 [S+1]: a sequence with more keys than queries begins with keys of the one before it.
