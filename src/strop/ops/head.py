@@ -340,7 +340,7 @@ def _frozen_chunked(hidden: Tensor, weight: Tensor, target: Tensor, rows: _Rows)
     slope = torch.full_like(rows.top, rows.scale)
     if rows.softcap:
         slope *= 1 - (rows.at_target / (rows.softcap * rows.scale)) ** 2
-    return _rows_of(weight, target).mul_(slope[:, None]).sub_(mean.div_(rows.total[:, None]))
+    return _rows_of(weight, target, hidden.dtype).mul_(slope[:, None]).sub_(mean.div_(rows.total[:, None]))
 
 
 def backward(

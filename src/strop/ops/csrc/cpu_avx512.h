@@ -194,13 +194,14 @@ class Words {
     int64_t lines() const { return ceil_div(size, 32) | 1; }
 
     AVX512 INLINE void round(const float* from, Line* to) const {
-        for (int64_t k = 0; k < size; k += 32, to++) {
-            const int64_t left = size - k;
-            const __mmask16 low = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
-            const __mmask16 high = left >= 32 ? 0xffff : left <= 16 ? 0 : (__mmask16)((1u << (left - 16)) - 1);
-            __m512 a = _mm512_maskz_loadu_ps(low, from + k), b = _mm512_maskz_loadu_ps(high, from + k + 16);
-            _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(b, a));
-        }
+        int64_t k = 0;
+        for (; k + 32 <= size; k += 32, to++)
+            _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + k + 16), _mm512_loadu_ps(from + k)));
+        if (k == size) return;
+        const uint32_t there = (1u << (size - k)) - 1;
+        const __m512 low = _mm512_maskz_loadu_ps((__mmask16)there, from + k);
+        const __m512 high = there >> 16 ? _mm512_maskz_loadu_ps((__mmask16)(there >> 16), from + k + 16) : _mm512_setzero_ps();
+        _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
     }
 };
 
