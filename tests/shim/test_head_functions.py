@@ -11,7 +11,7 @@ import pytest
 from strop.ops import native
 from tests import amx
 from tests.shim import abi
-from tests.shim.abi import BF16, address
+from tests.shim.abi import BF16, F32, address
 from tests.shim.conftest import built
 
 pytestmark = pytest.mark.avx512
@@ -44,7 +44,8 @@ def arguments():
     words = {"first": 12, "num_words": 14, "vocab": 40, "target": address(target)}
     weight, packed, some = bf16(np.ones((40, 6))), address(out["packed"]), address(out["out"])
     rows = {"lse": address(three), "grad": address(three), "out": some}
-    both = {"packed": packed, "weight": address(weight), "dtype": BF16, **size, **words, "head": head}
+    both = {"packed": packed, "weight": address(weight), "dtype": BF16}
+    both |= {"weight_dtype": BF16, **size, **words, "head": head}
     kept = {"exps": address(out["exps"]), "tops": address(floats["tops"])}
     calls = {
         "strop_head_pack": {"hidden": address(weight), "dtype": BF16, **size, "packed": packed},
@@ -56,11 +57,11 @@ def arguments():
         "strop_head_turn": {"hidden": address(weight), **size, "turned": some},
         "strop_head_d_weight": {
             "d_words": packed, "turned": packed, "num_rows": 3, "hidden_size": 6, "num_words": 14,
-            "d_weight": some,
+            "weight_dtype": BF16, "d_weight": some,
         },
         "strop_head_d_hidden": {
-            "d_words": packed, "weight": address(weight), **size, "num_words": 14, "scratch": some,
-            "d_hidden": address(floats["sums"]),
+            "d_words": packed, "weight": address(weight), "weight_dtype": BF16, **size, "num_words": 14,
+            "scratch": some, "d_hidden": address(floats["sums"]),
         },
     }  # fmt: skip
     written = [*out.values(), *floats.values(), three]
@@ -69,6 +70,7 @@ def arguments():
 
 BAD = {
     "dtype": [(9, abi.EDTYPE), (abi.F16, abi.EDTYPE), (-1, abi.EDTYPE)],
+    "weight_dtype": [(9, abi.EDTYPE), (abi.F16, abi.EDTYPE), (-1, abi.EDTYPE)],
     "num_rows": [(-1, abi.ESHAPE)],
     "hidden_size": [(0, abi.ESHAPE), (-2, abi.ESHAPE), (5, abi.ESHAPE)],
     "stride": [(5, abi.ESHAPE), (-6, abi.ESHAPE)],
@@ -114,8 +116,10 @@ def test_kept_exponentials_without_their_tops_are_refused(lib):
 @pytest.mark.parametrize(
     ("size", "num_rows", "num_words"), [(2, 1, 1), (30, 31, 13), (34, 33, 25), (14, 161, 1037), (50, 7, 482)]
 )
-def test_products_keep_to_their_memory(lib, size, num_rows, num_words):
-    """Arrays as large as strop_cpu.h says, each before a guarded page; rows apart, with NaN between them."""
+@pytest.mark.parametrize("of_weight", [BF16, F32])
+def test_products_keep_to_their_memory(lib, size, num_rows, num_words, of_weight):
+    """Arrays as large as strop_cpu.h says, each before a guarded page; rows apart, with NaN between them.
+    A weight in fp32 lies a quarter of a bf16 step off: it is rounded to the same."""
     stride, padded, columns = size + 3, -num_rows // 32 * -32, -size // 12 * -12
     generator = np.random.default_rng(0)
     hidden, weight, d_words = (
@@ -123,37 +127,37 @@ def test_products_keep_to_their_memory(lib, size, num_rows, num_words):
         for shape in ((num_rows, size), (num_words, size), (num_words, num_rows))
     )
 
-    def apart(values):
-        matrix = abi.Matrix.of(values, BF16, stride)
+    def apart(values, dtype=BF16):
+        matrix = abi.Matrix.of(values, dtype, stride)
         inside = matrix.raw.copy()
-        matrix.flat[:] = 0x7FC0
+        matrix.flat[:] = np.nan if dtype == F32 else 0x7FC0
         matrix.raw[...] = inside
         return matrix.flat
 
-    x, w = apart(hidden), apart(weight)
+    x, w = apart(hidden), apart(weight * (1 + 2.0**-10 * (of_weight == F32)), of_weight)
     d = bf16(np.pad(d_words, ((0, 0), (0, padded - num_rows))))
     turned = abi.guarded(padded * (-size // 32 * -32), np.uint16)
     scratch = abi.guarded((columns + padded) * (num_words + 1), np.uint16)
     d_weight, d_hidden = (
-        abi.guarded(num_words * size, np.uint16),
+        abi.guarded(num_words * size, abi.STORAGE[of_weight]),
         abi.copied(np.ones((columns, padded)), np.float32),
     )
     at = address
     assert lib.strop_head_turn(at(x), num_rows, size, stride, at(turned)) == abi.OK
-    assert lib.strop_head_d_weight(at(d), at(turned), num_rows, size, num_words, at(d_weight)) == abi.OK
-    assert (
-        lib.strop_head_d_hidden(at(d), at(w), num_rows, size, stride, num_words, at(scratch), at(d_hidden))
-        == abi.OK
-    )
+    shape = (num_rows, size, num_words, of_weight)
+    assert lib.strop_head_d_weight(at(d), at(turned), *shape, at(d_weight)) == abi.OK
+    shape = (of_weight, num_rows, size, stride, num_words)
+    assert lib.strop_head_d_hidden(at(d), at(w), *shape, at(scratch), at(d_hidden)) == abi.OK
     right = d_words @ hidden
-    found = abi.decode(d_weight, BF16).reshape(num_words, size)
-    assert np.abs(found - right).max() <= 2.0**-8 * np.abs(right).max()
+    found = abi.decode(d_weight, of_weight).reshape(num_words, size)
+    assert np.abs(found - right).max() <= (1e-5 if of_weight == F32 else 2.0**-8) * np.abs(right).max()
     right = 1 + (d_words.T @ weight).T  # added to the ones that were there
     found = d_hidden[:size, :num_rows].astype(np.float64)
     assert np.abs(found - right).max() <= 1e-5 * np.abs(right).max()
 
 
-def test_a_packed_tile_and_the_weight_end_where_they_end(lib):
+@pytest.mark.parametrize("of_weight", [BF16, F32])
+def test_a_packed_tile_and_the_weight_end_where_they_end(lib, of_weight):
     """The walk and its gradient on operands before guarded pages, against numpy's fp64."""
     for num_rows, size, vocab in ((1, 2, 1), (5, 34, 25), (33, 30, 13)):
         generator = np.random.default_rng(vocab)
@@ -162,7 +166,8 @@ def test_a_packed_tile_and_the_weight_end_where_they_end(lib):
             for shape in ((num_rows, size), (vocab, size))
         )
         padded = -num_rows // 32 * -32
-        x, w, packed = bf16(hidden), bf16(weight), abi.guarded(padded * size, np.uint16)
+        x, packed = bf16(hidden), abi.guarded(padded * size, np.uint16)
+        w = abi.copied(weight * (1 + 2.0**-10), np.float32) if of_weight == F32 else bf16(weight)
         target = abi.copied(np.arange(num_rows) % vocab, np.int64)
         state, partial = abi.Walk(num_rows), abi.guarded(4 * padded, np.float32)
         head, walk = (
@@ -176,6 +181,7 @@ def test_a_packed_tile_and_the_weight_end_where_they_end(lib):
             address(packed),
             address(w),
             BF16,
+            of_weight,
             num_rows,
             size,
             size,

@@ -36,7 +36,9 @@ def choose(monkeypatch, engine, keep="all"):
     """From now on linear_logprob computes like that, in the narrowest chunks."""
     if engine == "wide":
         monkeypatch.setattr(head, "_is_wide", lambda hidden: True)
-        monkeypatch.setattr(head, "_multiply", lambda hidden, words: hidden.float() @ words.float().t())
+        monkeypatch.setattr(
+            head, "_multiply", lambda hidden, words: hidden.float() @ words.to(hidden.dtype).float().t()
+        )
     if engine == "amx":
         monkeypatch.setattr(native, "library", lambda device: amx.emulated())
     name = {"wide": "chunked", "amx": "fused"}.get(engine, engine)

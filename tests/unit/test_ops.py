@@ -162,7 +162,7 @@ def test_the_products_of_the_backward(use, monkeypatch, engine, num_tokens, hidd
     d_words = torch.zeros(vocab, padded, dtype=torch.bfloat16)
     d_words[:, :num_tokens] = torch.randn(vocab, num_tokens, generator=torch.Generator().manual_seed(1))
     fused = head.engine(x, w) == "fused"
-    products = Products(x, w, True, True, fused, head.chunk_words(x, vocab))
+    products = Products(x, w, True, torch.empty_like(w), fused, head.chunk_words(x, vocab))
     for start, end in head.chunks(x, vocab):
         products.add(d_words[start:end, :num_tokens], start)
     wide = d_words[:, :num_tokens].double()

@@ -141,5 +141,6 @@ def test_the_instructions_are_where_they_belong():
                 where.setdefault(instruction, set()).add(name)
     for instruction in ("tdpbf16ps", "tileloadd", "tilestored", "tilezero"):
         assert where.pop(instruction) == {"head::amx_product"}
-    items = {f"head::{item}<head::Amx>" for item in ("walk_item", "grad_item", "weight_item", "hidden_item")}
+    items = {f"head::{item}<head::Amx>" for item in ("walk_item", "grad_item", "hidden_item")}
+    items |= {f"head::weight_item<head::Amx, {out}>" for out in ("float", "unsigned short")}
     assert where == {"ldtilecfg": items, "tilerelease": items}

@@ -232,11 +232,11 @@ def test_what_c_refuses():
 
 
 def test_the_heads_gradient_of_no_rows_needs_a_place_for_its_zeros():
-    assert "null" in raw("strop_head_d_weight", None, None, 0, 64, 12, None)
+    assert "null" in raw("strop_head_d_weight", None, None, 0, 64, 12, 1, None)
     zeros = torch.ones(12, 64, dtype=BF16)
-    assert raw("strop_head_d_weight", None, None, 0, 64, 12, zeros.data_ptr()) == "no error"
+    assert raw("strop_head_d_weight", None, None, 0, 64, 12, 1, zeros.data_ptr()) == "no error"
     assert not zeros.any()
-    assert raw("strop_head_d_weight", None, None, 0, 64, 0, None) == "no error"
+    assert raw("strop_head_d_weight", None, None, 0, 64, 0, 1, None) == "no error"
 
 
 def test_one_token_without_dims_before_it():

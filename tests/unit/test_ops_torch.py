@@ -122,7 +122,7 @@ def test_without_a_library_one_line_and_the_same_results(fresh, monkeypatch, tmp
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("int strop_abi_version(void) { return 99; }", "its ABI version is 99, not 4: build it again"),
+        ("int strop_abi_version(void) { return 99; }", "its ABI version is 99, not 5: build it again"),
         ("int x;", "undefined symbol: strop_abi_version"),
         (None, "file too short"),
     ],
@@ -181,17 +181,18 @@ def test_the_fused_heads_c_functions_refuse_what_does_not_fit():
     out = torch.full((v, 32), 7.0, dtype=torch.bfloat16)
 
     def walked(
-        dtype=1, num=n, size=h, stride=h, first=0, words=v, vocab=v, at=target, cap=0.0, packed=packed
+        dtype=1, num=n, size=h, stride=h, first=0, words=v, vocab=v, at=target, cap=0.0, packed=packed,
+        of_weight=1,
     ):
         own = native.Head(None, cap, 1.0)
         return lib.strop_head_walk(
-            None if packed is None else packed.data_ptr(), w.data_ptr(), dtype, num, size, stride, first,
+            None if packed is None else packed.data_ptr(), w.data_ptr(), dtype, of_weight, num, size, stride, first,
             words, vocab, at.data_ptr(), ctypes.byref(own), ctypes.byref(walk), None, None,
             scratch.data_ptr(),
         )  # fmt: skip
 
     dtype_, shape_, target_, null_ = 1, 2, 3, 5
-    assert walked(dtype=2) == walked(dtype=9) == dtype_
+    assert walked(dtype=2) == walked(dtype=9) == walked(of_weight=2) == walked(dtype=0) == dtype_
     assert walked(num=-1) == walked(size=0) == walked(stride=h - 1) == walked(size=15) == shape_
     assert walked(first=-12) == walked(first=5, words=12) == walked(words=v + 1) == walked(words=0) == shape_
     assert walked(cap=float("nan")) == walked(cap=-1.0) == shape_
@@ -200,7 +201,7 @@ def test_the_fused_heads_c_functions_refuse_what_does_not_fit():
     assert all(bool((r == 7.0).all()) for r in rows)
     assert walked(num=0) == 0
     grad = lambda at: lib.strop_head_grad(  # noqa: E731
-        packed.data_ptr(), w.data_ptr(), 1, n, h, h, 0, v, v, at.data_ptr(), ctypes.byref(head_),
+        packed.data_ptr(), w.data_ptr(), 1, 1, n, h, h, 0, v, v, at.data_ptr(), ctypes.byref(head_),
         lse.data_ptr(), lse.data_ptr(), out.data_ptr(),
     )  # fmt: skip
     assert grad(target + v) == target_

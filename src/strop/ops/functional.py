@@ -45,8 +45,9 @@ def linear_logprob(
 ) -> tuple[Tensor, TokenStats]:
     """log softmax(softcap(hidden @ weight.T + bias) / temperature)[target], and statistics beside it.
 
-    hidden [N, H], weight [V, H] of the same dtype, target int64 [N], bias [V] -> log-prob fp32 [N] (fp64 of
-    fp64), never above 0. The log-sum-exp is fp32, and the target's logit is the same value that stands in
+    hidden [N, H], weight [V, H], target int64 [N], bias [V] -> log-prob fp32 [N] (fp64 of fp64), never above
+    0. The weight has hidden's dtype, or is fp32 beside hidden in 16 bit: then it is rounded to hidden's dtype
+    as it is read, and its gradient is fp32. The log-sum-exp is fp32, and the target's logit is the same value that stands in
     it: an exact one above a rounded sum would give positive log-probs. softcap(z) = c tanh(z / c). A sharded
     weight (DTensor) is gathered, and its gradient summed over the ranks.
 
@@ -210,7 +211,8 @@ def _check_head(
         )
     if 0 in weight.shape:
         raise ValueError(f"weight {tuple(weight.shape)} has no words or no width")
-    if hidden.dtype != weight.dtype:
+    is_16_bit = hidden.dtype in (torch.bfloat16, torch.float16)
+    if hidden.dtype != weight.dtype and not (is_16_bit and weight.dtype == torch.float32):
         raise ValueError(f"hidden is {hidden.dtype} but weight is {weight.dtype}")
     if bias is not None and (bias.shape != weight.shape[:1] or not bias.dtype.is_floating_point):
         raise ValueError(
@@ -260,7 +262,7 @@ class _LinearLoss(torch.autograd.Function):
             if not any(ctx.needs):
                 continue
             has_kept = kept.numel() > 0
-            dh, dw, db = torch.ops.strop.head_backward(
+            dh, dw, db = registered.head_gradients(
                 grad, own, weight, wanted, bias, softcap, temperature, lse,
                 kept if has_kept else None, tops if has_kept else None, ctx.needs,
             )  # fmt: skip

@@ -9,6 +9,13 @@ What a forward keeps for its backward: nothing (recompute), the exponentials or 
 pass: memory for time) or, in the fused engine, of the first ones, as many as its limit allows, or with a
 frozen weight u = (e_y - p) W, all that hidden's gradient needs.
 
+A weight in fp32 beside hidden states in 16 bit is rounded to their type as it is read, a panel or a chunk at
+a time: it stays as it is, and nowhere is there a copy of it. Its gradient is fp32, and where the forward kept
+exponentials the fused engine writes it over them (`workspace.over`): the two together take the memory of
+the larger. A chunk's are read before its part of the gradient is written, the chunks go up the vocabulary,
+and the exponentials end where the memory ends: what the words before `end` give always ends before what the
+others have kept begins.
+
 Shapes: N trained tokens, n = N padded to the tile of a packed tensor, H hidden size, V vocabulary.
 """
 
@@ -55,13 +62,13 @@ def engine(hidden: Tensor, weight: Tensor) -> str:
 
 def most_kept(hidden: Tensor, weight: Tensor) -> int:
     """Bytes that `ALL` may keep. In the fused engine, which need not keep all words, no more than twice the
-    weight's: in bf16 that is its gradient in fp32, which the end of the backward needs in any case, and then
-    finds in the same memory (`workspace.empty`). All words fit of up to 2H tokens."""
+    weight's in hidden's type: in bf16 that is its gradient in fp32, which the end of the backward needs in
+    any case, and then finds in the same memory (`workspace`). All words fit of up to 2H tokens."""
     if hidden.device.type == "cuda":
         return KEPT_BYTES * TIMES_ON_CUDA
     if engine(hidden, weight) != "fused":
         return KEPT_BYTES
-    return most_kept_fused(weight.numel() * weight.element_size())
+    return most_kept_fused(weight.numel() * hidden.element_size())
 
 
 def most_kept_fused(weight_bytes: int) -> int:
@@ -144,6 +151,11 @@ class _Rows:
         return Walked(logprob, lse, lse - self.weighted / self.total, correct, self.plain / vocab)
 
 
+def is_rounded(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the weight is fp32 beside hidden states in 16 bit."""
+    return weight.dtype != hidden.dtype
+
+
 def _code(x: Tensor) -> int:
     return DTYPES[x.device.type][x.dtype]
 
@@ -154,7 +166,10 @@ def forward(
     """Log-probs with statistics, and what is kept. Raises ValueError for a target outside the vocabulary."""
     hidden, rows = hidden.contiguous(), _Rows(hidden, scalings)
     shape, tops_shape = kept_shape(hidden, weight, keep)
-    kept = workspace.empty(shape, hidden.dtype, hidden.device, largest=True)
+    if keep == ALL and is_rounded(hidden, weight):
+        kept = workspace.at_end(shape, hidden.dtype, hidden.device, room=weight.numel() * weight.element_size())
+    else:
+        kept = workspace.empty(shape, hidden.dtype, hidden.device, largest=True)
     tops = workspace.empty(tops_shape, torch.float32, hidden.device)
     fused = engine(hidden, weight) == "fused"
     if keep == FROZEN and not (fused and scalings.softcap):
@@ -196,8 +211,8 @@ def _walk_fused(
         if start == end:
             continue
         call(
-            "strop_head_walk", hidden, packed, weight, _code(hidden), *hidden.shape, weight.stride(0), start,
-            end - start, vocab, target, ctypes.byref(head), ctypes.byref(rows.walk),
+            "strop_head_walk", hidden, packed, weight, _code(hidden), _code(weight), *hidden.shape,
+            weight.stride(0), start, end - start, vocab, target, ctypes.byref(head), ctypes.byref(rows.walk),
             exps if end == kept else None, tops if end == kept else None, scratch,
         )  # fmt: skip
 
@@ -210,12 +225,13 @@ def _frozen_fused(hidden: Tensor, weight: Tensor, target: Tensor, rows: _Rows) -
     exps, out = hidden.new_empty(2, width, padded)
     tops = hidden.new_empty(width // PANEL, padded, dtype=torch.float32)
     scratch, minus = _scratch(hidden, width), hidden.new_full((num_tokens,), -1.0, dtype=torch.float32)
-    mean = Products(hidden, weight, True, False, True, width)
+    mean = Products(hidden, weight, True, None, True, width)
     for start, end in chunks(hidden, vocab):
         before, num_words = rows.top.clone(), end - start
         call(
-            "strop_head_walk", hidden, packed, weight, _code(hidden), num_tokens, size, weight.stride(0),
-            start, num_words, vocab, target, ctypes.byref(head), ctypes.byref(rows.walk), exps, tops, scratch,
+            "strop_head_walk", hidden, packed, weight, _code(hidden), _code(weight), num_tokens, size,
+            weight.stride(0), start, num_words, vocab, target, ctypes.byref(head), ctypes.byref(rows.walk), exps,
+            tops, scratch,
         )  # fmt: skip
         call(
             "strop_head_grad_kept", hidden, exps, tops, _code(hidden), num_tokens, start, num_words, vocab,
@@ -223,19 +239,20 @@ def _frozen_fused(hidden: Tensor, weight: Tensor, target: Tensor, rows: _Rows) -
         )  # fmt: skip
         mean.shrink(torch.exp(before - rows.top))
         mean.add(out[:num_words, :num_tokens], start)
-    return _rows_of(weight, target).mul_(rows.scale) - mean.by_hidden() / rows.total[:, None]
+    return _rows_of(weight, target, hidden.dtype).mul_(rows.scale) - mean.by_hidden() / rows.total[:, None]
 
 
 def _exact(hidden: Tensor, weight: Tensor, target: Tensor) -> Optional[Tensor]:
     """The target's matmul output in fp32, which stands for the rounded one of a 16-bit matmul everywhere."""
     if hidden.dtype == torch.float32:
         return None
-    return torch.linalg.vecdot(hidden.float(), _rows_of(weight, target))
+    return torch.linalg.vecdot(hidden.float(), _rows_of(weight, target, hidden.dtype))
 
 
-def _rows_of(weight: Tensor, target: Tensor) -> Tensor:
-    """fp32 [N, H]. A target outside the vocabulary, which a GPU reports as NaN later, must not fault here."""
-    return weight[target.clamp(0, len(weight) - 1)].float()
+def _rows_of(weight: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 [N, H], of values in dtype. A target outside the vocabulary, which a GPU reports as NaN later, must
+    not fault here."""
+    return weight[target.clamp(0, len(weight) - 1)].to(dtype).float()
 
 
 def _is_wide(hidden: Tensor) -> bool:
@@ -245,6 +262,7 @@ def _is_wide(hidden: Tensor) -> bool:
 
 def _multiply(hidden: Tensor, words: Tensor) -> Tensor:
     """Logits [N, words] of a chunk, fp32 where they can be: rounded to bf16 they cost 5e-3 nats a token."""
+    words = words.to(hidden.dtype)
     if _is_wide(hidden):
         return torch.mm(hidden, words.t(), out_dtype=torch.float32)
     return torch.mm(hidden, words.t())
@@ -264,11 +282,15 @@ def _walk_chunked(
             del x  # before there is the next one
         return
     exact = _exact(hidden, weight, target)
-    whole = [(0, vocab)] if logits is not None else chunks(hidden, vocab)
-    buffer = hidden.new_empty(num_tokens * whole[0][1]) if logits is None else logits
-    for start, end in whole:
-        x = buffer.view(-1)[: num_tokens * (end - start)].view(num_tokens, end - start)
-        torch.mm(hidden, weight[start:end].t(), out=x)
+    at_once = logits is not None and not is_rounded(hidden, weight)
+    parts = [(0, vocab)] if at_once else chunks(hidden, vocab)
+    buffer = hidden.new_empty(num_tokens * parts[0][1] if logits is None else 0)
+    for start, end in parts:
+        if logits is None:
+            x = buffer[: num_tokens * (end - start)].view(num_tokens, end - start)
+        else:
+            x = logits[:, start:end]
+        torch.mm(hidden, weight[start:end].to(hidden.dtype).t(), out=x)
         _walk_logits(x, target, start, vocab, exact, rows)
 
 
@@ -312,13 +334,13 @@ def _frozen_chunked(hidden: Tensor, weight: Tensor, target: Tensor, rows: _Rows)
         p = _gradients_memory(x, hidden.dtype)
         _grad_logits(x, p, nowhere, start, vocab + 1, None, rows, rows.top, minus)
         del x  # before there is the next one
-        part = torch.mm(p, weight[start:end])
+        part = torch.mm(p, weight[start:end].to(hidden.dtype))
         del p
         mean.mul_(torch.exp(before - rows.top)[:, None]).add_(part)
     slope = torch.full_like(rows.top, rows.scale)
     if rows.softcap:
         slope *= 1 - (rows.at_target / (rows.softcap * rows.scale)) ** 2
-    return _rows_of(weight, target).mul_(slope[:, None]).sub_(mean.div_(rows.total[:, None]))
+    return _rows_of(weight, target, hidden.dtype).mul_(slope[:, None]).sub_(mean.div_(rows.total[:, None]))
 
 
 def backward(
@@ -331,15 +353,23 @@ def backward(
     kept: Optional[Tensor],
     tops: Optional[Tensor],
     needs: tuple[bool, bool, bool],
+    over_kept: bool = False,
 ) -> tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
     """Gradients by hidden, weight and bias, those that are needed; kept and tops as `ALL` gave them, or None.
-    What was not kept is computed again.
+    What was not kept is computed again. over_kept: the gradient by a weight that is rounded may take the
+    memory of kept, which is gone then: another backward knows it, and computes all again.
 
     Every block of the weight's gradient is written once, in its final type.
     """
     hidden, grad, vocab = hidden.contiguous(), grad.contiguous(), len(weight)
     rows, fused = _Rows(hidden, scalings), engine(hidden, weight) == "fused"
-    products = Products(hidden, weight, needs[0], needs[1], fused, chunk_words(hidden, vocab))
+    kept = None if kept is None or workspace.is_gone(kept) else kept
+    d_weight = None
+    if needs[1] and over_kept and fused and kept is not None and is_rounded(hidden, weight):
+        d_weight = workspace.over(kept, list(weight.shape), weight.dtype)
+    if needs[1] and d_weight is None:
+        d_weight = workspace.empty(list(weight.shape), weight.dtype, weight.device)
+    products = Products(hidden, weight, needs[0], d_weight, fused, chunk_words(hidden, vocab))
     d_bias = hidden.new_zeros(vocab, dtype=torch.float32) if needs[2] else None
     gradients = _Fused(hidden, weight, target, rows) if fused else _Chunked(hidden, weight, target, rows)
     kept_words = 0 if kept is None else len(kept) if fused else vocab
@@ -352,7 +382,7 @@ def backward(
     bias = scalings.bias
     return (
         products.by_hidden().to(hidden.dtype, memory_format=torch.contiguous_format) if needs[0] else None,
-        products.by_weight,
+        d_weight,
         None if d_bias is None or bias is None else d_bias.to(bias.dtype),
     )
 
@@ -376,7 +406,7 @@ class _Fused:
             )  # fmt: skip
         else:
             call(
-                "strop_head_grad", hidden, self.packed, weight, _code(hidden), *hidden.shape,
+                "strop_head_grad", hidden, self.packed, weight, _code(hidden), _code(weight), *hidden.shape,
                 weight.stride(0), start, end - start, len(weight), self.target,
                 ctypes.byref(head), lse, grad, self.out,
             )  # fmt: skip

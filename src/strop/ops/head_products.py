@@ -8,31 +8,37 @@ Shapes: N trained tokens, H hidden size, d_words [words, N] of one chunk.
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 from torch import Tensor
 
-from strop.ops import workspace
-from strop.ops.native import PANEL, TILE, call
+from strop.ops.native import DTYPES, PANEL, TILE, call
 
 
 class Products:
     """Gradients by hidden and weight, whichever are wanted, summed up from d_words of chunks.
 
-    fused: the fused head made d_words; most_words: the most that a chunk has.
+    by_weight: where the weight's is written, of the same shape and dtype, or None; fused: the fused head made
+    d_words; most_words: the most that a chunk has. A weight in fp32 beside 16-bit hidden states counts as
+    rounded to their type.
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, by_hidden: bool, by_weight: bool, fused: bool, most_words: int
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        by_hidden: bool,
+        by_weight: Optional[Tensor],
+        fused: bool,
+        most_words: int,
     ) -> None:
-        self.hidden, self.weight = hidden, weight
+        self.hidden, self.weight, self.by_weight = hidden, weight, by_weight
         num_tokens, size = hidden.shape
         padded, columns = -num_tokens // TILE * -TILE, -size // PANEL * -PANEL
         self.own = fused and hidden.dtype == torch.bfloat16
         shape = (columns, padded) if self.own else (num_tokens, size)
         self.sum = hidden.new_zeros(shape, dtype=torch.float32) if by_hidden else None
-        self.by_weight = None
-        if by_weight:
-            self.by_weight = workspace.empty(list(weight.shape), weight.dtype, weight.device)
         if self.own and by_hidden:
             self.scratch = hidden.new_empty((columns + padded) * (most_words + 1))
         if self.own and self.by_weight is not None:
@@ -47,18 +53,24 @@ class Products:
         weight = self.weight[start : start + num_words]
         block = None if self.by_weight is None else self.by_weight[start : start + num_words]
         if self.own:
+            code = DTYPES["cpu"][weight.dtype]
             if self.sum is not None:
                 call(
-                    "strop_head_d_hidden", d_words, d_words, weight, num_tokens, size, weight.stride(0),
+                    "strop_head_d_hidden", d_words, d_words, weight, code, num_tokens, size, weight.stride(0),
                     num_words, self.scratch, self.sum,
                 )  # fmt: skip
             if block is not None:
-                call("strop_head_d_weight", d_words, d_words, self.turned, num_tokens, size, num_words, block)
+                call(
+                    "strop_head_d_weight", d_words, d_words, self.turned, num_tokens, size, num_words, code,
+                    block,
+                )  # fmt: skip
             return
         if self.sum is not None:
-            self.sum += torch.mm(d_words.t(), weight)
-        if block is not None:
+            self.sum += torch.mm(d_words.t(), weight.to(self.hidden.dtype))
+        if block is not None and block.dtype == self.hidden.dtype:
             torch.mm(d_words, self.hidden, out=block)
+        elif block is not None:
+            block.copy_(torch.mm(d_words, self.hidden))
 
     def shrink(self, factor: Tensor) -> None:
         """What is summed so far of hidden's gradient, times factor [N]."""

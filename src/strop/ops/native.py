@@ -21,7 +21,7 @@ from strop import libraries
 
 log = logging.getLogger(__name__)
 
-ABI = 4
+ABI = 5
 DTYPES = {
     "cpu": {torch.float32: 0, torch.bfloat16: 1},
     "cuda": {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2},
@@ -56,12 +56,12 @@ CPU_SIGNATURES: dict[str, tuple[Any, ...]] = {
     "strop_head_supported": (_I,),
     "strop_head_uses_amx": (),
     "strop_head_pack": (_P, _I, _N, _N, _N, _P),
-    "strop_head_walk": (_P, _P, _I, _N, _N, _N, _N, _N, _N, _P, _HEAD, _WALK, _P, _P, _P),
-    "strop_head_grad": (_P, _P, _I, _N, _N, _N, _N, _N, _N, _P, _HEAD, _P, _P, _P),
+    "strop_head_walk": (_P, _P, _I, _I, _N, _N, _N, _N, _N, _N, _P, _HEAD, _WALK, _P, _P, _P),
+    "strop_head_grad": (_P, _P, _I, _I, _N, _N, _N, _N, _N, _N, _P, _HEAD, _P, _P, _P),
     "strop_head_grad_kept": (_P, _P, _I, _N, _N, _N, _N, _P, _F, _P, _P, _P),
     "strop_head_turn": (_P, _N, _N, _N, _P),
-    "strop_head_d_weight": (_P, _P, _N, _N, _N, _P),
-    "strop_head_d_hidden": (_P, _P, _N, _N, _N, _N, _P, _P),
+    "strop_head_d_weight": (_P, _P, _N, _N, _N, _I, _P),
+    "strop_head_d_hidden": (_P, _P, _I, _N, _N, _N, _N, _P, _P),
     "strop_norm": (_P, _P, _I, _N, _N, _F, _P, _P),
     "strop_norm_grad": (_P, _P, _P, _P, _I, _N, _N, _P, _P, _P),
     "strop_gate": (_P, _P, _I, _N, _P),

@@ -47,7 +47,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _logits(hidden: Tensor, weight: Tensor, scalings: Scalings, start: int, end: int):
     """fp32 logits of one chunk, and tanh(z / softcap) for its derivative."""
-    z = torch.mm(hidden, weight[start:end].t()).to(_wide(hidden.dtype))
+    z = torch.mm(hidden, weight[start:end].to(hidden.dtype).t()).to(_wide(hidden.dtype))
     if scalings.bias is not None:
         z += scalings.bias[start:end].to(z.dtype)
     tanh = None
@@ -109,7 +109,7 @@ def head_backward(
             d_bias[start:end] = d.sum(0)
         d = d.to(hidden.dtype)
         if d_hidden is not None:
-            d_hidden += torch.mm(d, weight[start:end])
+            d_hidden += torch.mm(d, weight[start:end].to(hidden.dtype))
         if d_weight is not None:
             d_weight[start:end] = torch.mm(d.t(), hidden)
     return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias

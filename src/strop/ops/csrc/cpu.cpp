@@ -359,6 +359,9 @@ int check_head(int dtype, int64_t num_rows, int64_t hidden_size, int64_t stride)
     return dtype == STROP_BF16 && hidden_size % 2 ? STROP_ESHAPE : STROP_OK;
 }
 
+// A weight, or its gradient, beside hidden states of dtype.
+bool fits_beside(int dtype, int weight_dtype) { return weight_dtype == dtype || weight_dtype == STROP_F32; }
+
 int check_words(int64_t num_rows, int64_t first, int64_t num_words, int64_t vocab, const int64_t* target,
                 const strop_head& head) {
     if (first < 0 || first % STROP_PANEL || num_words <= 0 || num_words > vocab - first || vocab > INT32_MAX ||
@@ -379,17 +382,18 @@ int strop_head_pack(const void* hidden, int dtype, int64_t num_rows, int64_t hid
     return STROP_OK;
 }
 
-int strop_head_walk(const void* packed, const void* weight, int dtype, int64_t num_rows, int64_t hidden_size,
-                    int64_t stride, int64_t first, int64_t num_words, int64_t vocab, const int64_t* target,
+int strop_head_walk(const void* packed, const void* weight, int dtype, int weight_dtype, int64_t num_rows,
+                    int64_t hidden_size, int64_t stride, int64_t first, int64_t num_words, int64_t vocab, const int64_t* target,
                     const strop_head* head, const strop_walk* walk, void* exps, float* tops, float* partial) {
     int status = check_head(dtype, num_rows, hidden_size, stride);
+    if (status == STROP_OK && !fits_beside(dtype, weight_dtype)) status = STROP_EDTYPE;
     if (status != STROP_OK || num_rows == 0) return status;
     if (!packed || !weight || !target || !head || !walk || !partial || (exps && !tops)) return STROP_ENULL;
     if (!walk->top || !walk->total || !walk->at_target) return STROP_ENULL;
     status = check_words(num_rows, first, num_words, vocab, target, *head);
     if (status != STROP_OK) return status;
     const head::Head h = {packed, weight, num_rows, head::pad(num_rows), hidden_size, stride, first, num_words,
-                          target, *head};
+                          target, *head, weight_dtype != dtype};
     const auto run = dtype == STROP_F32      ? head::walk<head::F32>
                      : strop_head_uses_amx() ? head::walk<head::Amx>
                                              : head::walk<head::Bf16>;
@@ -397,16 +401,17 @@ int strop_head_walk(const void* packed, const void* weight, int dtype, int64_t n
     return STROP_OK;
 }
 
-int strop_head_grad(const void* packed, const void* weight, int dtype, int64_t num_rows, int64_t hidden_size,
-                    int64_t stride, int64_t first, int64_t num_words, int64_t vocab, const int64_t* target,
+int strop_head_grad(const void* packed, const void* weight, int dtype, int weight_dtype, int64_t num_rows,
+                    int64_t hidden_size, int64_t stride, int64_t first, int64_t num_words, int64_t vocab, const int64_t* target,
                     const strop_head* head, const float* lse, const float* grad, void* out) {
     int status = check_head(dtype, num_rows, hidden_size, stride);
+    if (status == STROP_OK && !fits_beside(dtype, weight_dtype)) status = STROP_EDTYPE;
     if (status != STROP_OK || num_rows == 0) return status;
     if (!packed || !weight || !target || !head || !lse || !grad || !out) return STROP_ENULL;
     status = check_words(num_rows, first, num_words, vocab, target, *head);
     if (status != STROP_OK) return status;
     const head::Head h = {packed, weight, num_rows, head::pad(num_rows), hidden_size, stride, first, num_words,
-                          target, *head};
+                          target, *head, weight_dtype != dtype};
     const auto run = dtype == STROP_F32      ? head::grad<head::F32>
                      : strop_head_uses_amx() ? head::grad<head::Amx>
                                              : head::grad<head::Bf16>;
@@ -423,7 +428,7 @@ int strop_head_grad_kept(const void* exps, const float* tops, int dtype, int64_t
     const strop_head head = {nullptr, 0.0f, inv_temperature};
     status = check_words(num_rows, first, num_words, vocab, target, head);
     if (status != STROP_OK) return status;
-    const head::Head h = {nullptr, nullptr, num_rows, head::pad(num_rows), 0, 0, first, num_words, target, head};
+    const head::Head h = {nullptr, nullptr, num_rows, head::pad(num_rows), 0, 0, first, num_words, target, head, false};
     dtype == STROP_F32 ? head::grad_kept<head::F32>(h, exps, tops, lse, grad, out)
                        : head::grad_kept<head::Bf16>(h, exps, tops, lse, grad, out);
     return STROP_OK;
@@ -438,24 +443,34 @@ int strop_head_turn(const void* hidden, int64_t num_rows, int64_t hidden_size, i
 }
 
 int strop_head_d_weight(const void* d_words, const void* turned, int64_t num_rows, int64_t hidden_size,
-                        int64_t num_words, void* d_weight) {
+                        int64_t num_words, int weight_dtype, void* d_weight) {
     const int status = check_head(STROP_BF16, num_rows, hidden_size, hidden_size);
     if (status != STROP_OK) return status;
+    if (!fits_beside(STROP_BF16, weight_dtype)) return STROP_EDTYPE;
     if (num_words < 0) return STROP_ESHAPE;
     if (num_words > 0 && (!d_weight || (num_rows > 0 && (!d_words || !turned)))) return STROP_ENULL;
-    const auto run = strop_head_uses_amx() ? head::weight_product<head::Amx> : head::weight_product<head::Bf16>;
-    run(d_words, (const uint16_t*)turned, head::pad(num_rows), hidden_size, num_words, (uint16_t*)d_weight);
+    const bool amx = strop_head_uses_amx();
+    const auto run = weight_dtype == STROP_F32 ? (amx ? head::weight_product<head::Amx, float>
+                                                      : head::weight_product<head::Bf16, float>)
+                                               : (amx ? head::weight_product<head::Amx, uint16_t>
+                                                      : head::weight_product<head::Bf16, uint16_t>);
+    run(d_words, (const uint16_t*)turned, head::pad(num_rows), hidden_size, num_words, d_weight);
     return STROP_OK;
 }
 
-int strop_head_d_hidden(const void* d_words, const void* weight, int64_t num_rows, int64_t hidden_size,
-                        int64_t stride, int64_t num_words, void* scratch, float* d_hidden) {
-    const int status = check_head(STROP_BF16, num_rows, hidden_size, stride);
+int strop_head_d_hidden(const void* d_words, const void* weight, int weight_dtype, int64_t num_rows,
+                        int64_t hidden_size, int64_t stride, int64_t num_words, void* scratch, float* d_hidden) {
+    int status = check_head(STROP_BF16, num_rows, hidden_size, stride);
+    if (status == STROP_OK && !fits_beside(STROP_BF16, weight_dtype)) status = STROP_EDTYPE;
     if (status != STROP_OK || num_rows == 0) return status;
     if (num_words < 0) return STROP_ESHAPE;
     if (!d_words || !weight || !scratch || !d_hidden) return STROP_ENULL;
-    const auto run = strop_head_uses_amx() ? head::hidden_product<head::Amx> : head::hidden_product<head::Bf16>;
-    run((const uint16_t*)d_words, (const uint16_t*)weight, head::pad(num_rows), hidden_size, stride, num_words,
+    const bool amx = strop_head_uses_amx();
+    const auto run = weight_dtype == STROP_F32 ? (amx ? head::hidden_product<head::Amx, float>
+                                                      : head::hidden_product<head::Bf16, float>)
+                                               : (amx ? head::hidden_product<head::Amx, uint16_t>
+                                                      : head::hidden_product<head::Bf16, uint16_t>);
+    run((const uint16_t*)d_words, weight, head::pad(num_rows), hidden_size, stride, num_words,
         (uint16_t*)scratch, d_hidden);
     return STROP_OK;
 }
@@ -615,11 +630,11 @@ int strop_attend_grad(const strop_attention* a, const void* out, const void* d_o
 }
 #else
 int strop_head_pack(const void*, int, int64_t, int64_t, int64_t, void*) { return STROP_EDTYPE; }
-int strop_head_walk(const void*, const void*, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+int strop_head_walk(const void*, const void*, int, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
                     const int64_t*, const strop_head*, const strop_walk*, void*, float*, float*) {
     return STROP_EDTYPE;
 }
-int strop_head_grad(const void*, const void*, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+int strop_head_grad(const void*, const void*, int, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
                     const int64_t*, const strop_head*, const float*, const float*, void*) {
     return STROP_EDTYPE;
 }
@@ -628,8 +643,8 @@ int strop_head_grad_kept(const void*, const float*, int, int64_t, int64_t, int64
     return STROP_EDTYPE;
 }
 int strop_head_turn(const void*, int64_t, int64_t, int64_t, void*) { return STROP_EDTYPE; }
-int strop_head_d_weight(const void*, const void*, int64_t, int64_t, int64_t, void*) { return STROP_EDTYPE; }
-int strop_head_d_hidden(const void*, const void*, int64_t, int64_t, int64_t, int64_t, void*, float*) {
+int strop_head_d_weight(const void*, const void*, int64_t, int64_t, int64_t, int, void*) { return STROP_EDTYPE; }
+int strop_head_d_hidden(const void*, const void*, int, int64_t, int64_t, int64_t, int64_t, void*, float*) {
     return STROP_EDTYPE;
 }
 int strop_norm(const void*, const void*, int, int64_t, int64_t, float, void*, float*) { return STROP_EDTYPE; }

@@ -121,11 +121,10 @@ __attribute__((noinline)) inline void amx_product(const char* tile, const char* 
 }
 
 template <>
-AVX512 INLINE void tile_logits<Amx>(const Head& h, int64_t tile, int64_t word, int64_t words,
+AVX512 INLINE void tile_logits<Amx>(const Head& h, int64_t tile, const Rows& from, int64_t words,
                                     __m512 (&z)[Amx::panels][PANEL][2]) {
-    const int64_t stride = h.stride * Amx::bytes;
-    amx_product((const char*)h.packed + tile * TILE * h.hidden_size * Amx::bytes,
-                (const char*)h.weight + word * stride, stride, words, h.hidden_size / Amx::depth, (float*)z, 128, false);
+    amx_product((const char*)h.packed + tile * TILE * h.hidden_size * Amx::bytes, from.first, from.stride, words,
+                h.hidden_size / Amx::depth, (float*)z, 128, false);
 }
 
 #else

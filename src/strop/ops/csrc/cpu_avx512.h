@@ -15,6 +15,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "strop_cpu.h"
 
@@ -35,6 +36,7 @@ struct Head {
     int64_t first, num_words;
     const int64_t* target;
     strop_head head;
+    bool wide;  // the weight is fp32 and the hidden states are bf16
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -157,12 +159,57 @@ AVX512 __attribute__((noinline)) void tile_product(const char* tile, const char*
 }
 
 // The logits of T::panels panels (the last word repeats where there are fewer) for a tile.
+// Rows of the weight as a product reads them.
+struct Rows {
+    const char* first;
+    int64_t stride;  // bytes
+};
+
+// Where the weight's rows are, or those of one product at a time, rounded to bf16. A panel's meet all tokens of a work
+// item, beside which that takes no time.
 template <class T>
-AVX512 INLINE void tile_logits(const Head& h, int64_t tile, int64_t word, int64_t words,
+class Words {
+   public:
+    explicit Words(const Head& h)
+        : weight((const char*)h.weight), size(h.hidden_size), stride(h.stride * (h.wide ? 4 : T::bytes)), wide(h.wide) {
+        if (wide) rounded.resize(T::panels * PANEL * lines());
+    }
+    AVX512 INLINE Rows take(int64_t word, int64_t words) {
+        const char* const first = weight + word * stride;
+        if (!wide) return {first, stride};
+        for (int64_t i = 0; i < words; i++) round((const float*)(first + i * stride), rounded.data() + i * lines());
+        return {(const char*)rounded.data(), lines() * (int64_t)sizeof(Line)};
+    }
+
+   private:
+    struct alignas(64) Line {
+        uint16_t of[32];
+    };
+    const char* weight;
+    int64_t size, stride;
+    bool wide;
+    std::vector<Line> rounded;
+
+    // Of a row: an odd number, so that rows are spread over all of L1.
+    int64_t lines() const { return ceil_div(size, 32) | 1; }
+
+    AVX512 INLINE void round(const float* from, Line* to) const {
+        int64_t k = 0;
+        for (; k + 32 <= size; k += 32, to++)
+            _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + k + 16), _mm512_loadu_ps(from + k)));
+        if (k == size) return;
+        const uint32_t there = (1u << (size - k)) - 1;
+        const __m512 low = _mm512_maskz_loadu_ps((__mmask16)there, from + k);
+        const __m512 high = there >> 16 ? _mm512_maskz_loadu_ps((__mmask16)(there >> 16), from + k + 16) : _mm512_setzero_ps();
+        _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+};
+
+template <class T>
+AVX512 INLINE void tile_logits(const Head& h, int64_t tile, const Rows& from, int64_t words,
                                __m512 (&z)[T::panels][PANEL][2]) {
     const char* rows[PANEL];
-    for (int64_t i = 0; i < PANEL; i++)
-        rows[i] = (const char*)h.weight + (word + std::min(i, words - 1)) * h.stride * T::bytes;
+    for (int64_t i = 0; i < PANEL; i++) rows[i] = from.first + std::min(i, words - 1) * from.stride;
     tile_product<T>((const char*)h.packed + tile * TILE * h.hidden_size * T::bytes, rows, h.hidden_size / T::depth,
                     z[0]);
 }
@@ -272,8 +319,8 @@ AVX512 INLINE void walk_tile(const Item& item, __m512 (&z)[PANEL][2], int64_t w,
 
 // The walk of one segment over the tokens begin .. end - 1 (multiples of the tile).
 template <class T>
-AVX512 void walk_item(const Head& h, int64_t segment, int64_t begin, int64_t end, const Partial& partial,
-                      float* at_target, void* exps, float* tops) {
+AVX512 void walk_item(const Head& h, Words<T>& weight, int64_t segment, int64_t begin, int64_t end,
+                      const Partial& partial, float* at_target, void* exps, float* tops) {
     alignas(64) int32_t target[MAX_GROUP];
     load_targets(h, begin, end, target);
     const int64_t from = segment * SEGMENT, to = std::min(from + SEGMENT, h.num_words);
@@ -288,9 +335,10 @@ AVX512 void walk_item(const Head& h, int64_t segment, int64_t begin, int64_t end
     [[maybe_unused]] const typename T::Tiles tiles;
     for (int64_t w = from; w < to; w += T::panels * PANEL) {
         const int64_t words = std::min(T::panels * PANEL, to - w);
+        const Rows rows = weight.take(h.first + w, words);
         for (int64_t n = begin; n < end; n += TILE) {
             __m512 z[T::panels][PANEL][2];
-            tile_logits<T>(h, n / TILE, h.first + w, words, z);
+            tile_logits<T>(h, n / TILE, rows, words, z);
             for (int64_t p = 0; p * PANEL < words; p++)
                 walk_tile<T>(item, z[p], w + p * PANEL, std::min(PANEL, words - p * PANEL), n);
         }
@@ -322,10 +370,14 @@ void walk(const Head& h, const strop_walk& walk, void* exps, float* tops, float*
     const int64_t segments = ceil_div(h.num_words, SEGMENT), size = segments * h.padded;
     const Partial partial = {scratch, scratch + size, scratch + 2 * size, scratch + 3 * size};
     const int64_t group = group_size(h.hidden_size, T::bytes), groups = ceil_div(h.padded, group);
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t item = 0; item < segments * groups; item++) {
-        const int64_t begin = item % groups * group, end = std::min(begin + group, h.padded);
-        walk_item<T>(h, item / groups, begin, end, partial, walk.at_target, exps, tops);
+#pragma omp parallel
+    {
+        Words<T> weight(h);
+#pragma omp for schedule(dynamic)
+        for (int64_t item = 0; item < segments * groups; item++) {
+            const int64_t begin = item % groups * group, end = std::min(begin + group, h.padded);
+            walk_item<T>(h, weight, item / groups, begin, end, partial, walk.at_target, exps, tops);
+        }
     }
 #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < h.num_rows; n++) merge(partial, n, segments, h.padded, walk);
@@ -380,8 +432,8 @@ AVX512 INLINE void grad_tile(const GradItem& item, __m512 (&z)[PANEL][2], int64_
 
 // Panels `from` to `to` words (of h.first on), tokens begin .. end - 1.
 template <class T>
-AVX512 void grad_item(const Head& h, int64_t from, int64_t to, int64_t begin, int64_t end, const float* lse,
-                      const float* grad, void* out) {
+AVX512 void grad_item(const Head& h, Words<T>& weight, int64_t from, int64_t to, int64_t begin, int64_t end,
+                      const float* lse, const float* grad, void* out) {
     alignas(64) int32_t target[MAX_GROUP];
     alignas(64) float lses[MAX_GROUP], grads[MAX_GROUP];
     load_targets(h, begin, end, target);
@@ -390,9 +442,10 @@ AVX512 void grad_item(const Head& h, int64_t from, int64_t to, int64_t begin, in
     [[maybe_unused]] const typename T::Tiles tiles;
     for (int64_t w = from; w < to; w += T::panels * PANEL) {
         const int64_t words = std::min(T::panels * PANEL, to - w);
+        const Rows rows = weight.take(h.first + w, words);
         for (int64_t n = begin; n < end; n += TILE) {
             __m512 z[T::panels][PANEL][2];
-            tile_logits<T>(h, n / TILE, h.first + w, words, z);
+            tile_logits<T>(h, n / TILE, rows, words, z);
             for (int64_t p = 0; p * PANEL < words; p++)
                 grad_tile<T>(item, z[p], w + p * PANEL, std::min(PANEL, words - p * PANEL), n);
         }
@@ -403,11 +456,15 @@ template <class T>
 void grad(const Head& h, const float* lse, const float* grad, void* out) {
     const int64_t group = group_size(h.hidden_size, T::bytes), groups = ceil_div(h.padded, group);
     const int64_t block = PANELS_PER_ITEM * PANEL, blocks = ceil_div(h.num_words, block);
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t item = 0; item < blocks * groups; item++) {  // a group's hidden states stay in L2 for all its items
-        const int64_t begin = item / blocks * group, from = item % blocks * block;
-        grad_item<T>(h, from, std::min(from + block, h.num_words), begin, std::min(begin + group, h.padded), lse,
-                     grad, out);
+#pragma omp parallel
+    {
+        Words<T> weight(h);
+#pragma omp for schedule(dynamic)
+        for (int64_t item = 0; item < blocks * groups; item++) {  // a group's hidden states stay in L2 for all its items
+            const int64_t begin = item / blocks * group, from = item % blocks * block;
+            grad_item<T>(h, weight, from, std::min(from + block, h.num_words), begin, std::min(begin + group, h.padded),
+                         lse, grad, out);
+        }
     }
 }
 

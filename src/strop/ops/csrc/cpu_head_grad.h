@@ -41,27 +41,39 @@ AVX512 inline void pack_turned(const uint16_t* hidden, int64_t num_rows, int64_t
     }
 }
 
-// Words from .. to - 1 of out [words, H], columns of the tiles first .. last - 1.
-template <class T>
-AVX512 void weight_item(const Head& h, int64_t from, int64_t to, int64_t first, int64_t last, int64_t size,
-                        uint16_t* out) {
+// 32 columns of a row of the weight's gradient, of which `count` are there. stream: not read again before it has left
+// the caches; then they are whole lines.
+AVX512 INLINE void put(__m512 low, __m512 high, int64_t count, bool stream, uint16_t* out) {
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    if (stream)
+        _mm512_stream_si512((__m512i*)out, both);
+    else
+        _mm512_mask_storeu_epi16(out, count >= 32 ? ~0u : (1u << count) - 1, both);
+}
+AVX512 INLINE void put(__m512 low, __m512 high, int64_t count, bool stream, float* out) {
+    if (stream) {
+        _mm512_stream_ps(out, low), _mm512_stream_ps(out + 16, high);
+        return;
+    }
+    const __mmask32 there = count >= 32 ? ~0u : (1u << count) - 1;
+    _mm512_mask_storeu_ps(out, (__mmask16)there, low);
+    if (there >> 16) _mm512_mask_storeu_ps(out + 16, (__mmask16)(there >> 16), high);
+}
+
+// Words from .. to - 1 of out [words, H], bf16 or fp32; columns of the tiles first .. last - 1.
+template <class T, class Out>
+AVX512 void weight_item(const Head& h, int64_t from, int64_t to, int64_t first, int64_t last, int64_t size, Out* out) {
     const bool whole_lines = size % TILE == 0 && (uintptr_t)out % 64 == 0;
     [[maybe_unused]] const typename T::Tiles tiles;
     for (int64_t w = from; w < to; w += T::panels * PANEL) {
-        const int64_t words = std::min(T::panels * PANEL, to - w);
+        const int64_t words = std::min(T::panels * PANEL, to - w), stride = h.stride * T::bytes;
+        const Rows rows = {(const char*)h.weight + w * stride, stride};
         for (int64_t tile = first; tile < last; tile++) {
             __m512 z[T::panels][PANEL][2];
-            tile_logits<T>(h, tile, w, words, z);
-            const int64_t left = size - tile * TILE;
-            const __mmask32 there = left >= TILE ? ~0u : (1u << left) - 1;
+            tile_logits<T>(h, tile, rows, words, z);
             for (int64_t i = 0; i < words; i++) {
                 const __m512(&row)[2] = z[i / PANEL][i % PANEL];
-                __m512i both = (__m512i)_mm512_cvtne2ps_pbh(row[1], row[0]);
-                uint16_t* const line = out + (w + i) * size + tile * TILE;
-                if (whole_lines)  // not read again before it has left the caches
-                    _mm512_stream_si512((__m512i*)line, both);
-                else
-                    _mm512_mask_storeu_epi16(line, there, both);
+                put(row[0], row[1], size - tile * TILE, whole_lines, out + (w + i) * size + tile * TILE);
             }
         }
     }
@@ -69,33 +81,42 @@ AVX512 void weight_item(const Head& h, int64_t from, int64_t to, int64_t first, 
 }
 
 // out [words, H] = d_words [words, n] times hidden, as pack_turned gave it.
-template <class T>
+template <class T, class Out>
 void weight_product(const void* d_words, const uint16_t* turned, int64_t padded, int64_t size, int64_t num_words,
-                    uint16_t* out) {
-    const Head h = {turned, d_words, 0, 0, padded, padded, 0, num_words, nullptr, {}};
+                    void* out) {
+    const Head h = {turned, d_words, 0, 0, padded, padded, 0, num_words, nullptr, {}, false};
     const int64_t tiles = ceil_div(size, TILE), block = PANELS_PER_ITEM * PANEL, blocks = ceil_div(num_words, block);
     const int64_t fit = std::max<int64_t>(1, COLUMN_BYTES / (TILE * 2 * (padded + 1))), groups = ceil_div(tiles, fit);
     const int64_t group = ceil_div(tiles, groups);
 #pragma omp parallel for schedule(dynamic)
     for (int64_t item = 0; item < blocks * groups; item++) {  // those of one group follow each other
         const int64_t from = item % blocks * block, first = item / blocks * group;
-        weight_item<T>(h, from, std::min(from + block, num_words), first, std::min(first + group, tiles), size, out);
+        weight_item<T>(h, from, std::min(from + block, num_words), first, std::min(first + group, tiles), size,
+                       (Out*)out);
     }
 }
 
+// 16 of the weight's elements, those that are `there`: bf16, or rounded to it.
+AVX512 INLINE __m512i columns16(__mmask16 there, const uint16_t* row) {
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, row));
+}
+AVX512 INLINE __m512i columns16(__mmask16 there, const float* row) {
+    return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(there, row)));
+}
+
 // The first `count` (of 16) columns of two rows of the weight, side by side; the second row may be NULL: zeros.
-AVX512 INLINE __m512i column_pairs(const uint16_t* one, const uint16_t* two, int64_t count) {
+template <class W>
+AVX512 INLINE __m512i column_pairs(const W* one, const W* two, int64_t count) {
     const __mmask16 there = (__mmask16)((1u << count) - 1);
-    __m512i a = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, one));
-    __m512i b = two == nullptr ? _mm512_setzero_si512() : _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, two));
+    __m512i a = columns16(there, one), b = two == nullptr ? _mm512_setzero_si512() : columns16(there, two);
     return _mm512_or_si512(a, _mm512_slli_epi32(b, 16));
 }
 
 // `words` rows of the weight, whose first column is `column`, -> [pairs of words][12][2]
-template <class T>
-AVX512 INLINE void turn_columns(const uint16_t* rows, int64_t stride, int64_t words, int64_t count, uint16_t* out) {
+template <class W>
+AVX512 INLINE void turn_columns(Bf16, const W* rows, int64_t stride, int64_t words, int64_t count, uint16_t* out) {
     for (int64_t w = 0; w < words; w += 2, out += 2 * PANEL) {
-        const uint16_t* row = rows + w * stride;
+        const W* row = rows + w * stride;
         _mm512_mask_storeu_epi32(out, 0xfff, column_pairs(row, w + 1 < words ? row + stride : nullptr, count));
     }
 }
@@ -146,16 +167,15 @@ AVX512 INLINE void transpose16(__m512i (&r)[16]) {
 }
 
 // -> [column][pairs of words][2]: rows as AMX loads them
-template <>
-AVX512 INLINE void turn_columns<Amx>(const uint16_t* rows, int64_t stride, int64_t words, int64_t count,
-                                     uint16_t* out) {
+template <class W>
+AVX512 INLINE void turn_columns(Amx, const W* rows, int64_t stride, int64_t words, int64_t count, uint16_t* out) {
     const int64_t pairs = ceil_div(words, 2);
     for (int64_t k = 0; k < pairs; k += 16) {
         const int64_t here = std::min<int64_t>(16, pairs - k);
         __m512i r[16];
         for (int64_t j = 0; j < 16; j++) {
             const int64_t w = 2 * (k + j);
-            const uint16_t* row = rows + w * stride;
+            const W* row = rows + w * stride;
             r[j] = j < here ? column_pairs(row, w + 1 < words ? row + stride : nullptr, count) : _mm512_setzero_si512();
         }
         transpose16(r);
@@ -173,13 +193,13 @@ AVX512 INLINE void add_products<Amx>(const uint16_t* columns, const uint16_t* to
 #endif
 
 // d_words and the weight, two rows of a pair of words side by side, for the words from `from`: one work item.
-template <class T>
-AVX512 void turn_item(const uint16_t* d_words, const uint16_t* weight, int64_t padded, int64_t size, int64_t stride,
+template <class T, class W>
+AVX512 void turn_item(const uint16_t* d_words, const W* weight, int64_t padded, int64_t size, int64_t stride,
                       int64_t words, int64_t which, uint16_t* columns, uint16_t* tokens) {
     const int64_t pairs = ceil_div(words, 2), blocks = ceil_div(size, T::columns);
     if (which < blocks) {
         const int64_t column = which * T::columns, count = std::min(T::columns, size - column);
-        turn_columns<T>(weight + column, stride, words, count, columns + column * 2 * pairs);
+        turn_columns(T(), weight + column, stride, words, count, columns + column * 2 * pairs);
         return;
     }
     const int64_t tile = which - blocks;
@@ -209,8 +229,8 @@ AVX512 void hidden_item(const uint16_t* scratch, const uint16_t* tokens, int64_t
 // sum fp32 [h, n] += (d_words [words, n]^T times weight [words, H])^T. Two rows of a pair of words are put side by
 // side in scratch first: the weight as turn_columns does, [depth][h][pairs][2] or [depth][panel][pairs][12][2],
 // then [depth][tile][pairs][32][2] of d_words.
-template <class T>
-void hidden_product(const uint16_t* d_words, const uint16_t* weight, int64_t padded, int64_t size, int64_t stride,
+template <class T, class W>
+void hidden_product(const uint16_t* d_words, const void* weight, int64_t padded, int64_t size, int64_t stride,
                     int64_t num_words, uint16_t* scratch, float* sum) {
     const int64_t h = ceil_div(size, PANEL) * PANEL, tiles = padded / TILE, depths = ceil_div(num_words, T::words);
     const int64_t blocks = ceil_div(size, T::columns) + tiles;
@@ -218,7 +238,7 @@ void hidden_product(const uint16_t* d_words, const uint16_t* weight, int64_t pad
 #pragma omp parallel for schedule(dynamic)
     for (int64_t item = 0; item < depths * blocks; item++) {
         const int64_t from = item % depths * T::words;
-        turn_item<T>(d_words + from * padded, weight + from * stride, padded, size, stride,
+        turn_item<T>(d_words + from * padded, (const W*)weight + from * stride, padded, size, stride,
                      std::min(T::words, num_words - from), item / depths, scratch + h * from, tokens + padded * from);
     }
     const int64_t step = T::panels * PANEL, steps = ceil_div(size, step);

@@ -33,16 +33,17 @@ int strop_head_pack(const void* hidden, int dtype, int64_t num_rows, int64_t hid
 
 // The walk over words first .. first + num_words - 1 of weight [vocab, H]. head->bias: fp32 [vocab].
 // target int64 [N], below vocab. walk goes on from what it holds, as in strop_walk_chunk.
+// weight_dtype: dtype, or fp32; then its rows are rounded to dtype as they are read.
 // exps NULL, or [num_words, n] of dtype, with tops fp32 [panels, n]: exp(z - top of its panel) is kept.
 // partial: fp32, 4 * n * ceil(num_words / STROP_SEGMENT) of scratch space.
-int strop_head_walk(const void* packed, const void* weight, int dtype, int64_t num_rows, int64_t hidden_size,
-                    int64_t stride, int64_t first, int64_t num_words, int64_t vocab, const int64_t* target,
+int strop_head_walk(const void* packed, const void* weight, int dtype, int weight_dtype, int64_t num_rows,
+                    int64_t hidden_size, int64_t stride, int64_t first, int64_t num_words, int64_t vocab, const int64_t* target,
                     const strop_head* head, const strop_walk* walk, void* exps, float* tops, float* partial);
 
 // out [num_words, n] of dtype: grad[n] * (1[target] - softmax(z)) * dz/dx of these words, word by word; 0 in
 // the padding and where grad is 0. lse, grad: fp32 [N].
-int strop_head_grad(const void* packed, const void* weight, int dtype, int64_t num_rows, int64_t hidden_size,
-                    int64_t stride, int64_t first, int64_t num_words, int64_t vocab, const int64_t* target,
+int strop_head_grad(const void* packed, const void* weight, int dtype, int weight_dtype, int64_t num_rows,
+                    int64_t hidden_size, int64_t stride, int64_t first, int64_t num_words, int64_t vocab, const int64_t* target,
                     const strop_head* head, const float* lse, const float* grad, void* out);
 
 // The same from kept exponentials (without a softcap). exps and tops begin at word `first`. target NULL: no
@@ -54,13 +55,13 @@ int strop_head_grad_kept(const void* exps, const float* tops, int dtype, int64_t
 // The products of the backward, bf16 only; d_words is `out` of the two functions above.
 // hidden [N, H] -> turned, n * ceil(H / STROP_TILE) * STROP_TILE elements, as strop_head_d_weight wants it.
 int strop_head_turn(const void* hidden, int64_t num_rows, int64_t hidden_size, int64_t stride, void* turned);
-// d_weight [num_words, H] = d_words times hidden
+// d_weight [num_words, H] of weight_dtype (bf16 or fp32) = d_words times hidden
 int strop_head_d_weight(const void* d_words, const void* turned, int64_t num_rows, int64_t hidden_size,
-                        int64_t num_words, void* d_weight);
+                        int64_t num_words, int weight_dtype, void* d_weight);
 // d_hidden fp32 [h, n], h = ceil(H / STROP_PANEL) * STROP_PANEL: the gradient is added to it, column by column.
 // weight: that of the first word. scratch: (h + n) * (num_words + 1) elements of bf16.
-int strop_head_d_hidden(const void* d_words, const void* weight, int64_t num_rows, int64_t hidden_size,
-                        int64_t stride, int64_t num_words, void* scratch, float* d_hidden);
+int strop_head_d_hidden(const void* d_words, const void* weight, int weight_dtype, int64_t num_rows,
+                        int64_t hidden_size, int64_t stride, int64_t num_words, void* scratch, float* d_hidden);
 
 // What follows runs where strop_head_supported says so for the dtype. All tensors are contiguous but where
 // strides are given, in elements. "size" is that of a row, or of an attention head.

@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-#define STROP_ABI 4
+#define STROP_ABI 5
 
 enum strop_dtype { STROP_F32 = 0, STROP_BF16 = 1, STROP_F16 = 2 };
 enum strop_status { STROP_OK = 0, STROP_EDTYPE = 1, STROP_ESHAPE = 2, STROP_ETARGET = 3, STROP_EKIND = 4,
