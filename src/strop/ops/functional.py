@@ -55,7 +55,6 @@ def linear_logprob(
     NaN) for targets outside the vocabulary.
     """
     weight, bias = _whole(weight), None if bias is None else _whole(bias)
-    weight = weight.to(hidden.dtype)  # TEMP
     _check_head(hidden, weight, target, bias, softcap, temperature)
     keep = _what_to_keep(hidden, weight, bias)
     logprob, _, *stats, _, _ = torch.ops.strop.head(hidden, weight, target, bias, softcap, temperature, keep)
@@ -84,7 +83,6 @@ def linear_loss(
     `loss_fn` the factors that would otherwise follow.
     """
     weight, bias = _whole(weight), None if bias is None else _whole(bias)
-    weight = weight.to(hidden.dtype)  # TEMP
     _check_head(hidden, weight, target, bias, softcap, temperature)
     edges = groups if groups is not None else [0, len(hidden)]
     rises = all(edges[i] <= edges[i + 1] for i in range(len(edges) - 1))
