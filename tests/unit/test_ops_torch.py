@@ -181,7 +181,16 @@ def test_the_fused_heads_c_functions_refuse_what_does_not_fit():
     out = torch.full((v, 32), 7.0, dtype=torch.bfloat16)
 
     def walked(
-        dtype=1, num=n, size=h, stride=h, first=0, words=v, vocab=v, at=target, cap=0.0, packed=packed,
+        dtype=1,
+        num=n,
+        size=h,
+        stride=h,
+        first=0,
+        words=v,
+        vocab=v,
+        at=target,
+        cap=0.0,
+        packed=packed,
         of_weight=1,
     ):
         own = native.Head(None, cap, 1.0)

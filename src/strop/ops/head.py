@@ -167,7 +167,9 @@ def forward(
     hidden, rows = hidden.contiguous(), _Rows(hidden, scalings)
     shape, tops_shape = kept_shape(hidden, weight, keep)
     if keep == ALL and is_rounded(hidden, weight):
-        kept = workspace.at_end(shape, hidden.dtype, hidden.device, room=weight.numel() * weight.element_size())
+        kept = workspace.at_end(
+            shape, hidden.dtype, hidden.device, room=weight.numel() * weight.element_size()
+        )
     else:
         kept = workspace.empty(shape, hidden.dtype, hidden.device, largest=True)
     tops = workspace.empty(tops_shape, torch.float32, hidden.device)

@@ -72,7 +72,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     y = _NORM(x, weight, eps)[0]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # A copy of the weight: FSDP frees gathered ones, and gathers a block's in its own backward only.
-        remade.note(y, functools.partial(_norm_again, eps), x.detach(), weight.detach().to(x.dtype, copy=True))
+        remade.note(
+            y, functools.partial(_norm_again, eps), x.detach(), weight.detach().to(x.dtype, copy=True)
+        )
     return y
 
 

@@ -87,7 +87,17 @@ def _linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     y = x.new_empty(*x.shape[:-1], num_out)
     scratch = x.new_empty(_padded(num_out, native.TILE) * num_in)
     native.call(
-        "strop_linear", x, x, weight, _CODES[weight.dtype], bias, x.numel() // num_in, num_in, num_out, scratch, y
+        "strop_linear",
+        x,
+        x,
+        weight,
+        _CODES[weight.dtype],
+        bias,
+        x.numel() // num_in,
+        num_in,
+        num_out,
+        scratch,
+        y,
     )
     return y
 

@@ -140,9 +140,7 @@ def _head_backward(
         grads = reference.head_backward(grad, hidden, weight, target, scalings, lse, wanted)
     else:
         target = target.contiguous()
-        grads = head.backward(
-            grad, hidden, weight, target, scalings, lse, kept, tops, wanted, over_kept
-        )
+        grads = head.backward(grad, hidden, weight, target, scalings, lse, kept, tops, wanted, over_kept)
     return tuple(hidden.new_empty(0) if g is None else g for g in grads)
 
 
