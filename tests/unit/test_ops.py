@@ -137,7 +137,7 @@ def test_the_limit_is_the_weights_gradient_in_fp32(monkeypatch):
         return head.words_kept(torch.empty(num_tokens, 576, dtype=torch.bfloat16), w, None)
 
     monkeypatch.setattr(head, "engine", lambda hidden, weight: "fused")
-    assert head.most_kept(torch.empty(3, 576), w) == 4 * 49152 * 576
+    assert head.most_kept(torch.empty(3, 576, dtype=torch.bfloat16), w) == 4 * 49152 * 576
     assert (kept(0), kept(1152), kept(1352), kept(2304)) == (49152, 49152, 39936, 24576)
     assert kept(10**6) == 0
     tiny = torch.empty(420, 16, dtype=torch.bfloat16)

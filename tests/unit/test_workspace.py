@@ -124,3 +124,38 @@ def test_a_tensor_that_outlives_everything_is_no_trouble_at_exit():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0
     assert not done.stderr
+
+
+def test_one_tensor_ends_the_memory_that_another_begins():
+    """The first is gone with that, once, and the memory comes back after both."""
+    kept = workspace.at_end([3, MIB], torch.bfloat16, CPU, room=40 * MIB)
+    kept.fill_(3.0)
+    assert not workspace.is_gone(kept)
+    other = workspace.at_end([3, MIB], torch.bfloat16, CPU, room=40 * MIB)
+    start = kept.data_ptr() + kept.nbytes - 40 * MIB
+    x = workspace.over(kept, [10, MIB], torch.float32)
+    assert (x.data_ptr(), x.shape, x.dtype) == (start, (10, MIB), torch.float32)
+    assert workspace.is_gone(kept)
+    assert not workspace.is_gone(other)
+    assert workspace.over(kept, [10, MIB], torch.float32) is None
+    x.zero_()
+    assert not kept.any()
+    del x
+    assert workspace.is_gone(kept)
+    assert not workspace._idle
+    del kept
+    assert [len(m) // MIB for m in workspace._idle] == [48]
+    assert of(20).data_ptr() == start
+    again = workspace.at_end([24, MIB], torch.bfloat16, CPU, room=40 * MIB)  # larger than the room
+    assert again.data_ptr() == start
+    assert not workspace.is_gone(again)
+
+
+def test_a_tensor_from_elsewhere_gives_no_memory():
+    kept = workspace.at_end([3, MIB], torch.bfloat16, CPU, room=40 * MIB)
+    small = workspace.at_end([3, 5], torch.bfloat16, CPU, room=100)
+    nothing = workspace.at_end([7, 0], torch.bfloat16, CPU, room=40 * MIB)
+    for x in (kept.clone(), small, nothing, of(16)):
+        assert workspace.over(x, [3, 5], torch.float32) is None
+        assert not workspace.is_gone(x)
+    assert (small.shape, nothing.shape) == ((3, 5), (7, 0))

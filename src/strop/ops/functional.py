@@ -57,7 +57,7 @@ def linear_logprob(
     weight, bias = _whole(weight), None if bias is None else _whole(bias)
     _check_head(hidden, weight, target, bias, softcap, temperature)
     keep = _what_to_keep(hidden, weight, bias)
-    logprob, _, *stats, _, _ = torch.ops.strop.head(hidden, weight, target, bias, softcap, temperature, keep)
+    logprob, _, *stats, _, _ = registered.call_head(hidden, weight, target, bias, softcap, temperature, keep)
     return logprob, TokenStats(*stats)
 
 

@@ -54,6 +54,7 @@ def define(
 def _function(name: str, implementation: Any, setup: Any, autograd: Any) -> type[torch.autograd.Function]:
     def forward(ctx: Any, *arguments: Any) -> Any:
         output = implementation(*arguments)
+        ctx.is_direct = True
         setup(ctx, arguments, output)
         return output
 
@@ -158,7 +159,7 @@ def _head_backward_fake(
 
 def head_gradients(*arguments: Any) -> tuple[Tensor, ...]:
     """What torch.ops.strop.head_backward gives. Where nobody looks on, the weight's gradient may lie where
-    kept was: an operation's result must not share memory with what it is given."""
+    kept was, of which the caller knows that nobody else has it. An operation's results may not."""
     if torch.compiler.is_compiling() or _is_watched(arguments):
         return torch.ops.strop.head_backward(*arguments)
     return _head_backward(*arguments, over_kept=True)
@@ -185,7 +186,8 @@ def _head_autograd(ctx: Any, grad: Optional[Tensor], *_: Any) -> tuple[Optional[
     hidden, weight, target, bias, lse, kept, tops = ctx.saved_tensors
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
     has_kept = kept.numel() > 0
-    d_hidden, d_weight, d_bias = head_gradients(
+    gradients = head_gradients if getattr(ctx, "is_direct", False) else torch.ops.strop.head_backward
+    d_hidden, d_weight, d_bias = gradients(
         grad, hidden, weight, target, bias, ctx.softcap, ctx.temperature, lse,
         kept if has_kept else None, tops if has_kept else None, needs,
     )  # fmt: skip
@@ -193,7 +195,7 @@ def _head_autograd(ctx: Any, grad: Optional[Tensor], *_: Any) -> tuple[Optional[
     return given[0], given[1], None, given[2], None, None, None
 
 
-define(
+call_head = define(
     "head(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float? softcap, float temperature, "
     "int keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _head,
