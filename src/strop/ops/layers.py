@@ -38,8 +38,7 @@ def _code(x: Tensor) -> int:
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether a weight is of x's dtype, or of fp32: then it is rounded to x's as it is read, and its gradient is
-    fp32."""
+    """Whether a weight is of x's dtype, or fp32: then it is rounded as it is read, and its gradient is fp32."""
     return weight.dtype in (x.dtype, torch.float32)
 
 
@@ -63,7 +62,8 @@ def _check_alike(x: Tensor, **others: Tensor) -> None:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight · x / √(mean(x²) + eps) over the last dim; the normalised row is rounded to x's dtype first.
 
-    x [..., size], weight [size] of the same dtype or fp32 (`fits`). Zhang and Sennrich 2019, as transformers computes it.
+    x [..., size], weight [size] of the same dtype or fp32 (`fits`). Zhang and Sennrich 2019, as transformers
+    computes it.
     """
     _check_alike(x)
     _check_weight(x, weight)

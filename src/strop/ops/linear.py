@@ -2,8 +2,8 @@
 y = x W^T + b and for both products of its backward, whose sums run in fp32 and are rounded once.
 
 A row of y does not depend on the rows beside it, which torch's bf16 matmuls do not promise, and nothing
-depends on the number of threads. Weight and bias may be fp32 beside 16-bit x: they are rounded to x's dtype as
-they are read, and their gradients are fp32. No rounded copy of them outlives a product, on any CPU.
+depends on the number of threads. Weight and bias may be fp32 beside 16-bit x: they are rounded to x's dtype
+as they are read, and their gradients are fp32. No rounded copy of them outlives a product, on any CPU.
 
 Shapes: T tokens, I inputs, O outputs.
 """
@@ -28,7 +28,8 @@ def takes(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> bool:
         return False
     if bias is not None and not (bias.is_cpu and bias.dtype == weight.dtype):
         return False
-    return _has_kernels_for(*weight.shape, weight.dtype)
+    num_out, num_in = weight.shape
+    return _has_kernels_for(num_out, num_in, weight.dtype)
 
 
 def _has_kernels_for(num_out: int, num_in: int, dtype: torch.dtype) -> bool:
@@ -43,7 +44,7 @@ def _has_kernels() -> bool:
 
 
 def applies(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> bool:
-    """Whether `linear` is more than torch's own: by its kernels, or beside an fp32 weight, which torch refuses."""
+    """Whether `linear` is more than torch's own: by its kernels, or since torch refuses an fp32 weight."""
     wider = weight.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
     return wider or takes(x, weight, bias)
 
