@@ -226,7 +226,7 @@ def test_what_c_refuses():
     for sizes in ((-1, 2, 2), (1, 0, 2), (1, 2, -2), (1, 3, 2), (1, 2, 3)):
         assert all("does not fit" in said for said in calls_of_c(lambda _: ok, sizes))
     for missing in ("x", "y", "weight", "scratch"):
-        pointers = {name: ok for name in ("x", "y", "weight", "scratch")} | {missing: None}
+        pointers = dict.fromkeys(("x", "y", "weight", "scratch"), ok) | {missing: None}
         assert all("null" in said for said in calls_of_c(pointers.get))
     for dtype in (-1, 2):
         assert all("no kernel" in said for said in calls_of_c(lambda _: ok, dtype=dtype))

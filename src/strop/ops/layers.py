@@ -38,7 +38,7 @@ def _code(x: Tensor) -> int:
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether a weight is of x's dtype, or fp32: then it is rounded as it is read, and its gradient is fp32."""
+    """Whether a weight has x's dtype, or is fp32: then it is rounded as it is read, its gradient is not."""
     return weight.dtype in (x.dtype, torch.float32)
 
 
