@@ -86,7 +86,7 @@ def test_numbers_are_those_of_rounded_weights(kind, head):
         assert grad.dtype == torch.float32
         right = exact_grads[name].double()
         error, of_rounded = ((g.double() - right).norm() for g in (grad, grads[name]))
-        assert error <= 1.05 * of_rounded + 5e-4 * right.norm(), name
+        assert error <= 1.15 * of_rounded + 1e-3 * right.norm(), name
 
 
 @pytest.mark.parametrize("kind", LEFT)
