@@ -82,6 +82,18 @@ def test_memory_by_hand():
     assert memory.disk_bytes(SHAPE, keep_last=2, has_best=True) == 4 * 12 * 1_000_003
 
 
+def test_memory_of_one_rank_by_hand():
+    """On a CPU weights are used in place; in 16 bit a model with unknown matrices is left to fully_shard."""
+    unknown = replace(SHAPE, is_known=False)
+    options = {"num_ranks": 1, "micro_batch_tokens": 100, "activation_checkpointing": "full"}
+    for shape, precision in ((SHAPE, "bf16"), (SHAPE, "fp32"), (unknown, "fp32")):
+        m = memory.estimate(shape, precision=precision, gpu=False, **options)
+        assert (m.gradients, m.gathered) == (4 * 1_000_003, 0)
+    for shape, gpu in ((unknown, False), (SHAPE, True)):
+        m = memory.estimate(shape, precision="bf16", gpu=gpu, **options)
+        assert (m.gradients, m.gathered) == (8 * 1_000_003, 2 * (200_003 + 2 * 100_000))
+
+
 def test_memory_with_adapters_by_hand():
     """Frozen weights in the compute type and nothing else; what is trained in fp32, with all that belongs to
     it. Here both together stay below 2 GiB on a rank."""

@@ -98,6 +98,14 @@ def test_other_models_are_left_as_they_are(kind):
     assert torch.equal(step(policy)[0], step(untouched)[0])
 
 
+@pytest.mark.parametrize("kind", [*WHOLE, *LEFT])
+def test_modules_tell_which_without_a_forward(kind):
+    """As the doctor asks: on "meta", in the type that the config names."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config((WHOLE | LEFT)[kind], dtype=BF16)
+    assert whole.is_known(model) == (kind in WHOLE)
+
+
 class GoesByItsWeight(nn.Module):
     """As a router that works in its weight's type, whatever is asked for."""
 

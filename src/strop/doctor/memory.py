@@ -8,7 +8,8 @@
     block's gradient      (c + 4) block            before and while it is reduced
     activations           T (L a + b)              see `activation_bytes`
 
-One rank on a CPU uses its fp32 weights as they are (models.whole): nothing is gathered, and gradients are 4P.
+One rank on a CPU uses its fp32 weights as they are (models.whole), in 16 bit those of models that allow it:
+nothing is gathered, and gradients are 4P.
 
 With adapters (LoRA) the weights that stay frozen take c bytes each and nothing else, and P is in the other
 lines what is trained; A's inputs live until the backward as those of trained weights do.
@@ -79,7 +80,7 @@ def estimate(
     whole = 4 * p + c * frozen <= WHOLE_GRADIENT_BYTES
     block = min(shape.block_params or p, p)
     tokens = micro_batch_tokens
-    in_place = num_ranks == 1 and not gpu and not frozen
+    in_place = num_ranks == 1 and not gpu and not frozen and (c == 4 or shape.is_known)
     if in_place:
         gradients, gathered = 4 * p, 0
     else:

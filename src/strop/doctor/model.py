@@ -19,7 +19,7 @@ from strop import parallel
 from strop.config import LoraConfig, ModelConfig
 from strop.doctor.checks import Checks, gib
 from strop.errors import UserError, first_line
-from strop.models import hf, local, reward
+from strop.models import hf, local, reward, whole
 from strop.models.lora import Adapters, num_trainable
 
 HEADER_LIMIT = 1 << 28
@@ -49,6 +49,8 @@ class Shape:
     """A scalar head: no logits."""
     num_trained: Optional[int] = None
     """With adapters: what is trained, beside num_params frozen ones; null: all of them."""
+    is_known: bool = True
+    """Whether one rank of a CPU can use its weights in place, as far as modules tell (models.whole)."""
 
 
 def look(
@@ -166,6 +168,7 @@ def _shape(model: Any, hf_config: Any, file_bytes: int, scores: bool) -> Shape:
         max_positions=getattr(text, "max_position_embeddings", None),
         file_bytes=file_bytes,
         scores=scores,
+        is_known=whole.is_known(model),
     )
 
 

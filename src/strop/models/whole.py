@@ -28,7 +28,9 @@ def install(policy: Policy, dtype: torch.dtype, device: torch.device) -> bool:
         return False
     if dtype == torch.float32:
         return True
-    if not all(_is_known(module) for module in policy.modules()):
+    if any(p.dtype != torch.float32 or not p.requires_grad for p in policy.parameters()):
+        return False
+    if not is_known(policy):
         return False
     exchanged = [module for module in policy.modules() if _exchange(module, dtype)]
     if _computes_in(policy, dtype, device):
@@ -38,11 +40,12 @@ def install(policy: Policy, dtype: torch.dtype, device: torch.device) -> bool:
     return False
 
 
-def _is_known(module: nn.Module) -> bool:
-    own = list(module.parameters(recurse=False))
-    if any(p.dtype != torch.float32 or not p.requires_grad for p in own):
-        return False
-    return type(module) in (nn.Linear, nn.Embedding) or all(p.ndim < 2 for p in own)
+def is_known(model: nn.Module) -> bool:
+    """Whether all matrices are those of linear layers and embeddings: what can be said without a forward."""
+    return all(
+        type(module) in (nn.Linear, nn.Embedding) or all(p.ndim < 2 for p in module.parameters(recurse=False))
+        for module in model.modules()
+    )
 
 
 def _exchange(module: nn.Module, dtype: torch.dtype) -> bool:
