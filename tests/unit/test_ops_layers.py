@@ -256,7 +256,7 @@ def test_shapes_that_do_not_fit():
 
 def test_wide_weights_are_rounded_as_they_are_read():
     x, dy = random(5, 16, dtype=BF16), random(5, 16, seed=2, dtype=BF16)
-    norm, down = random(16, seed=3), random(8, 16, seed=4)
+    norm, down = random(16, seed=3, dtype=FP32), random(8, 16, seed=4, dtype=FP32)
     found = {}
     for dtype in (FP32, BF16):
         leaves = [t.to(dtype).requires_grad_() for t in (norm, down)] + [x.clone().requires_grad_()]
