@@ -259,11 +259,11 @@ def test_wide_weights_are_rounded_as_they_are_read():
     norm, down = random(16, seed=3, dtype=FP32), random(8, 16, seed=4, dtype=FP32)
     found = {}
     for dtype in (FP32, BF16):
-        leaves = [t.to(dtype).requires_grad_() for t in (norm, down)] + [x.clone().requires_grad_()]
-        normed = layers.rms_norm(leaves[2], leaves[0], 1e-5)
-        out = layers.silu_mul_linear(normed, dy, leaves[1])
+        leaves = [x.clone(), norm.to(dtype, copy=True), down.to(dtype, copy=True)]
+        x_own, norm_own, down_own = (leaf.requires_grad_() for leaf in leaves)
+        out = layers.silu_mul_linear(layers.rms_norm(x_own, norm_own, 1e-5), dy, down_own)
         out.backward(dy[:, :8])
-        assert [leaf.grad.dtype for leaf in leaves] == [dtype, dtype, BF16]
+        assert [leaf.grad.dtype for leaf in leaves] == [BF16, dtype, dtype]
         found[dtype] = [out, *(leaf.grad.to(BF16) for leaf in leaves)]
     assert all(torch.equal(a, b) for a, b in zip(found[FP32], found[BF16], strict=True))
 
