@@ -181,13 +181,22 @@ def test_the_fused_heads_c_functions_refuse_what_does_not_fit():
     out = torch.full((v, 32), 7.0, dtype=torch.bfloat16)
 
     def walked(
-        dtype=1, num=n, size=h, stride=h, first=0, words=v, vocab=v, at=target, cap=0.0, packed=packed,
+        dtype=1,
+        num=n,
+        size=h,
+        stride=h,
+        first=0,
+        words=v,
+        vocab=v,
+        at=target,
+        cap=0.0,
+        packed=packed,
         of_weight=1,
     ):
         own = native.Head(None, cap, 1.0)
         return lib.strop_head_walk(
-            None if packed is None else packed.data_ptr(), w.data_ptr(), dtype, of_weight, num, size, stride, first,
-            words, vocab, at.data_ptr(), ctypes.byref(own), ctypes.byref(walk), None, None,
+            None if packed is None else packed.data_ptr(), w.data_ptr(), dtype, of_weight, num, size, stride,
+            first, words, vocab, at.data_ptr(), ctypes.byref(own), ctypes.byref(walk), None, None,
             scratch.data_ptr(),
         )  # fmt: skip
 

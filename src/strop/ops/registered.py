@@ -141,9 +141,7 @@ def _head_backward(
         grads = reference.head_backward(grad, hidden, weight, target, scalings, lse, wanted)
     else:
         target = target.contiguous()
-        grads = head.backward(
-            grad, hidden, weight, target, scalings, lse, kept, tops, wanted, over_kept
-        )
+        grads = head.backward(grad, hidden, weight, target, scalings, lse, kept, tops, wanted, over_kept)
     return tuple(hidden.new_empty(0) if g is None else g for g in grads)
 
 
@@ -164,7 +162,8 @@ def head_gradients(*arguments: Any) -> tuple[Tensor, ...]:
     kept was, of which the caller knows that nobody else has it. An operation's results may not."""
     if torch.compiler.is_compiling() or _is_watched(arguments):
         return torch.ops.strop.head_backward(*arguments)
-    return _head_backward(*arguments, over_kept=True)
+    given = [*arguments, True]  # over_kept
+    return _head_backward(*given)
 
 
 def _head_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
