@@ -38,7 +38,8 @@ int strop_head_pack(const void* hidden, int dtype, int64_t num_rows, int64_t hid
 // partial: fp32, 4 * n * ceil(num_words / STROP_SEGMENT) of scratch space.
 int strop_head_walk(const void* packed, const void* weight, int dtype, int weight_dtype, int64_t num_rows,
                     int64_t hidden_size, int64_t stride, int64_t first, int64_t num_words, int64_t vocab,
-                    const int64_t* target, const strop_head* head, const strop_walk* walk, void* exps, float* tops, float* partial);
+                    const int64_t* target, const strop_head* head, const strop_walk* walk, void* exps, float* tops,
+                    float* partial);
 
 // out [num_words, n] of dtype: grad[n] * (1[target] - softmax(z)) * dz/dx of these words, word by word; 0 in
 // the padding and where grad is 0. lse, grad: fp32 [N].
