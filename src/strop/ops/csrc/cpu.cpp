@@ -383,8 +383,9 @@ int strop_head_pack(const void* hidden, int dtype, int64_t num_rows, int64_t hid
 }
 
 int strop_head_walk(const void* packed, const void* weight, int dtype, int weight_dtype, int64_t num_rows,
-                    int64_t hidden_size, int64_t stride, int64_t first, int64_t num_words, int64_t vocab, const int64_t* target,
-                    const strop_head* head, const strop_walk* walk, void* exps, float* tops, float* partial) {
+                    int64_t hidden_size, int64_t stride, int64_t first, int64_t num_words, int64_t vocab,
+                    const int64_t* target, const strop_head* head, const strop_walk* walk, void* exps, float* tops,
+                    float* partial) {
     int status = check_head(dtype, num_rows, hidden_size, stride);
     if (status == STROP_OK && !fits_beside(dtype, weight_dtype)) status = STROP_EDTYPE;
     if (status != STROP_OK || num_rows == 0) return status;
@@ -402,8 +403,8 @@ int strop_head_walk(const void* packed, const void* weight, int dtype, int weigh
 }
 
 int strop_head_grad(const void* packed, const void* weight, int dtype, int weight_dtype, int64_t num_rows,
-                    int64_t hidden_size, int64_t stride, int64_t first, int64_t num_words, int64_t vocab, const int64_t* target,
-                    const strop_head* head, const float* lse, const float* grad, void* out) {
+                    int64_t hidden_size, int64_t stride, int64_t first, int64_t num_words, int64_t vocab,
+                    const int64_t* target, const strop_head* head, const float* lse, const float* grad, void* out) {
     int status = check_head(dtype, num_rows, hidden_size, stride);
     if (status == STROP_OK && !fits_beside(dtype, weight_dtype)) status = STROP_EDTYPE;
     if (status != STROP_OK || num_rows == 0) return status;

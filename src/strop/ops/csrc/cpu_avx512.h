@@ -165,8 +165,8 @@ struct Rows {
     int64_t stride;  // bytes
 };
 
-// Where the weight's rows are, or those of one product at a time, rounded to bf16. A panel's meet all tokens of a work
-// item, beside which that takes no time.
+// Where the weight's rows are, or those of one product at a time, rounded to bf16. They meet all tokens of a work item,
+// beside which that takes little time: with 256 of them 4 % of the walk's.
 template <class T>
 class Words {
    public:
@@ -195,12 +195,15 @@ class Words {
 
     AVX512 INLINE void round(const float* from, Line* to) const {
         int64_t k = 0;
-        for (; k + 32 <= size; k += 32, to++)
-            _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + k + 16), _mm512_loadu_ps(from + k)));
+        for (; k + 32 <= size; k += 32, to++) {
+            const __m512 low = _mm512_loadu_ps(from + k), high = _mm512_loadu_ps(from + k + 16);
+            _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        }
         if (k == size) return;
         const uint32_t there = (1u << (size - k)) - 1;
         const __m512 low = _mm512_maskz_loadu_ps((__mmask16)there, from + k);
-        const __m512 high = there >> 16 ? _mm512_maskz_loadu_ps((__mmask16)(there >> 16), from + k + 16) : _mm512_setzero_ps();
+        __m512 high = _mm512_setzero_ps();
+        if (there >> 16) high = _mm512_maskz_loadu_ps((__mmask16)(there >> 16), from + k + 16);
         _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
     }
 };
@@ -460,7 +463,7 @@ void grad(const Head& h, const float* lse, const float* grad, void* out) {
     {
         Words<T> weight(h);
 #pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < blocks * groups; item++) {  // a group's hidden states stay in L2 for all its items
+        for (int64_t item = 0; item < blocks * groups; item++) {  // a group's hidden states stay in L2 for its items
             const int64_t begin = item / blocks * group, from = item % blocks * block;
             grad_item<T>(h, weight, from, std::min(from + block, h.num_words), begin, std::min(begin + group, h.padded),
                          lse, grad, out);
