@@ -166,16 +166,9 @@ def forward(
     """Log-probs with statistics, and what is kept. Raises ValueError for a target outside the vocabulary."""
     hidden, rows = hidden.contiguous(), _Rows(hidden, scalings)
     shape, tops_shape = kept_shape(hidden, weight, keep)
-<<<<<<< HEAD
-    if keep == ALL and is_rounded(hidden, weight):
-        kept = workspace.at_end(
-            shape, hidden.dtype, hidden.device, room=weight.numel() * weight.element_size()
-        )
-=======
     fused = engine(hidden, weight) == "fused"
     if keep == ALL and fused and is_rounded(hidden, weight):
         kept = workspace.at_end(shape, hidden.dtype, hidden.device, room=weight.nbytes)
->>>>>>> head
     else:
         kept = workspace.empty(shape, hidden.dtype, hidden.device, largest=True)
     tops = workspace.empty(tops_shape, torch.float32, hidden.device)
