@@ -158,7 +158,27 @@ AVX512 __attribute__((noinline)) void tile_product(const char* tile, const char*
     for (int64_t i = 0; i < PANEL; i++) z[i][0] = acc[i][0], z[i][1] = acc[i][1];
 }
 
-// The logits of T::panels panels (the last word repeats where there are fewer) for a tile.
+AVX512 INLINE __mmask32 columns_left(int64_t left) { return left >= TILE ? ~0u : (1u << left) - 1; }
+
+// 32 columns of a row of a product, those that are `there`. past: all of them, and their lines go past the caches: they
+// are not read again before they would have left.
+AVX512 INLINE void store(uint16_t* out, __m512 low, __m512 high, __mmask32 there, bool past) {
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    if (past)
+        _mm512_stream_si512((__m512i*)out, both);
+    else
+        _mm512_mask_storeu_epi16(out, there, both);
+}
+AVX512 INLINE void store(float* out, __m512 low, __m512 high, __mmask32 there, bool past) {
+    if (past) {
+        _mm512_stream_ps(out, low);
+        _mm512_stream_ps(out + 16, high);
+    } else {
+        _mm512_mask_storeu_ps(out, (__mmask16)there, low);
+        _mm512_mask_storeu_ps(out + 16, (__mmask16)(there >> 16), high);
+    }
+}
+
 // Rows of the weight as a product reads them.
 struct Rows {
     const char* first;
@@ -208,6 +228,7 @@ class Words {
     }
 };
 
+// The logits of T::panels panels (the last word repeats where there are fewer) for a tile.
 template <class T>
 AVX512 INLINE void tile_logits(const Head& h, int64_t tile, const Rows& from, int64_t words,
                                __m512 (&z)[T::panels][PANEL][2]) {
