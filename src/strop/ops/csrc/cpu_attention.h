@@ -31,6 +31,8 @@ namespace attention {
 using head::Bf16;
 using head::exp2_16;
 
+#define APART __attribute__((noinline))
+
 constexpr int64_t HALF = 16, TILE = 32;  // lanes of a register, and of a tile
 constexpr int64_t PANEL = 8;             // keys, or dims, that meet a tile in registers
 constexpr int64_t BLOCK = 128;           // keys between two corrections of a running maximum
@@ -185,7 +187,7 @@ struct Errand {
 };
 
 // Rows of a tile -> [D / 2][32] pairs along D.
-AVX512 inline void pack_tile(const Rows& rows, const Tile& tile, int64_t size, uint32_t* out) {
+AVX512 APART inline void pack_tile(const Rows& rows, const Tile& tile, int64_t size, uint32_t* out) {
     for (int64_t half = 0; half < TILE; half += HALF)
         for (int64_t d = 0; d < size / 2; d += 16) {
             const __mmask16 some = pair_lanes(size, d);
@@ -209,7 +211,7 @@ AVX512 INLINE void pack_pair(const uint16_t* low, const uint16_t* high, int64_t 
 }
 
 // Rows of a tile -> [16][D] pairs along the queries.
-AVX512 inline void pack_queries(const Rows& rows, const Tile& tile, int64_t size, uint32_t* out) {
+AVX512 APART inline void pack_queries(const Rows& rows, const Tile& tile, int64_t size, uint32_t* out) {
     for (int64_t i = 0; i < TILE; i += 2, out += size) {
         if (i < tile.count)
             pack_pair(tile.row(rows, i), i + 1 < tile.count ? tile.row(rows, i + 1) : nullptr, size, out);
@@ -242,7 +244,7 @@ AVX512 inline void pack_keys(const Attention& a, const Rows& rows, int64_t s, in
 }
 
 // out [D][32] times factor -> bf16 rows of [T, heads, D].
-AVX512 inline void store_tile(const float* out, const __m512 (&factor)[2], const Tile& tile, int64_t num_heads,
+AVX512 APART inline void store_tile(const float* out, const __m512 (&factor)[2], const Tile& tile, int64_t num_heads,
                               int64_t size, uint16_t* to) {
     for (int64_t half = 0; half < 2; half++)
         for (int64_t d = 0; d < size / 2; d += 16) {
@@ -284,7 +286,7 @@ AVX512 INLINE void products(const uint32_t* tile, const uint16_t* rows, int64_t 
 }
 
 // out [D][32] = out * factor + Σ over pairs of keys weights[pair][32] * values[pair][D]. fresh: there is no out yet.
-AVX512 INLINE void add_weighted(const uint32_t* weights, const uint32_t* values, int64_t num_pairs, int64_t size,
+AVX512 APART inline void add_weighted(const uint32_t* weights, const uint32_t* values, int64_t num_pairs, int64_t size,
                                 const __m512 (&factor)[2], bool fresh, float* out) {
     for (int64_t d = 0; d < size; d += PANEL) {
         __m512 acc[PANEL][2];
@@ -331,7 +333,7 @@ AVX512 INLINE void add_transposed_at(const uint16_t* weights, const uint32_t* ro
         for (int k = 0; k < WIDTH; k++) _mm512_storeu_ps(out + i * size + d + 16 * k, acc[i][k]);
 }
 
-AVX512 INLINE void add_transposed(const uint16_t* weights, const uint32_t* rows, int64_t num_pairs, int64_t size,
+AVX512 APART inline void add_transposed(const uint16_t* weights, const uint32_t* rows, int64_t num_pairs, int64_t size,
                                   float* out) {
     int64_t d = 0;
     for (; d + 32 <= size; d += 32) add_transposed_at<2>(weights, rows, num_pairs, size, d, out);
@@ -356,7 +358,7 @@ inline void longest_first(std::vector<Item>& items) {
 // ---- Forward
 
 // One tile against the keys that it sees: out [D][32], the maximum (of scores times log2 e) and the sum of each query.
-AVX512 inline void forward_tile(const Attention& a, const Tile& tile, Errand<1> errand, Scratch& w,
+AVX512 APART inline void forward_tile(const Attention& a, const Tile& tile, Errand<1> errand, Scratch& w,
                                 __m512 (&top)[2], __m512 (&total)[2]) {
     const __m512 scale = _mm512_set1_ps(a.scale * head::LOG2_E);
     for (int64_t half = 0; half < 2; half++) top[half] = _mm512_set1_ps(NEVER), total[half] = _mm512_setzero_ps();
@@ -447,7 +449,7 @@ struct Gradients {
 
 // P and dS = P * (dP - Σ dO·O) of keys [from, from + whole) and the t-th tile of a team: both as rows
 // [key][queries of the team], dS also as pairs of keys. The scale comes last, into the sums.
-AVX512 inline void score_gradients(const Attention& a, const Tile& tile, int64_t t, int64_t from, int64_t whole,
+AVX512 APART inline void score_gradients(const Attention& a, const Tile& tile, int64_t t, int64_t from, int64_t whole,
                                    int64_t row, Errand<3>& errand, Scratch& w, const __m512 (&lse)[2],
                                    const __m512 (&delta)[2]) {
     const __m512 scale = _mm512_set1_ps(a.scale * head::LOG2_E);
@@ -479,7 +481,7 @@ AVX512 inline void score_gradients(const Attention& a, const Tile& tile, int64_t
 }
 
 // log-sum-exp (times log2 e), and Σ dO·O, of half a tile. Behind the sequence's end: probabilities of 0.
-AVX512 inline void half_sums(const Attention& a, const Gradients& grads, const Tile& tile, int64_t half, __m512& lse,
+AVX512 APART inline void half_sums(const Attention& a, const Gradients& grads, const Tile& tile, int64_t half, __m512& lse,
                              __m512& delta) {
     float own[HALF];
     __m512i sums[HALF];
@@ -522,6 +524,7 @@ AVX512 inline void backward_team(const Attention& a, const Gradients& grads, int
     Errand<3> errands[TEAM] = {{next[0], tiles[0], {read[0], read[1], read[2]}, written, size},
                                {next[1], tiles[1], {read[0], read[1], read[2]}, written, size}};
     const __m512 ones[2] = {_mm512_set1_ps(1.0f), _mm512_set1_ps(1.0f)};
+    int64_t lane = 0;  // of the team, the first of two that see a panel
     for (int64_t from = tiles[0].begin; from < tiles[num_tiles - 1].end; from += BLOCK) {
         int64_t begins[TEAM], ends[TEAM];  // whole panels of the block that a tile sees
         for (int64_t t = 0; t < num_tiles; t++) {
@@ -530,14 +533,15 @@ AVX512 inline void backward_team(const Attention& a, const Gradients& grads, int
             if (begins[t] >= ends[t]) continue;
             score_gradients(a, tiles[t], t, begins[t], ends[t] - begins[t], begins[t] - from, errands[t], w,
                             lse[t], delta[t]);
-            add_weighted(w.weights.at, w.keys.at + begins[t] / 2 * size, (ends[t] - begins[t]) / 2, size, ones,
+            add_weighted(w.weights.at, w.keys.at + begins[t] / 2 * size,
+                         head::ceil_div(std::min(ends[t], tiles[t].end) - begins[t], 2), size, ones,
                          begins[t] == tiles[t].begin, w.out.at + t * size * TILE);
         }
         for (int64_t j = from; j < ends[num_tiles - 1]; j += PANEL) {
-            // Keys of a window's begin are the first tile's only, those of its end the last one's.
-            const int64_t t = j < ends[0] ? 0 : 1, last = j >= begins[num_tiles - 1] ? num_tiles : 1;
-            const int64_t at = ((j - from) * TEAM + t) * TILE, skipped = t * TILE / 2 * size;
-            const int64_t pairs = (last - t) * TILE / 2;
+            // The queries before these keys see none of them. Those of a window's begin are the first tile's only.
+            while (tiles[lane / TILE].positions[lane % TILE + 1] < j) lane += 2;
+            const int64_t last = j >= begins[num_tiles - 1] ? num_tiles : 1, pairs = (last * TILE - lane) / 2;
+            const int64_t at = (j - from) * TEAM * TILE + lane, skipped = lane / 2 * size;
             add_transposed(w.rows.at + at, w.d_out.at + skipped, pairs, size, w.d_values.at + j * size);
             add_transposed(w.d_rows.at + at, w.queries.at + skipped, pairs, size, w.d_keys.at + j * size);
         }
