@@ -585,7 +585,9 @@ int strop_attend(const strop_attention* a, void* out, float* lse) {
     const int status = check_attention(a);
     if (status != STROP_OK || a->num_tokens == 0) return status;
     if (!out || !lse) return STROP_ENULL;
-    attention::with_size(inside(*a), [&](const auto& sized) { attention::forward(sized, a->num_seqs, (uint16_t*)out, lse); });
+    attention::with_size(inside(*a), [&](const auto& sized) {
+        attention::forward(sized, a->num_seqs, (uint16_t*)out, lse);
+    });
     return STROP_OK;
 }
 

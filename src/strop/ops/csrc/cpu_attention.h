@@ -31,6 +31,7 @@ namespace attention {
 using head::Bf16;
 using head::exp2_16;
 
+// Inlined into a larger function, these loops would share its registers.
 #define APART __attribute__((noinline))
 
 constexpr int64_t HALF = 16, TILE = 32;  // lanes of a register, and of a tile
@@ -486,16 +487,9 @@ struct Gradients {
     uint16_t *d_q, *d_k, *d_v;
 };
 
-// Scores [PANEL][32] of keys that a query does not see: -inf.
-AVX512 APART inline void hide(const Tile& tile, int64_t key, float* scores) {
-    for (int64_t i = 0; i < PANEL; i++)
-        for (int64_t half = 0; half < 2; half++)
-            _mm512_mask_storeu_ps(scores + i * TILE + HALF * half, (__mmask16)~tile.sees(key + i, half),
-                                  _mm512_set1_ps(-INFINITY));
-}
-
 // P and dS = P * (dP - Σ dO·O) of keys [from, from + whole) and the t-th tile of a team: both as rows
-// [key][queries of the team], dS also as pairs of keys. The scale comes last, into the sums.
+// [key][queries of the team], dS also as pairs of keys. The scale comes last, into the sums. Exponentials run beside
+// the second product.
 template <class A>
 AVX512 APART void score_gradients(const A& a, const Tile& tile, int64_t t, int64_t from, int64_t whole,
                                    int64_t row, Errand<3>& errand, Scratch& w, const __m512 (&lse)[2],
@@ -511,12 +505,13 @@ AVX512 APART void score_gradients(const A& a, const Tile& tile, int64_t t, int64
         for (int64_t i = 0; i < PANEL; i++)
             for (int64_t half = 0; half < 2; half++) _mm512_storeu_ps(scores + i * TILE + HALF * half, z[i][half]);
         errand.go_on();
-        if (!tile.sees_panel(from + j)) hide(tile, from + j, scores);
+        const bool all = tile.sees_panel(from + j);
         products(d_out, w.value_rows.at + (from + j) * a.size, a.size, dp, [&](int64_t i) AVX512 {
             __m512 p[2];
             for (int64_t half = 0; half < 2; half++) {
                 float* at = scores + i * TILE + HALF * half;
                 p[half] = exp2_16(_mm512_fmsub_ps(_mm512_loadu_ps(at), scale, lse[half]));
+                if (!all) p[half] = _mm512_maskz_mov_ps(tile.sees(from + j + i, half), p[half]);
                 _mm512_storeu_ps(at, p[half]);
             }
             _mm512_storeu_si512(rows + i * TEAM * TILE, halves_of(p[0], p[1]));
@@ -615,7 +610,8 @@ AVX512 void backward_item(const A& a, const Gradients& grads, const Item& item, 
     const int64_t g = item.head, size = a.size;
     w.tile.resize(TEAM * size / 2 * TILE), w.d_tile.resize(TEAM * size / 2 * TILE), w.out.resize(TEAM * size * TILE);
     w.queries.resize(TEAM * TILE / 2 * size), w.d_out.resize(TEAM * TILE / 2 * size);
-    w.scores.resize(PANEL * TILE), w.weights.resize(BLOCK / 2 * TILE), w.rows.resize(BLOCK * TEAM * TILE), w.d_rows.resize(BLOCK * TEAM * TILE);
+    w.scores.resize(PANEL * TILE), w.weights.resize(BLOCK / 2 * TILE);
+    w.rows.resize(BLOCK * TEAM * TILE), w.d_rows.resize(BLOCK * TEAM * TILE);
     const __m512 scale = _mm512_set1_ps(a.scale);
     for (int64_t s = item.to - 1; s >= item.sequence; s--) {
         const int64_t n = a.num_keys(s), shared = a.num_shared(s), padded = head::ceil_div(n, PANEL) * PANEL;
