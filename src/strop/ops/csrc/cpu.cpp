@@ -610,7 +610,9 @@ int strop_attend(const strop_attention* a, void* out, float* lse) {
     const int status = check_attention(a);
     if (status != STROP_OK || a->num_tokens == 0) return status;
     if (!out || !lse) return STROP_ENULL;
-    attention::forward(inside(*a), a->num_seqs, (uint16_t*)out, lse);
+    attention::with_size(inside(*a), [&](const auto& sized) {
+        attention::forward(sized, a->num_seqs, (uint16_t*)out, lse);
+    });
     return STROP_OK;
 }
 
@@ -626,7 +628,7 @@ int strop_attend_grad(const strop_attention* a, const void* out, const void* d_o
                                         (uint16_t*)d_q,
                                         (uint16_t*)d_k,
                                         (uint16_t*)d_v};
-    attention::backward(inside(*a), a->num_seqs, grads);
+    attention::with_size(inside(*a), [&](const auto& sized) { attention::backward(sized, a->num_seqs, grads); });
     return STROP_OK;
 }
 #else
