@@ -49,7 +49,8 @@ from strop import ops  # noqa: E402
 from strop.ops import head  # noqa: E402
 from tools import command_line  # noqa: E402
 
-SHAPES = ((1024, 896, 151936), (1024, 576, 49152))
+SHAPES = ((1024, 896, 151936), (1024, 576, 49152), (1024, 256, 32000))
+"""Of Qwen2.5-0.5B, of SmolLM2-135M and of bench/step.py's small model."""
 MATMUL_WORDS = 2048
 """Words of a chunk whose logits stay in the cache."""
 Way = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -48,7 +48,7 @@ _SAVED_OPS = {
 def shard(policy: Policy, config: TrainConfig, dist: Dist) -> None:
     """Checkpoint, compile and shard `policy` in place. Needs the resolved precision."""
     dtype = DTYPES[config.precision]
-    stays_whole = dist.world_size == 1 and not config.compile and whole.install(policy, dtype, dist.device)
+    stays_whole = dist.world_size == 1 and whole.install(policy, dtype, dist.device)
     mp = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     # One rank only casts its own weights, which is cheaper than keeping a copy of them.
     frees = dist.world_size == 1 or reduce_each_micro_batch(policy)
@@ -56,10 +56,10 @@ def shard(policy: Policy, config: TrainConfig, dist: Dist) -> None:
         if config.activation_checkpointing != "none":
             block = _checkpointed(block, config.activation_checkpointing)
             setattr(parent, name, block)
-        if stays_whole:
-            continue
         if config.compile:
             block.compile()
+        if stays_whole:
+            continue
         fully_shard(block, mesh=dist.mesh, mp_policy=mp, reshard_after_forward=frees)
     if stays_whole:
         return

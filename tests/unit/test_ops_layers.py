@@ -239,7 +239,9 @@ def test_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match="query"):
         layers.attention(q.float(), q.float(), q.float(), edges, edges, 1.0)
     with pytest.raises(ValueError, match="weight"):
-        layers.rms_norm(q, torch.ones(16), 1e-5)
+        layers.rms_norm(q, torch.ones(16, dtype=torch.float64), 1e-5)
+    with pytest.raises(ValueError, match="weight"):
+        layers.rms_norm(q.float(), torch.ones(16, dtype=BF16), 1e-5)
     with pytest.raises(ValueError, match="gate"):
         layers.silu_mul(q, q[:, :2])
     with pytest.raises(ValueError, match="gate"):
@@ -252,7 +254,21 @@ def test_shapes_that_do_not_fit():
         layers.rotate(q, q[0], q[0])
 
 
-@pytest.mark.parametrize("other", [random(16, dtype=FP32), random(16, dtype=BF16).to("meta")])
+def test_wide_weights_are_rounded_as_they_are_read():
+    x, dy = random(5, 16, dtype=BF16), random(5, 16, seed=2, dtype=BF16)
+    norm, down = random(16, seed=3, dtype=FP32), random(8, 16, seed=4, dtype=FP32)
+    found = {}
+    for dtype in (FP32, BF16):
+        leaves = [x.clone(), norm.to(dtype, copy=True), down.to(dtype, copy=True)]
+        x_own, norm_own, down_own = (leaf.requires_grad_() for leaf in leaves)
+        out = layers.silu_mul_linear(layers.rms_norm(x_own, norm_own, 1e-5), dy, down_own)
+        out.backward(dy[:, :8])
+        assert [leaf.grad.dtype for leaf in leaves] == [BF16, dtype, dtype]
+        found[dtype] = [out, *(leaf.grad.to(BF16) for leaf in leaves)]
+    assert all(torch.equal(a, b) for a, b in zip(found[FP32], found[BF16], strict=True))
+
+
+@pytest.mark.parametrize("other", [random(16, dtype=torch.float64), random(16, dtype=BF16).to("meta")])
 def test_another_dtype_or_device_does_not_reach_c(other):
     """A device without memory stands for a GPU, whose addresses C would read."""
     x, packed = random(16, dtype=BF16), random(1, 3, 1, 16, dtype=BF16)

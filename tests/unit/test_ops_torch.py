@@ -195,8 +195,8 @@ def test_the_fused_heads_c_functions_refuse_what_does_not_fit():
     ):
         own = native.Head(None, cap, 1.0)
         return lib.strop_head_walk(
-            None if packed is None else packed.data_ptr(), w.data_ptr(), dtype, of_weight, num, size, stride, first,
-            words, vocab, at.data_ptr(), ctypes.byref(own), ctypes.byref(walk), None, None,
+            None if packed is None else packed.data_ptr(), w.data_ptr(), dtype, of_weight, num, size, stride,
+            first, words, vocab, at.data_ptr(), ctypes.byref(own), ctypes.byref(walk), None, None,
             scratch.data_ptr(),
         )  # fmt: skip
 

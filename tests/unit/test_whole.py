@@ -19,6 +19,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from strop import parallel
 from strop.config import LoraConfig
 from strop.models import lora, whole
 from strop.models.policy import Policy, probe_batch
@@ -166,3 +167,17 @@ def test_a_reward_model_computes_in_bf16():
     for p in model.parameters():
         p.data = p.data.to(BF16).float()
     assert torch.equal(model(probe_batch(97, CPU)).score_S, scores.score_S)
+
+
+@pytest.mark.parametrize("kind", ["tied", "biases", "layer norms"])
+def test_blocks_can_be_compiled(kind):
+    plain, compiled = build(WHOLE[kind]), build(WHOLE[kind])
+    for policy in (plain, compiled):
+        assert whole.install(policy, BF16, CPU)
+    for _, _, block in parallel.transformer_blocks(compiled.lm):
+        block.compile(backend="aot_eager")
+    logp, grads = step(plain)
+    found, found_grads = step(compiled)
+    assert torch.equal(found, logp)
+    for name, grad in grads.items():
+        torch.testing.assert_close(found_grads[name], grad, atol=1e-3, rtol=0.02)

@@ -47,9 +47,9 @@ def linear_logprob(
 
     hidden [N, H], weight [V, H], target int64 [N], bias [V] -> log-prob fp32 [N] (fp64 of fp64), never above
     0. The weight has hidden's dtype, or is fp32 beside hidden in 16 bit: then it is rounded to hidden's dtype
-    as it is read, and its gradient is fp32. The log-sum-exp is fp32, and the target's logit is the same value that stands in
-    it: an exact one above a rounded sum would give positive log-probs. softcap(z) = c tanh(z / c). A sharded
-    weight (DTensor) is gathered, and its gradient summed over the ranks.
+    as it is read, and its gradient is fp32. The log-sum-exp is fp32, and the target's logit is the same value
+    that stands in it: an exact one above a rounded sum would give positive log-probs. softcap(z) = c tanh(z /
+    c). A sharded weight (DTensor) is gathered, and its gradient summed over the ranks.
 
     Raises ValueError for shapes, dtypes or devices that do not fit and (on the CPU; on a GPU the result is
     NaN) for targets outside the vocabulary.

@@ -166,14 +166,12 @@ def forward(
     """Log-probs with statistics, and what is kept. Raises ValueError for a target outside the vocabulary."""
     hidden, rows = hidden.contiguous(), _Rows(hidden, scalings)
     shape, tops_shape = kept_shape(hidden, weight, keep)
-    if keep == ALL and is_rounded(hidden, weight):
-        kept = workspace.at_end(
-            shape, hidden.dtype, hidden.device, room=weight.numel() * weight.element_size()
-        )
+    fused = engine(hidden, weight) == "fused"
+    if keep == ALL and fused and is_rounded(hidden, weight):
+        kept = workspace.at_end(shape, hidden.dtype, hidden.device, room=weight.nbytes)
     else:
         kept = workspace.empty(shape, hidden.dtype, hidden.device, largest=True)
     tops = workspace.empty(tops_shape, torch.float32, hidden.device)
-    fused = engine(hidden, weight) == "fused"
     if keep == FROZEN and not (fused and scalings.softcap):
         kept.copy_((_frozen_fused if fused else _frozen_chunked)(hidden, weight, target, rows))
     elif fused:
@@ -232,8 +230,8 @@ def _frozen_fused(hidden: Tensor, weight: Tensor, target: Tensor, rows: _Rows) -
         before, num_words = rows.top.clone(), end - start
         call(
             "strop_head_walk", hidden, packed, weight, _code(hidden), _code(weight), num_tokens, size,
-            weight.stride(0), start, num_words, vocab, target, ctypes.byref(head), ctypes.byref(rows.walk), exps,
-            tops, scratch,
+            weight.stride(0), start, num_words, vocab, target, ctypes.byref(head), ctypes.byref(rows.walk),
+            exps, tops, scratch,
         )  # fmt: skip
         call(
             "strop_head_grad_kept", hidden, exps, tops, _code(hidden), num_tokens, start, num_words, vocab,
@@ -252,8 +250,8 @@ def _exact(hidden: Tensor, weight: Tensor, target: Tensor) -> Optional[Tensor]:
 
 
 def _rows_of(weight: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
-    """fp32 [N, H], of values in dtype. A target outside the vocabulary, which a GPU reports as NaN later, must
-    not fault here."""
+    """fp32 [N, H], of values in dtype. A target outside the vocabulary, which a GPU reports as NaN later,
+    must not fault here."""
     return weight[target.clamp(0, len(weight) - 1)].to(dtype).float()
 
 
@@ -367,7 +365,7 @@ def backward(
     rows, fused = _Rows(hidden, scalings), engine(hidden, weight) == "fused"
     kept = None if kept is None or workspace.is_gone(kept) else kept
     d_weight = None
-    if needs[1] and over_kept and fused and kept is not None and is_rounded(hidden, weight):
+    if needs[1] and over_kept and kept is not None and is_rounded(hidden, weight):
         d_weight = workspace.over(kept, list(weight.shape), weight.dtype)
     if needs[1] and d_weight is None:
         d_weight = workspace.empty(list(weight.shape), weight.dtype, weight.device)

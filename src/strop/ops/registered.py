@@ -162,7 +162,8 @@ def head_gradients(*arguments: Any) -> tuple[Tensor, ...]:
     kept was, of which the caller knows that nobody else has it. An operation's results may not."""
     if torch.compiler.is_compiling() or _is_watched(arguments):
         return torch.ops.strop.head_backward(*arguments)
-    return _head_backward(*arguments, over_kept=True)
+    given = [*arguments, True]  # over_kept
+    return _head_backward(*given)
 
 
 def _head_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

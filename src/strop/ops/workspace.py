@@ -53,8 +53,8 @@ def empty(shape: list[int], dtype: torch.dtype, device: torch.device, largest: b
 
 
 def at_end(shape: list[int], dtype: torch.dtype, device: torch.device, room: int) -> Tensor:
-    """One of the largest, as `empty` gives it, at the end of memory of at least `room` bytes: `over` gives its
-    beginning. Without memory of the kind, as for one that is small, it is an ordinary tensor."""
+    """One of the largest, as `empty` gives it, at the end of memory of at least `room` bytes, whose beginning
+    `over` gives. What `empty` would leave to PyTorch is an ordinary tensor."""
     size = math.prod(shape) * dtype.itemsize
     if size == 0 or max(size, room) < LEAST or device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
@@ -99,7 +99,7 @@ def _window(size: int) -> Any:
     if memory is None or len(memory) < size:
         memory = None
         memory = mmap.mmap(-1, -size // GRAIN * -GRAIN, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    window = (ctypes.c_char * size).from_buffer(memory)
+    window: Any = (ctypes.c_char * size).from_buffer(memory)
     window.gone = False
     weakref.finalize(window, _came_back, memory).atexit = False
     return window

@@ -383,8 +383,9 @@ int strop_head_pack(const void* hidden, int dtype, int64_t num_rows, int64_t hid
 }
 
 int strop_head_walk(const void* packed, const void* weight, int dtype, int weight_dtype, int64_t num_rows,
-                    int64_t hidden_size, int64_t stride, int64_t first, int64_t num_words, int64_t vocab, const int64_t* target,
-                    const strop_head* head, const strop_walk* walk, void* exps, float* tops, float* partial) {
+                    int64_t hidden_size, int64_t stride, int64_t first, int64_t num_words, int64_t vocab,
+                    const int64_t* target, const strop_head* head, const strop_walk* walk, void* exps, float* tops,
+                    float* partial) {
     int status = check_head(dtype, num_rows, hidden_size, stride);
     if (status == STROP_OK && !fits_beside(dtype, weight_dtype)) status = STROP_EDTYPE;
     if (status != STROP_OK || num_rows == 0) return status;
@@ -402,8 +403,8 @@ int strop_head_walk(const void* packed, const void* weight, int dtype, int weigh
 }
 
 int strop_head_grad(const void* packed, const void* weight, int dtype, int weight_dtype, int64_t num_rows,
-                    int64_t hidden_size, int64_t stride, int64_t first, int64_t num_words, int64_t vocab, const int64_t* target,
-                    const strop_head* head, const float* lse, const float* grad, void* out) {
+                    int64_t hidden_size, int64_t stride, int64_t first, int64_t num_words, int64_t vocab,
+                    const int64_t* target, const strop_head* head, const float* lse, const float* grad, void* out) {
     int status = check_head(dtype, num_rows, hidden_size, stride);
     if (status == STROP_OK && !fits_beside(dtype, weight_dtype)) status = STROP_EDTYPE;
     if (status != STROP_OK || num_rows == 0) return status;
@@ -609,7 +610,9 @@ int strop_attend(const strop_attention* a, void* out, float* lse) {
     const int status = check_attention(a);
     if (status != STROP_OK || a->num_tokens == 0) return status;
     if (!out || !lse) return STROP_ENULL;
-    attention::forward(inside(*a), a->num_seqs, (uint16_t*)out, lse);
+    attention::with_size(inside(*a), [&](const auto& sized) {
+        attention::forward(sized, a->num_seqs, (uint16_t*)out, lse);
+    });
     return STROP_OK;
 }
 
@@ -625,7 +628,7 @@ int strop_attend_grad(const strop_attention* a, const void* out, const void* d_o
                                         (uint16_t*)d_q,
                                         (uint16_t*)d_k,
                                         (uint16_t*)d_v};
-    attention::backward(inside(*a), a->num_seqs, grads);
+    attention::with_size(inside(*a), [&](const auto& sized) { attention::backward(sized, a->num_seqs, grads); });
     return STROP_OK;
 }
 #else

@@ -31,6 +31,9 @@ namespace attention {
 using head::Bf16;
 using head::exp2_16;
 
+// Inlined into a larger function, these loops would share its registers.
+#define APART __attribute__((noinline))
+
 constexpr int64_t HALF = 16, TILE = 32;  // lanes of a register, and of a tile
 constexpr int64_t PANEL = 8;             // keys, or dims, that meet a tile in registers
 constexpr int64_t BLOCK = 128;           // keys between two corrections of a running maximum
@@ -64,6 +67,22 @@ struct Attention {
         return j < shared ? cu_queries[s - 1] + j : cu_queries[s] + j - shared;
     }
 };
+
+// An attention whose head size the compiler knows, which unrolls loops over it. Hides the member of Attention.
+template <int64_t SIZE>
+struct Sized : Attention {
+    static constexpr int64_t size = SIZE;
+};
+
+template <class Function>
+void with_size(const Attention& a, Function function) {
+    if (a.size == 64)
+        function(Sized<64>{a});
+    else if (a.size == 128)
+        function(Sized<128>{a});
+    else
+        function(a);
+}
 
 // Memory of a thread, from the start of a cache line on. What it held is gone when it grows.
 template <class T>
@@ -168,7 +187,8 @@ struct Tile {
 };
 
 // What memory brings into the cache while a tile is computed: the rows of another, and its own that it will write.
-// Few at a time, since more than the core can wait for at once would stop it.
+// Few at a time, since more than the core can wait for at once would stop it; and all the way to the first cache:
+// what Zen 5 is asked to bring into the second hardly comes sooner.
 template <int COUNT>
 struct Errand {
     const Tile &next, &own;
@@ -177,14 +197,14 @@ struct Errand {
     INLINE void go_on() {
         for (const int64_t end = std::min(lane + 4, TILE); lane < end; lane++)
             for (int64_t d = 0; d < size; d += 32) {
-                for (const Rows& rows : read) __builtin_prefetch(next.row(rows, lane) + d, 0, 2);
-                __builtin_prefetch(own.row(written, lane) + d, 1, 2);
+                for (const Rows& rows : read) __builtin_prefetch(next.row(rows, lane) + d);
+                __builtin_prefetch(own.row(written, lane) + d, 1);
             }
     }
 };
 
 // Rows of a tile -> [D / 2][32] pairs along D.
-AVX512 inline void pack_tile(const Rows& rows, const Tile& tile, int64_t size, uint32_t* out) {
+AVX512 APART inline void pack_tile(const Rows& rows, const Tile& tile, int64_t size, uint32_t* out) {
     for (int64_t half = 0; half < TILE; half += HALF)
         for (int64_t d = 0; d < size / 2; d += 16) {
             const __mmask16 some = pair_lanes(size, d);
@@ -208,7 +228,7 @@ AVX512 INLINE void pack_pair(const uint16_t* low, const uint16_t* high, int64_t 
 }
 
 // Rows of a tile -> [16][D] pairs along the queries.
-AVX512 inline void pack_queries(const Rows& rows, const Tile& tile, int64_t size, uint32_t* out) {
+AVX512 APART inline void pack_queries(const Rows& rows, const Tile& tile, int64_t size, uint32_t* out) {
     for (int64_t i = 0; i < TILE; i += 2, out += size) {
         if (i < tile.count)
             pack_pair(tile.row(rows, i), i + 1 < tile.count ? tile.row(rows, i + 1) : nullptr, size, out);
@@ -218,7 +238,8 @@ AVX512 inline void pack_queries(const Rows& rows, const Tile& tile, int64_t size
 }
 
 // Keys or values of a sequence, up to `end` and zeros to a whole panel: rows [key][D] ...
-inline void copy_keys(const Attention& a, const Rows& rows, int64_t s, int64_t g, int64_t end,
+template <class A>
+void copy_keys(const A& a, const Rows& rows, int64_t s, int64_t g, int64_t end,
                       Buffer<uint16_t>& out) {
     out.resize(head::ceil_div(end, PANEL) * PANEL * a.size);
     for (int64_t j = 0; j < end; j++)
@@ -227,7 +248,8 @@ inline void copy_keys(const Attention& a, const Rows& rows, int64_t s, int64_t g
 }
 
 // ... or [key / 2][D] pairs along the keys.
-AVX512 inline void pack_keys(const Attention& a, const Rows& rows, int64_t s, int64_t g, int64_t end,
+template <class A>
+AVX512 void pack_keys(const A& a, const Rows& rows, int64_t s, int64_t g, int64_t end,
                              Buffer<uint32_t>& out) {
     const int64_t pairs = head::ceil_div(end, PANEL) * PANEL / 2;
     out.resize(pairs * a.size);
@@ -241,7 +263,7 @@ AVX512 inline void pack_keys(const Attention& a, const Rows& rows, int64_t s, in
 }
 
 // out [D][32] times factor -> bf16 rows of [T, heads, D].
-AVX512 inline void store_tile(const float* out, const __m512 (&factor)[2], const Tile& tile, int64_t num_heads,
+AVX512 APART inline void store_tile(const float* out, const __m512 (&factor)[2], const Tile& tile, int64_t num_heads,
                               int64_t size, uint16_t* to) {
     for (int64_t half = 0; half < 2; half++)
         for (int64_t d = 0; d < size / 2; d += 16) {
@@ -263,11 +285,10 @@ AVX512 inline void store_tile(const float* out, const __m512 (&factor)[2], const
 
 // ---- Products. Each keeps 16 sums in registers, enough to hide the latency of the dot product.
 
-// z[key][half of the tile]: products of a tile [D / 2][32] with PANEL rows of D.
-AVX512 INLINE void products(const uint32_t* tile, const uint16_t* rows, int64_t size, __m512 (&z)[PANEL][2]) {
-    __m512 acc[PANEL][2];
-    for (int64_t i = 0; i < PANEL; i++) acc[i][0] = acc[i][1] = _mm512_setzero_ps();
-    for (int64_t d = 0; d < size / 2; d++) {
+// acc[key][half of the tile] += products of pairs [from, to) of a tile [D / 2][32] with those of PANEL rows of D.
+AVX512 INLINE void add_products(const uint32_t* tile, const uint16_t* rows, int64_t size, int64_t from, int64_t to,
+                                __m512 (&acc)[PANEL][2]) {
+    for (int64_t d = from; d < to; d++) {
         const __m512bh a0 = (__m512bh)_mm512_loadu_si512(tile + d * TILE);
         const __m512bh a1 = (__m512bh)_mm512_loadu_si512(tile + d * TILE + 16);
 #pragma GCC unroll 8
@@ -279,11 +300,30 @@ AVX512 INLINE void products(const uint32_t* tile, const uint16_t* rows, int64_t 
             acc[i][1] = _mm512_dpbf16_ps(acc[i][1], a1, b);
         }
     }
+}
+
+AVX512 INLINE void products(const uint32_t* tile, const uint16_t* rows, int64_t size, __m512 (&z)[PANEL][2]) {
+    __m512 acc[PANEL][2];
+    for (int64_t i = 0; i < PANEL; i++) acc[i][0] = acc[i][1] = _mm512_setzero_ps();
+    add_products(tile, rows, size, 0, size / 2, acc);
+    for (int64_t i = 0; i < PANEL; i++) z[i][0] = acc[i][0], z[i][1] = acc[i][1];
+}
+
+// The same with beside(0) .. beside(PANEL - 1): other work, for pipes that the dot products leave idle.
+template <class Beside>
+AVX512 INLINE void products(const uint32_t* tile, const uint16_t* rows, int64_t size, __m512 (&z)[PANEL][2],
+                            Beside beside) {
+    __m512 acc[PANEL][2];
+    for (int64_t i = 0; i < PANEL; i++) acc[i][0] = acc[i][1] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < PANEL; i++) {
+        beside(i);
+        add_products(tile, rows, size, i * (size / 16), (i + 1) * (size / 16), acc);
+    }
     for (int64_t i = 0; i < PANEL; i++) z[i][0] = acc[i][0], z[i][1] = acc[i][1];
 }
 
 // out [D][32] = out * factor + Σ over pairs of keys weights[pair][32] * values[pair][D]. fresh: there is no out yet.
-AVX512 INLINE void add_weighted(const uint32_t* weights, const uint32_t* values, int64_t num_pairs, int64_t size,
+AVX512 APART inline void add_weighted(const uint32_t* weights, const uint32_t* values, int64_t num_pairs, int64_t size,
                                 const __m512 (&factor)[2], bool fresh, float* out) {
     for (int64_t d = 0; d < size; d += PANEL) {
         __m512 acc[PANEL][2];
@@ -330,7 +370,7 @@ AVX512 INLINE void add_transposed_at(const uint16_t* weights, const uint32_t* ro
         for (int k = 0; k < WIDTH; k++) _mm512_storeu_ps(out + i * size + d + 16 * k, acc[i][k]);
 }
 
-AVX512 INLINE void add_transposed(const uint16_t* weights, const uint32_t* rows, int64_t num_pairs, int64_t size,
+AVX512 APART inline void add_transposed(const uint16_t* weights, const uint32_t* rows, int64_t num_pairs, int64_t size,
                                   float* out) {
     int64_t d = 0;
     for (; d + 32 <= size; d += 32) add_transposed_at<2>(weights, rows, num_pairs, size, d, out);
@@ -355,7 +395,8 @@ inline void longest_first(std::vector<Item>& items) {
 // ---- Forward
 
 // One tile against the keys that it sees: out [D][32], the maximum (of scores times log2 e) and the sum of each query.
-AVX512 inline void forward_tile(const Attention& a, const Tile& tile, Errand<1> errand, Scratch& w,
+template <class A>
+AVX512 APART void forward_tile(const A& a, const Tile& tile, Errand<1> errand, Scratch& w,
                                 __m512 (&top)[2], __m512 (&total)[2]) {
     const __m512 scale = _mm512_set1_ps(a.scale * head::LOG2_E);
     for (int64_t half = 0; half < 2; half++) top[half] = _mm512_set1_ps(NEVER), total[half] = _mm512_setzero_ps();
@@ -394,7 +435,8 @@ AVX512 inline void forward_tile(const Attention& a, const Tile& tile, Errand<1> 
     }
 }
 
-AVX512 inline void forward_item(const Attention& a, const Item& item, Scratch& w, uint16_t* out, float* lse) {
+template <class A>
+AVX512 void forward_item(const A& a, const Item& item, Scratch& w, uint16_t* out, float* lse) {
     const int64_t s = item.sequence, g = item.head, end = Tile(a, s, g, item.to - 1).end;
     w.tile.resize(a.size / 2 * TILE), w.out.resize(a.size * TILE);
     w.scores.resize(BLOCK * TILE), w.weights.resize(BLOCK / 2 * TILE);
@@ -419,7 +461,8 @@ AVX512 inline void forward_item(const Attention& a, const Item& item, Scratch& w
     }
 }
 
-inline void forward(const Attention& a, int64_t num_seqs, uint16_t* out, float* lse) {
+template <class A>
+void forward(const A& a, int64_t num_seqs, uint16_t* out, float* lse) {
     std::vector<Item> items;
     for (int64_t s = 0; s < num_seqs; s++)
         for (int64_t to = a.num_tiles(s); to > 0; to -= ITEM_TILES)
@@ -445,40 +488,51 @@ struct Gradients {
 };
 
 // P and dS = P * (dP - Σ dO·O) of keys [from, from + whole) and the t-th tile of a team: both as rows
-// [key][queries of the team], dS also as pairs of keys. The scale comes last, into the sums.
-AVX512 inline void score_gradients(const Attention& a, const Tile& tile, int64_t t, int64_t from, int64_t whole,
+// [key][queries of the team], dS also as pairs of keys. The scale comes last, into the sums. Exponentials run beside
+// the second product.
+template <class A>
+AVX512 APART void score_gradients(const A& a, const Tile& tile, int64_t t, int64_t from, int64_t whole,
                                    int64_t row, Errand<3>& errand, Scratch& w, const __m512 (&lse)[2],
                                    const __m512 (&delta)[2]) {
     const __m512 scale = _mm512_set1_ps(a.scale * head::LOG2_E);
     const uint32_t *queries = w.tile.at + t * a.size / 2 * TILE, *d_out = w.d_tile.at + t * a.size / 2 * TILE;
+    float* const scores = w.scores.at;
     for (int64_t j = 0; j < whole; j += PANEL) {
         __m512 z[PANEL][2], dp[PANEL][2];
+        uint16_t* const rows = w.rows.at + ((row + j) * TEAM + t) * TILE;
+        uint16_t* const d_rows = w.d_rows.at + ((row + j) * TEAM + t) * TILE;
         products(queries, w.key_rows.at + (from + j) * a.size, a.size, z);
+        for (int64_t i = 0; i < PANEL; i++)
+            for (int64_t half = 0; half < 2; half++) _mm512_storeu_ps(scores + i * TILE + HALF * half, z[i][half]);
         errand.go_on();
-        products(d_out, w.value_rows.at + (from + j) * a.size, a.size, dp);
         const bool all = tile.sees_panel(from + j);
-        __m512i ds[PANEL];
-        for (int64_t i = 0; i < PANEL; i++) {
-            const int64_t at = ((row + j + i) * TEAM + t) * TILE;
-            __m512 p[2], d[2];
+        products(d_out, w.value_rows.at + (from + j) * a.size, a.size, dp, [&](int64_t i) AVX512 {
+            __m512 p[2];
             for (int64_t half = 0; half < 2; half++) {
-                p[half] = exp2_16(_mm512_fmsub_ps(z[i][half], scale, lse[half]));
+                float* at = scores + i * TILE + HALF * half;
+                p[half] = exp2_16(_mm512_fmsub_ps(_mm512_loadu_ps(at), scale, lse[half]));
                 if (!all) p[half] = _mm512_maskz_mov_ps(tile.sees(from + j + i, half), p[half]);
-                d[half] = _mm512_mul_ps(p[half], _mm512_sub_ps(dp[i][half], delta[half]));
+                _mm512_storeu_ps(at, p[half]);
             }
-            _mm512_storeu_si512(w.rows.at + at, halves_of(p[0], p[1]));
-            ds[i] = halves_of(d[0], d[1]);
-            _mm512_storeu_si512(w.d_rows.at + at, ds[i]);
-        }
-        for (int64_t i = 0; i < PANEL; i += 2)
+            _mm512_storeu_si512(rows + i * TEAM * TILE, halves_of(p[0], p[1]));
+        });
+        for (int64_t i = 0; i < PANEL; i += 2) {
+            __m512i ds[2];
+            for (int64_t k = 0; k < 2; k++) {
+                const float* p = scores + (i + k) * TILE;
+                ds[k] = halves_of(_mm512_mul_ps(_mm512_loadu_ps(p), _mm512_sub_ps(dp[i + k][0], delta[0])),
+                                  _mm512_mul_ps(_mm512_loadu_ps(p + HALF), _mm512_sub_ps(dp[i + k][1], delta[1])));
+                _mm512_storeu_si512(d_rows + (i + k) * TEAM * TILE, ds[k]);
+            }
             for (int half = 0; half < 2; half++)
-                _mm512_storeu_si512(w.weights.at + (j + i) / 2 * TILE + 16 * half,
-                                    interleave(ds[i], ds[i + 1], half));
+                _mm512_storeu_si512(w.weights.at + (j + i) / 2 * TILE + HALF * half, interleave(ds[0], ds[1], half));
+        }
     }
 }
 
 // log-sum-exp (times log2 e), and Σ dO·O, of half a tile. Behind the sequence's end: probabilities of 0.
-AVX512 inline void half_sums(const Attention& a, const Gradients& grads, const Tile& tile, int64_t half, __m512& lse,
+template <class A>
+AVX512 APART void half_sums(const A& a, const Gradients& grads, const Tile& tile, int64_t half, __m512& lse,
                              __m512& delta) {
     float own[HALF];
     __m512i sums[HALF];
@@ -501,7 +555,8 @@ AVX512 inline void half_sums(const Attention& a, const Gradients& grads, const T
 }
 
 // Tiles t0 .. of a sequence, at most TEAM: their dQ, and what they add to dK and dV.
-AVX512 inline void backward_team(const Attention& a, const Gradients& grads, int64_t s, int64_t g, int64_t t0,
+template <class A>
+AVX512 void backward_team(const A& a, const Gradients& grads, int64_t s, int64_t g, int64_t t0,
                                  Scratch& w) {
     const int64_t size = a.size, num_tiles = std::min(TEAM, a.num_tiles(s) - t0);
     const Tile tiles[TEAM] = {Tile(a, s, g, t0), Tile(a, s, g, t0 + num_tiles - 1)};
@@ -521,6 +576,7 @@ AVX512 inline void backward_team(const Attention& a, const Gradients& grads, int
     Errand<3> errands[TEAM] = {{next[0], tiles[0], {read[0], read[1], read[2]}, written, size},
                                {next[1], tiles[1], {read[0], read[1], read[2]}, written, size}};
     const __m512 ones[2] = {_mm512_set1_ps(1.0f), _mm512_set1_ps(1.0f)};
+    int64_t lane = 0;  // of the team, the first of two that see a panel
     for (int64_t from = tiles[0].begin; from < tiles[num_tiles - 1].end; from += BLOCK) {
         int64_t begins[TEAM], ends[TEAM];  // whole panels of the block that a tile sees
         for (int64_t t = 0; t < num_tiles; t++) {
@@ -529,14 +585,15 @@ AVX512 inline void backward_team(const Attention& a, const Gradients& grads, int
             if (begins[t] >= ends[t]) continue;
             score_gradients(a, tiles[t], t, begins[t], ends[t] - begins[t], begins[t] - from, errands[t], w,
                             lse[t], delta[t]);
-            add_weighted(w.weights.at, w.keys.at + begins[t] / 2 * size, (ends[t] - begins[t]) / 2, size, ones,
+            add_weighted(w.weights.at, w.keys.at + begins[t] / 2 * size,
+                         head::ceil_div(std::min(ends[t], tiles[t].end) - begins[t], 2), size, ones,
                          begins[t] == tiles[t].begin, w.out.at + t * size * TILE);
         }
         for (int64_t j = from; j < ends[num_tiles - 1]; j += PANEL) {
-            // Keys of a window's begin are the first tile's only, those of its end the last one's.
-            const int64_t t = j < ends[0] ? 0 : 1, last = j >= begins[num_tiles - 1] ? num_tiles : 1;
-            const int64_t at = ((j - from) * TEAM + t) * TILE, skipped = t * TILE / 2 * size;
-            const int64_t pairs = (last - t) * TILE / 2;
+            // The queries before these keys see none of them. Those of a window's begin are the first tile's only.
+            while (tiles[lane / TILE].positions[lane % TILE + 1] < j) lane += 2;
+            const int64_t last = j >= begins[num_tiles - 1] ? num_tiles : 1, pairs = (last * TILE - lane) / 2;
+            const int64_t at = (j - from) * TEAM * TILE + lane, skipped = lane / 2 * size;
             add_transposed(w.rows.at + at, w.d_out.at + skipped, pairs, size, w.d_values.at + j * size);
             add_transposed(w.d_rows.at + at, w.queries.at + skipped, pairs, size, w.d_keys.at + j * size);
         }
@@ -548,11 +605,13 @@ AVX512 inline void backward_team(const Attention& a, const Gradients& grads, int
 
 // Sequences [item.sequence, item.to), each but the first with keys of the one before it; one head of keys. From the
 // last to the first, so that what a sequence adds to its prompt's keys is there when their own turn comes.
-AVX512 inline void backward_item(const Attention& a, const Gradients& grads, const Item& item, Scratch& w) {
+template <class A>
+AVX512 void backward_item(const A& a, const Gradients& grads, const Item& item, Scratch& w) {
     const int64_t g = item.head, size = a.size;
     w.tile.resize(TEAM * size / 2 * TILE), w.d_tile.resize(TEAM * size / 2 * TILE), w.out.resize(TEAM * size * TILE);
     w.queries.resize(TEAM * TILE / 2 * size), w.d_out.resize(TEAM * TILE / 2 * size);
-    w.weights.resize(BLOCK / 2 * TILE), w.rows.resize(BLOCK * TEAM * TILE), w.d_rows.resize(BLOCK * TEAM * TILE);
+    w.scores.resize(PANEL * TILE), w.weights.resize(BLOCK / 2 * TILE);
+    w.rows.resize(BLOCK * TEAM * TILE), w.d_rows.resize(BLOCK * TEAM * TILE);
     const __m512 scale = _mm512_set1_ps(a.scale);
     for (int64_t s = item.to - 1; s >= item.sequence; s--) {
         const int64_t n = a.num_keys(s), shared = a.num_shared(s), padded = head::ceil_div(n, PANEL) * PANEL;
@@ -577,7 +636,8 @@ AVX512 inline void backward_item(const Attention& a, const Gradients& grads, con
     }
 }
 
-inline void backward(const Attention& a, int64_t num_seqs, const Gradients& grads) {
+template <class A>
+void backward(const A& a, int64_t num_seqs, const Gradients& grads) {
     std::vector<Item> items;
     for (int64_t s = 0, end; s < num_seqs; s = end) {
         int64_t cost = 0;

@@ -158,15 +158,35 @@ AVX512 __attribute__((noinline)) void tile_product(const char* tile, const char*
     for (int64_t i = 0; i < PANEL; i++) z[i][0] = acc[i][0], z[i][1] = acc[i][1];
 }
 
-// The logits of T::panels panels (the last word repeats where there are fewer) for a tile.
+AVX512 INLINE __mmask32 columns_left(int64_t left) { return left >= TILE ? ~0u : (1u << left) - 1; }
+
+// 32 columns of a row of a product, those that are `there`. past: all of them, and their lines go past the caches: they
+// are not read again before they would have left.
+AVX512 INLINE void store(uint16_t* out, __m512 low, __m512 high, __mmask32 there, bool past) {
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    if (past)
+        _mm512_stream_si512((__m512i*)out, both);
+    else
+        _mm512_mask_storeu_epi16(out, there, both);
+}
+AVX512 INLINE void store(float* out, __m512 low, __m512 high, __mmask32 there, bool past) {
+    if (past) {
+        _mm512_stream_ps(out, low);
+        _mm512_stream_ps(out + 16, high);
+    } else {
+        _mm512_mask_storeu_ps(out, (__mmask16)there, low);
+        _mm512_mask_storeu_ps(out + 16, (__mmask16)(there >> 16), high);
+    }
+}
+
 // Rows of the weight as a product reads them.
 struct Rows {
     const char* first;
     int64_t stride;  // bytes
 };
 
-// Where the weight's rows are, or those of one product at a time, rounded to bf16. A panel's meet all tokens of a work
-// item, beside which that takes no time.
+// Where the weight's rows are, or those of one product at a time, rounded to bf16. They meet all tokens of a work item,
+// beside which that takes little time: with 256 of them 4 % of the walk's.
 template <class T>
 class Words {
    public:
@@ -195,16 +215,20 @@ class Words {
 
     AVX512 INLINE void round(const float* from, Line* to) const {
         int64_t k = 0;
-        for (; k + 32 <= size; k += 32, to++)
-            _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + k + 16), _mm512_loadu_ps(from + k)));
+        for (; k + 32 <= size; k += 32, to++) {
+            const __m512 low = _mm512_loadu_ps(from + k), high = _mm512_loadu_ps(from + k + 16);
+            _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        }
         if (k == size) return;
         const uint32_t there = (1u << (size - k)) - 1;
         const __m512 low = _mm512_maskz_loadu_ps((__mmask16)there, from + k);
-        const __m512 high = there >> 16 ? _mm512_maskz_loadu_ps((__mmask16)(there >> 16), from + k + 16) : _mm512_setzero_ps();
+        __m512 high = _mm512_setzero_ps();
+        if (there >> 16) high = _mm512_maskz_loadu_ps((__mmask16)(there >> 16), from + k + 16);
         _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
     }
 };
 
+// The logits of T::panels panels (the last word repeats where there are fewer) for a tile.
 template <class T>
 AVX512 INLINE void tile_logits(const Head& h, int64_t tile, const Rows& from, int64_t words,
                                __m512 (&z)[T::panels][PANEL][2]) {
@@ -460,7 +484,7 @@ void grad(const Head& h, const float* lse, const float* grad, void* out) {
     {
         Words<T> weight(h);
 #pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < blocks * groups; item++) {  // a group's hidden states stay in L2 for all its items
+        for (int64_t item = 0; item < blocks * groups; item++) {  // a group's hidden states stay in L2 for its items
             const int64_t begin = item / blocks * group, from = item % blocks * block;
             grad_item<T>(h, weight, from, std::min(from + block, h.num_words), begin, std::min(begin + group, h.padded),
                          lse, grad, out);

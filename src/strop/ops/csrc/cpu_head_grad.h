@@ -41,25 +41,6 @@ AVX512 inline void pack_turned(const uint16_t* hidden, int64_t num_rows, int64_t
     }
 }
 
-// 32 columns of a row of the weight's gradient, of which `count` are there. stream: not read again before it has left
-// the caches; then they are whole lines.
-AVX512 INLINE void put(__m512 low, __m512 high, int64_t count, bool stream, uint16_t* out) {
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-    if (stream)
-        _mm512_stream_si512((__m512i*)out, both);
-    else
-        _mm512_mask_storeu_epi16(out, count >= 32 ? ~0u : (1u << count) - 1, both);
-}
-AVX512 INLINE void put(__m512 low, __m512 high, int64_t count, bool stream, float* out) {
-    if (stream) {
-        _mm512_stream_ps(out, low), _mm512_stream_ps(out + 16, high);
-        return;
-    }
-    const __mmask32 there = count >= 32 ? ~0u : (1u << count) - 1;
-    _mm512_mask_storeu_ps(out, (__mmask16)there, low);
-    if (there >> 16) _mm512_mask_storeu_ps(out + 16, (__mmask16)(there >> 16), high);
-}
-
 // Words from .. to - 1 of out [words, H], bf16 or fp32; columns of the tiles first .. last - 1.
 template <class T, class Out>
 AVX512 void weight_item(const Head& h, int64_t from, int64_t to, int64_t first, int64_t last, int64_t size, Out* out) {
@@ -73,7 +54,7 @@ AVX512 void weight_item(const Head& h, int64_t from, int64_t to, int64_t first, 
             tile_logits<T>(h, tile, rows, words, z);
             for (int64_t i = 0; i < words; i++) {
                 const __m512(&row)[2] = z[i / PANEL][i % PANEL];
-                put(row[0], row[1], size - tile * TILE, whole_lines, out + (w + i) * size + tile * TILE);
+                store(out + (w + i) * size + tile * TILE, row[0], row[1], columns_left(size - tile * TILE), whole_lines);
             }
         }
     }

@@ -22,6 +22,26 @@ constexpr int64_t ROWS = STROP_NORM_ROWS;  // rows of a norm whose weight gradie
 inline __mmask16 lanes(int64_t left) { return left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1); }
 struct Whole {};  // in a mask's place: all lanes
 
+// function(i, lanes) for 16 lanes at a time, without a mask but for the last ones: masked loads and stores are slower.
+template <class Function>
+AVX512 INLINE void each_16(int64_t size, Function function) {
+    int64_t i = 0;
+    for (; i + 16 <= size; i += 16) function(i, Whole());
+    if (i < size) function(i, lanes(size - i));
+}
+
+// The same in turns of 4, which add to sums of their own: a single one would wait for itself.
+template <class Function>
+AVX512 INLINE float sum_16(int64_t size, Function function) {
+    __m512 sums[4];
+    for (__m512& sum : sums) sum = _mm512_setzero_ps();
+    int64_t i = 0;
+    for (; i + 64 <= size; i += 64)
+        for (int k = 0; k < 4; k++) sums[k] = function(i + 16 * k, Whole(), sums[k]);
+    for (; i < size; i += 16) sums[0] = function(i, lanes(size - i), sums[0]);
+    return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
+}
+
 // What a loop over memory reads or writes a little later. Tensors of a step lie in no cache, and a core's own
 // prefetching halves its speed where several of them are walked at once.
 constexpr int64_t AHEAD = 2048;  // bytes
@@ -59,19 +79,17 @@ struct F32 {
 template <class T>
 AVX512 void norm_row(const typename T::Element* x, const typename T::Element* weight, int64_t size, float eps,
                      typename T::Element* y, float* inverse) {
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t i = 0; i < size; i += 16) {
+    const float sum = sum_16(size, [&](int64_t i, auto m, __m512 sum) AVX512 {
         fetch(x + i), fetch_for_write(y + i);
-        const __m512 v = T::load(x + i, lanes(size - i));
-        sum = _mm512_fmadd_ps(v, v, sum);
-    }
-    *inverse = 1.0f / std::sqrt(_mm512_reduce_add_ps(sum) / (float)size + eps);
+        const __m512 v = T::load(x + i, m);
+        return _mm512_fmadd_ps(v, v, sum);
+    });
+    *inverse = 1.0f / std::sqrt(sum / (float)size + eps);
     const __m512 inv = _mm512_set1_ps(*inverse);
-    for (int64_t i = 0; i < size; i += 16) {
-        const __mmask16 m = lanes(size - i);
+    each_16(size, [&](int64_t i, auto m) AVX512 {
         const __m512 n = T::round(_mm512_mul_ps(T::load(x + i, m), inv));
         T::store(y + i, m, _mm512_mul_ps(n, T::load(weight + i, m)));
-    }
+    });
 }
 
 template <class T>
@@ -79,23 +97,18 @@ AVX512 void norm_row_grad(const typename T::Element* x, const typename T::Elemen
                           const typename T::Element* dy, int64_t size, float inverse, typename T::Element* dx,
                           float* d_weight) {
     const __m512 inv = _mm512_set1_ps(inverse);
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t i = 0; i < size; i += 16) {
-        const __mmask16 m = lanes(size - i);
+    const float sum = sum_16(size, [&](int64_t i, auto m, __m512 sum) AVX512 {
         fetch(x + i), fetch(dy + i), fetch_for_write(dx + i);
         const __m512 n = _mm512_mul_ps(T::load(x + i, m), inv), g = T::load(dy + i, m);
-        sum = _mm512_fmadd_ps(_mm512_mul_ps(g, T::load(weight + i, m)), n, sum);
-        if (d_weight)
-            _mm512_mask_storeu_ps(d_weight + i, m,
-                                  _mm512_fmadd_ps(g, T::round(n), _mm512_maskz_loadu_ps(m, d_weight + i)));
-    }
-    const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / (float)size);
-    for (int64_t i = 0; i < size; i += 16) {
-        const __mmask16 m = lanes(size - i);
+        if (d_weight) F32::store(d_weight + i, m, _mm512_fmadd_ps(g, T::round(n), F32::load(d_weight + i, m)));
+        return _mm512_fmadd_ps(_mm512_mul_ps(g, T::load(weight + i, m)), n, sum);
+    });
+    const __m512 mean = _mm512_set1_ps(sum / (float)size);
+    each_16(size, [&](int64_t i, auto m) AVX512 {
         const __m512 n = _mm512_mul_ps(T::load(x + i, m), inv);
         const __m512 g = _mm512_mul_ps(T::load(dy + i, m), T::load(weight + i, m));
         T::store(dx + i, m, _mm512_mul_ps(inv, _mm512_fnmadd_ps(n, mean, g)));
-    }
+    });
 }
 
 template <class T>
@@ -138,11 +151,11 @@ void norm_grad(const void* x, const void* weight, const void* dy, const float* i
 
 template <class T>
 AVX512 INLINE __m512 sigmoid16(__m512 x) {
-    // exp of what is not positive only: no overflow on either side
-    const __m512 one = _mm512_set1_ps(1.0f);
-    const __m512 e = T::exp(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(x)));
-    const __m512 low = _mm512_div_ps(e, _mm512_add_ps(one, e));
-    return _mm512_mask_sub_ps(low, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GE_OQ), one, low);
+    // exp of what is not positive only: no overflow on either side. 1 / (1 + e) or e / (1 + e); chosen before dividing,
+    // so that no result waits for longer than it must.
+    const __m512 one = _mm512_set1_ps(1.0f), e = T::exp(_mm512_or_ps(x, _mm512_set1_ps(-0.0f)));
+    const __mmask16 positive = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GE_OQ);
+    return _mm512_div_ps(_mm512_mask_mov_ps(e, positive, one), _mm512_add_ps(one, e));
 }
 
 template <class T, class Mask>
@@ -155,12 +168,10 @@ AVX512 INLINE void gate_lanes(const typename T::Element* gate, const typename T:
 template <class T>
 AVX512 void gate_block(const typename T::Element* gate, const typename T::Element* up, int64_t n,
                        typename T::Element* out) {
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
+    each_16(n, [&](int64_t i, auto m) AVX512 {
         fetch(gate + i), fetch(up + i), fetch_for_write(out + i);
-        gate_lanes<T>(gate + i, up + i, Whole(), out + i);
-    }
-    if (i < n) gate_lanes<T>(gate + i, up + i, lanes(n - i), out + i);
+        gate_lanes<T>(gate + i, up + i, m, out + i);
+    });
 }
 
 template <class T, class Mask>
@@ -180,15 +191,11 @@ template <class T>
 AVX512 void gate_block_grad(const typename T::Element* gate, const typename T::Element* up,
                             const typename T::Element* dy, int64_t n, typename T::Element* d_gate,
                             typename T::Element* d_up, typename T::Element* product) {
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
+    each_16(n, [&](int64_t i, auto m) AVX512 {
         fetch(gate + i), fetch(up + i), fetch(dy + i), fetch_for_write(d_gate + i), fetch_for_write(d_up + i);
         if (product) fetch_for_write(product + i);
-        gate_lanes_grad<T>(gate + i, up + i, dy + i, Whole(), d_gate + i, d_up + i, product ? product + i : nullptr);
-    }
-    if (i < n)
-        gate_lanes_grad<T>(gate + i, up + i, dy + i, lanes(n - i), d_gate + i, d_up + i,
-                           product ? product + i : nullptr);
+        gate_lanes_grad<T>(gate + i, up + i, dy + i, m, d_gate + i, d_up + i, product ? product + i : nullptr);
+    });
 }
 
 constexpr int64_t CHUNK = 4096;  // elements of a thread's turn

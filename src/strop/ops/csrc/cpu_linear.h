@@ -18,6 +18,8 @@
 namespace linear {
 
 using head::ceil_div;
+using head::columns_left;
+using head::store;
 
 constexpr int64_t TILE = STROP_TILE, PANEL = STROP_PANEL;
 constexpr int64_t ROWS_PER_ITEM = 10 * PANEL, TILES_PER_ITEM = 9;
@@ -33,26 +35,6 @@ struct Product {
     const uint16_t* bias;                          // of the columns, or NULL
     void* out;                                     // [num_rows, num_columns]
 };
-
-AVX512 INLINE __mmask32 columns_left(int64_t left) { return left >= TILE ? ~0u : (1u << left) - 1; }
-
-// 32 columns of a row, by `there`. past: whole, and their lines go past the caches.
-AVX512 INLINE void store(uint16_t* out, __m512 low, __m512 high, __mmask32 there, bool past) {
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-    if (past)
-        _mm512_stream_si512((__m512i*)out, both);
-    else
-        _mm512_mask_storeu_epi16(out, there, both);
-}
-AVX512 INLINE void store(float* out, __m512 low, __m512 high, __mmask32 there, bool past) {
-    if (past) {
-        _mm512_stream_ps(out, low);
-        _mm512_stream_ps(out + 16, high);
-    } else {
-        _mm512_mask_storeu_ps(out, (__mmask16)there, low);
-        _mm512_mask_storeu_ps(out + 16, (__mmask16)(there >> 16), high);
-    }
-}
 
 // ROWS rows of out at `out`. PANELS: rows is a panel; such a product is the weight's gradient, which nothing reads
 // soon: whole lines go past the caches. next: the panel of rows after this one, asked for in advance.

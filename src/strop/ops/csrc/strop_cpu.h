@@ -37,14 +37,15 @@ int strop_head_pack(const void* hidden, int dtype, int64_t num_rows, int64_t hid
 // exps NULL, or [num_words, n] of dtype, with tops fp32 [panels, n]: exp(z - top of its panel) is kept.
 // partial: fp32, 4 * n * ceil(num_words / STROP_SEGMENT) of scratch space.
 int strop_head_walk(const void* packed, const void* weight, int dtype, int weight_dtype, int64_t num_rows,
-                    int64_t hidden_size, int64_t stride, int64_t first, int64_t num_words, int64_t vocab, const int64_t* target,
-                    const strop_head* head, const strop_walk* walk, void* exps, float* tops, float* partial);
+                    int64_t hidden_size, int64_t stride, int64_t first, int64_t num_words, int64_t vocab,
+                    const int64_t* target, const strop_head* head, const strop_walk* walk, void* exps, float* tops,
+                    float* partial);
 
 // out [num_words, n] of dtype: grad[n] * (1[target] - softmax(z)) * dz/dx of these words, word by word; 0 in
 // the padding and where grad is 0. lse, grad: fp32 [N].
 int strop_head_grad(const void* packed, const void* weight, int dtype, int weight_dtype, int64_t num_rows,
-                    int64_t hidden_size, int64_t stride, int64_t first, int64_t num_words, int64_t vocab, const int64_t* target,
-                    const strop_head* head, const float* lse, const float* grad, void* out);
+                    int64_t hidden_size, int64_t stride, int64_t first, int64_t num_words, int64_t vocab,
+                    const int64_t* target, const strop_head* head, const float* lse, const float* grad, void* out);
 
 // The same from kept exponentials (without a softcap). exps and tops begin at word `first`. target NULL: no
 // word is the target.
