@@ -27,7 +27,8 @@ class Report:
     """Every method may be called on every rank; only rank 0 acts."""
 
     def __init__(self, run: Run, config: Config) -> None:
-        check_installed(wandb=config.log.wandb, mlflow=config.log.mlflow)
+        of = config.log
+        check_installed(tensorboard=of.tensorboard, wandb=of.wandb, mlflow=of.mlflow)
         self._run = run
         self._config = config
         self._main = run.env.rank == 0

@@ -48,11 +48,11 @@ def test_tensorboard_reads_back_and_a_resume_purges_later_steps(tmp_path):
     assert got["eval/loss"] == [(s, s / 4) for s in range(1, 4)]
 
 
-@pytest.mark.parametrize("package", ["wandb", "mlflow"])
+@pytest.mark.parametrize("package", ["tensorboard", "wandb", "mlflow"])
 def test_a_missing_package_names_the_key_and_the_package(package, monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else real(name))
-    wanted = {"wandb": False, "mlflow": False} | {package: True}
+    wanted = {"tensorboard": False, "wandb": False, "mlflow": False} | {package: True}
     with pytest.raises(
         UserError,
         match=f"^log.{package} is true, but the Python package {package} is not installed: "

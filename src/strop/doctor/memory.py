@@ -107,7 +107,7 @@ def _head_bytes(shape: Shape, tokens: int, c: int, gpu: bool) -> int:
         kept = kept if kept <= KEPT_BYTES * TIMES_ON_CUDA else 0
     else:
         kept = min(kept, most_kept_fused(c * shape.vocab_size * shape.hidden))
-    kept += kept * 4 // (12 * c)
+    kept += kept // 12
     return kept + 2 * CHUNK_BYTES["cuda" if gpu else "cpu"] + 2 * 4 * tokens * shape.hidden
 
 

@@ -17,9 +17,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional, Protocol
 
-from tensorboard.compat.proto import event_pb2, summary_pb2
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
 from strop.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -33,9 +30,13 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-def check_installed(*, wandb: bool, mlflow: bool) -> None:
-    """UserError if a tracker is asked for whose package is missing."""
-    for key, package, wanted in (("log.wandb", "wandb", wandb), ("log.mlflow", "mlflow", mlflow)):
+def check_installed(*, tensorboard: bool, wandb: bool, mlflow: bool) -> None:
+    """UserError if a sink is asked for whose package is missing."""
+    for key, package, wanted in (
+        ("log.tensorboard", "tensorboard", tensorboard),
+        ("log.wandb", "wandb", wandb),
+        ("log.mlflow", "mlflow", mlflow),
+    ):
         if wanted and importlib.util.find_spec(package) is None:
             raise UserError(
                 f"{key} is true, but the Python package {package} is not installed: "
@@ -66,7 +67,7 @@ class Sinks:
         config: Mapping[str, Any],
         resumed_from: Optional[int] = None,
     ):
-        check_installed(wandb=wandb, mlflow=mlflow)
+        check_installed(tensorboard=tensorboard, wandb=wandb, mlflow=mlflow)
         self._sinks: dict[str, Sink] = {}
         if tensorboard:
             self._try("tensorboard", lambda: self._add("tensorboard", TensorBoard(run_dir, resumed_from)))
@@ -101,6 +102,11 @@ class TensorBoard:
     """Event files in <run>/tensorboard, one an attempt."""
 
     def __init__(self, run_dir: Path, resumed_from: Optional[int]):
+        # Not by runs that do without: it takes 12 MiB.
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._event, self._summary = event_pb2, summary_pb2
         self._writer = EventFileWriter(str(run_dir / "tensorboard"))
         if resumed_from is not None:
             # A START with a step makes readers drop what earlier files have from this step on.
@@ -108,8 +114,9 @@ class TensorBoard:
             self._write(event_pb2.Event(session_log=session, step=resumed_from + 1))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        scalars = [summary_pb2.Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
-        self._write(event_pb2.Event(summary=summary_pb2.Summary(value=scalars), step=step))
+        summary = self._summary.Summary
+        scalars = [summary.Value(tag=k, simple_value=v) for k, v in values.items()]
+        self._write(self._event.Event(summary=summary(value=scalars), step=step))
 
     def _write(self, event: Any) -> None:
         event.wall_time = time.time()

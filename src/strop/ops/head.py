@@ -45,7 +45,7 @@ CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 64 * 2**20}
 and most of one stays in its cache; a chunk's matmuls still fill all of its processors."""
 CUDA_WORDS = 256
 """Of which a chunk's are a multiple on a GPU: from rows of odd lengths matmuls take longer to read."""
-CPU_WORDS = SEGMENT
+CPU_WORDS = SEGMENT // 2
 """The most words in a chunk on the CPU: it then stays in the caches between kernel and matmul."""
 
 
@@ -171,7 +171,7 @@ def forward(
         kept = workspace.at_end(shape, hidden.dtype, hidden.device, room=weight.nbytes)
     else:
         kept = workspace.empty(shape, hidden.dtype, hidden.device, largest=True)
-    tops = workspace.empty(tops_shape, torch.float32, hidden.device)
+    tops = workspace.empty(tops_shape, hidden.dtype, hidden.device)
     if keep == FROZEN and not (fused and scalings.softcap):
         kept.copy_((_frozen_fused if fused else _frozen_chunked)(hidden, weight, target, rows))
     elif fused:
@@ -223,7 +223,7 @@ def _frozen_fused(hidden: Tensor, weight: Tensor, target: Tensor, rows: _Rows) -
     packed, head, width = _pack(hidden), rows.head(), chunk_words(hidden, vocab)
     padded = packed.numel() // size
     exps, out = hidden.new_empty(2, width, padded)
-    tops = hidden.new_empty(width // PANEL, padded, dtype=torch.float32)
+    tops = hidden.new_empty(width // PANEL, padded)
     scratch, minus = _scratch(hidden, width), hidden.new_full((num_tokens,), -1.0, dtype=torch.float32)
     mean = Products(hidden, weight, True, None, True, width)
     for start, end in chunks(hidden, vocab):

@@ -113,12 +113,12 @@ def _head(
         u, _, _ = reference.head_backward(ones, hidden, weight, target, scalings, walked.lse, needs)
         assert u is not None
         kept = u
-    return (*walked, kept, hidden.new_empty(0, dtype=torch.float32))
+    return (*walked, kept, hidden.new_empty(0))
 
 
 def _head_fake(hidden, weight, target, bias, softcap, temperature, keep):
     kept, tops = head.kept_shape(hidden, weight, head.what_fits(keep, hidden, weight, softcap))
-    return (*_rows_like(hidden), hidden.new_empty(kept), hidden.new_empty(tops, dtype=torch.float32))
+    return (*_rows_like(hidden), hidden.new_empty(kept), hidden.new_empty(tops))
 
 
 def _head_backward(

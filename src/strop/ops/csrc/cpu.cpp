@@ -384,7 +384,7 @@ int strop_head_pack(const void* hidden, int dtype, int64_t num_rows, int64_t hid
 
 int strop_head_walk(const void* packed, const void* weight, int dtype, int weight_dtype, int64_t num_rows,
                     int64_t hidden_size, int64_t stride, int64_t first, int64_t num_words, int64_t vocab,
-                    const int64_t* target, const strop_head* head, const strop_walk* walk, void* exps, float* tops,
+                    const int64_t* target, const strop_head* head, const strop_walk* walk, void* exps, void* tops,
                     float* partial) {
     int status = check_head(dtype, num_rows, hidden_size, stride);
     if (status == STROP_OK && !fits_beside(dtype, weight_dtype)) status = STROP_EDTYPE;
@@ -420,7 +420,7 @@ int strop_head_grad(const void* packed, const void* weight, int dtype, int weigh
     return STROP_OK;
 }
 
-int strop_head_grad_kept(const void* exps, const float* tops, int dtype, int64_t num_rows, int64_t first,
+int strop_head_grad_kept(const void* exps, const void* tops, int dtype, int64_t num_rows, int64_t first,
                          int64_t num_words, int64_t vocab, const int64_t* target, float inv_temperature,
                          const float* lse, const float* grad, void* out) {
     int status = check_head(dtype, num_rows, 2, 2);
@@ -634,14 +634,14 @@ int strop_attend_grad(const strop_attention* a, const void* out, const void* d_o
 #else
 int strop_head_pack(const void*, int, int64_t, int64_t, int64_t, void*) { return STROP_EDTYPE; }
 int strop_head_walk(const void*, const void*, int, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
-                    const int64_t*, const strop_head*, const strop_walk*, void*, float*, float*) {
+                    const int64_t*, const strop_head*, const strop_walk*, void*, void*, float*) {
     return STROP_EDTYPE;
 }
 int strop_head_grad(const void*, const void*, int, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
                     const int64_t*, const strop_head*, const float*, const float*, void*) {
     return STROP_EDTYPE;
 }
-int strop_head_grad_kept(const void*, const float*, int, int64_t, int64_t, int64_t, int64_t, const int64_t*, float,
+int strop_head_grad_kept(const void*, const void*, int, int64_t, int64_t, int64_t, int64_t, const int64_t*, float,
                          const float*, const float*, void*) {
     return STROP_EDTYPE;
 }

@@ -265,25 +265,30 @@ struct Partial {  // [segments][n] each
     float *top, *total, *weighted, *plain;
 };
 
+constexpr float LEAST_TOP = -0x1.fep127f;  // of bf16
+
 // One panel of one half tile into the running sums at `at`; its exponentials go to exps [12][32], unless NULL.
 template <class T>
 AVX512 INLINE void walk_half(__m512 (&z)[PANEL][2], int half, int64_t words, const Partial& sums, int64_t at,
-                             void* exps, float* panel_top) {
+                             void* exps, void* panel_top) {
     __m512 old = _mm512_loadu_ps(sums.top + at), top = old;
     for (int64_t i = 0; i < words; i++) top = _mm512_max_ps(top, z[i][half]);  // NaN in z wins
-    __m512 safe = _mm512_max_ps(_mm512_set1_ps(-FLT_MAX), top);
+    __m512 safe = _mm512_max_ps(_mm512_set1_ps(LEAST_TOP), top);
     __m512 shrink = exp16(_mm512_sub_ps(old, safe));
     // The panel is summed by itself first: 12 times fewer roundings of the large sums.
-    __m512 total = _mm512_setzero_ps(), weighted = total, plain = total;
+    __m512 total = _mm512_setzero_ps(), weighted = total, plain = total, shift = total;
+    if (exps != nullptr) {
+        T::store(panel_top, 0, safe);
+        shift = exp16(_mm512_sub_ps(safe, T::load(panel_top, 0)));  // the top is kept rounded
+    }
     for (int64_t i = 0; i < words; i++) {
         __m512 e = exp16(_mm512_sub_ps(z[i][half], safe));
         __mmask16 some = _mm512_cmp_ps_mask(e, _mm512_setzero_ps(), _CMP_NEQ_UQ);  // 0 * -inf is not NaN here
         total = _mm512_add_ps(total, e);
         weighted = _mm512_mask3_fmadd_ps(e, z[i][half], weighted, some);
         plain = _mm512_add_ps(plain, z[i][half]);
-        if (exps != nullptr) T::store(exps, i * TILE + 16 * half, e);
+        if (exps != nullptr) T::store(exps, i * TILE + 16 * half, _mm512_mul_ps(e, shift));
     }
-    if (exps != nullptr) _mm512_storeu_ps(panel_top, safe);
     _mm512_storeu_ps(sums.top + at, top);
     _mm512_storeu_ps(sums.total + at, _mm512_fmadd_ps(_mm512_loadu_ps(sums.total + at), shrink, total));
     _mm512_storeu_ps(sums.weighted + at, _mm512_fmadd_ps(_mm512_loadu_ps(sums.weighted + at), shrink, weighted));
@@ -316,7 +321,7 @@ struct Item {  // of the walk: a segment by a group of tokens
     bool plain_head, stream;
     float* at_target;
     void* exps;
-    float* tops;
+    void* tops;
 };
 
 // The panel of words w .. w + words - 1 (of h.first on) and the tile of tokens from n.
@@ -333,7 +338,7 @@ AVX512 INLINE void walk_tile(const Item& item, __m512 (&z)[PANEL][2], int64_t w,
         __mmask16 hits = targets_here(target, word, words);
         for (int lane = 0; hits; lane++, hits >>= 1)
             if (hits & 1) item.at_target[at + lane] = ((float*)&z[target[lane] - word][half])[lane];
-        float* panel_top = item.tops == nullptr ? nullptr : item.tops + w / PANEL * h.padded + at;
+        void* panel_top = item.tops == nullptr ? nullptr : (char*)item.tops + (w / PANEL * h.padded + at) * T::bytes;
         walk_half<T>(z, half, words, item.sums, at, item.exps == nullptr ? nullptr : lines, panel_top);
     }
     if (item.exps != nullptr)
@@ -344,7 +349,7 @@ AVX512 INLINE void walk_tile(const Item& item, __m512 (&z)[PANEL][2], int64_t w,
 // The walk of one segment over the tokens begin .. end - 1 (multiples of the tile).
 template <class T>
 AVX512 void walk_item(const Head& h, Words<T>& weight, int64_t segment, int64_t begin, int64_t end,
-                      const Partial& partial, float* at_target, void* exps, float* tops) {
+                      const Partial& partial, float* at_target, void* exps, void* tops) {
     alignas(64) int32_t target[MAX_GROUP];
     load_targets(h, begin, end, target);
     const int64_t from = segment * SEGMENT, to = std::min(from + SEGMENT, h.num_words);
@@ -390,7 +395,7 @@ inline void merge(const Partial& partial, int64_t row, int64_t segments, int64_t
 }
 
 template <class T>
-void walk(const Head& h, const strop_walk& walk, void* exps, float* tops, float* scratch) {
+void walk(const Head& h, const strop_walk& walk, void* exps, void* tops, float* scratch) {
     const int64_t segments = ceil_div(h.num_words, SEGMENT), size = segments * h.padded;
     const Partial partial = {scratch, scratch + size, scratch + 2 * size, scratch + 3 * size};
     const int64_t group = group_size(h.hidden_size, T::bytes), groups = ceil_div(h.padded, group);
@@ -494,7 +499,7 @@ void grad(const Head& h, const float* lse, const float* grad, void* out) {
 
 // One panel: every kept exp(z - top) becomes a probability by one factor a token.
 template <class T>
-AVX512 void grad_kept_panel(const Head& h, int64_t w, const void* exps, const float* tops, const float* lse,
+AVX512 void grad_kept_panel(const Head& h, int64_t w, const void* exps, const void* tops, const float* lse,
                             const float* grad, void* out) {
     const int64_t words = std::min(PANEL, h.num_words - w);
     for (int64_t begin = 0; begin < h.padded; begin += MAX_GROUP) {
@@ -507,7 +512,7 @@ AVX512 void grad_kept_panel(const Head& h, int64_t w, const void* exps, const fl
             std::fill(target, target + MAX_GROUP, -1);
         load_rows(lse, grad, h.head.inv_temperature, h.num_rows, begin, end, lses, grads);
         for (int64_t n = begin; n < end; n += 16) {
-            __m512 top = _mm512_loadu_ps(tops + w / PANEL * h.padded + n);
+            __m512 top = T::load(tops, w / PANEL * h.padded + n);
             __m512 scale = exp16(_mm512_sub_ps(top, _mm512_loadu_ps(lses + n - begin)));
             __m512 g = _mm512_loadu_ps(grads + n - begin);
             for (int64_t i = 0; i < words; i++) {
@@ -521,7 +526,7 @@ AVX512 void grad_kept_panel(const Head& h, int64_t w, const void* exps, const fl
 }
 
 template <class T>
-void grad_kept(const Head& h, const void* exps, const float* tops, const float* lse, const float* grad, void* out) {
+void grad_kept(const Head& h, const void* exps, const void* tops, const float* lse, const float* grad, void* out) {
 #pragma omp parallel for schedule(static)
     for (int64_t w = 0; w < h.num_words; w += PANEL) grad_kept_panel<T>(h, w, exps, tops, lse, grad, out);
 }

@@ -34,11 +34,11 @@ int strop_head_pack(const void* hidden, int dtype, int64_t num_rows, int64_t hid
 // The walk over words first .. first + num_words - 1 of weight [vocab, H]. head->bias: fp32 [vocab].
 // target int64 [N], below vocab. walk goes on from what it holds, as in strop_walk_chunk.
 // weight_dtype: dtype, or fp32; then its rows are rounded to dtype as they are read.
-// exps NULL, or [num_words, n] of dtype, with tops fp32 [panels, n]: exp(z - top of its panel) is kept.
+// exps NULL, or [num_words, n] of dtype, with tops [panels, n] of dtype: exp(z - top of its panel) is kept.
 // partial: fp32, 4 * n * ceil(num_words / STROP_SEGMENT) of scratch space.
 int strop_head_walk(const void* packed, const void* weight, int dtype, int weight_dtype, int64_t num_rows,
                     int64_t hidden_size, int64_t stride, int64_t first, int64_t num_words, int64_t vocab,
-                    const int64_t* target, const strop_head* head, const strop_walk* walk, void* exps, float* tops,
+                    const int64_t* target, const strop_head* head, const strop_walk* walk, void* exps, void* tops,
                     float* partial);
 
 // out [num_words, n] of dtype: grad[n] * (1[target] - softmax(z)) * dz/dx of these words, word by word; 0 in
@@ -49,7 +49,7 @@ int strop_head_grad(const void* packed, const void* weight, int dtype, int weigh
 
 // The same from kept exponentials (without a softcap). exps and tops begin at word `first`. target NULL: no
 // word is the target.
-int strop_head_grad_kept(const void* exps, const float* tops, int dtype, int64_t num_rows, int64_t first,
+int strop_head_grad_kept(const void* exps, const void* tops, int dtype, int64_t num_rows, int64_t first,
                          int64_t num_words, int64_t vocab, const int64_t* target, float inv_temperature,
                          const float* lse, const float* grad, void* out);
 
