@@ -74,3 +74,14 @@ def options(kind, vocab):
     if given.pop("bias", False):
         given["bias"] = torch.linspace(-1, 1, vocab)
     return given
+
+
+def plain_and_compiled(loss, x, w):
+    """Value and gradients by x and w of loss(x, w), as it is and by torch.compile without a graph break."""
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
+        value = function(*leaves)
+        value.backward()
+        results.append([value.detach(), *(leaf.grad for leaf in leaves)])
+    return results

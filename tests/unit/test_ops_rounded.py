@@ -13,7 +13,7 @@ import torch
 
 from strop import ops
 from strop.ops import functional, head, registered, workspace
-from tests.unit.ops_engines import ENGINES, FUSED, HEADS, example, options, truth
+from tests.unit.ops_engines import ENGINES, FUSED, HEADS, example, options, plain_and_compiled, truth
 
 BF16 = torch.bfloat16
 FUSED_HERE = [name for name in ENGINES[BF16] if name in FUSED]
@@ -321,12 +321,7 @@ def test_compile_finds_no_graph_break(monkeypatch, shared, engine):
         part = ops.linear_logprob(x, w.detach(), target, None, 5.0)[0]
         return (logp * part.detach()).sum() + part.sum() + 0 * stats.entropy.sum()
 
-    results = []
-    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
-        value = function(*leaves)
-        value.backward()
-        results.append([value.detach(), *(leaf.grad for leaf in leaves)])
+    results = plain_and_compiled(loss, x, w)
     assert results[1][2].dtype == torch.float32
     for a, b in zip(*results):
         assert torch.allclose(a.float(), b.float(), rtol=1e-6, atol=1e-7)

@@ -12,6 +12,7 @@ import torch
 
 from strop import ops
 from strop.ops import head, native, preference
+from tests.unit.ops_engines import plain_and_compiled
 
 
 def example(num_tokens=6, hidden=16, vocab=50, dtype=torch.float32):
@@ -61,12 +62,7 @@ def test_compile_finds_no_graph_break(backend):
         sums = ops.segment_sum(logp + more, edges)
         return ops.dpo_loss(sums.view(-1, 2), "apo_down", 0.2).sum() + 0 * stats.entropy.sum()
 
-    results = []
-    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
-        value = function(*leaves)
-        value.backward()
-        results.append([value.detach(), *(leaf.grad for leaf in leaves)])
+    results = plain_and_compiled(loss, x, w)
     for a, b in zip(*results):
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-7)
 

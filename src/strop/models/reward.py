@@ -61,7 +61,7 @@ class RewardModel(Policy):
             return Scores(own, own.new_zeros(1, 0))
         hidden_SH, _ = self._hidden_or_logits(batch, batch.cu_seqlens[1:].long() - 1)
         head: Any = self.lm.score
-        weight_H = head.weight[0].to(hidden_SH.dtype).float()
+        weight_H = head.weight[0].to(hidden_SH.dtype).float()  # rounded, as the model's own head does it
         hidden_SH = hidden_SH.float()
         # No view of a larger result: FSDP warns of what could be done to one in place.
         return Scores(torch.mv(hidden_SH, weight_H), hidden_SH)

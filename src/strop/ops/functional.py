@@ -209,8 +209,7 @@ def _check_head(
         )
     if 0 in weight.shape:
         raise ValueError(f"weight {tuple(weight.shape)} has no words or no width")
-    is_16_bit = hidden.dtype in (torch.bfloat16, torch.float16)
-    if hidden.dtype != weight.dtype and not (is_16_bit and weight.dtype == torch.float32):
+    if hidden.dtype != weight.dtype and not native.is_rounded(hidden, weight):
         raise ValueError(f"hidden is {hidden.dtype} but weight is {weight.dtype}")
     if bias is not None and (bias.shape != weight.shape[:1] or not bias.dtype.is_floating_point):
         raise ValueError(

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from strop.ops import native, workspace
 from strop.ops.head_products import Products
-from strop.ops.native import DTYPES, PANEL, SEGMENT, TILE, call
+from strop.ops.native import DTYPES, PANEL, SEGMENT, TILE, call, is_rounded
 from strop.ops.reference import Scalings, Walked
 
 NOTHING, ALL, FROZEN = 0, 1, 2
@@ -149,11 +149,6 @@ class _Rows:
         logprob = (self.at_target - lse).clamp(max=0.0)
         correct = (self.at_target >= self.top).float()
         return Walked(logprob, lse, lse - self.weighted / self.total, correct, self.plain / vocab)
-
-
-def is_rounded(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether the weight is fp32 beside hidden states in 16 bit."""
-    return weight.dtype != hidden.dtype
 
 
 def _code(x: Tensor) -> int:

@@ -38,8 +38,8 @@ def _code(x: Tensor) -> int:
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether a weight has x's dtype, or is fp32: then it is rounded as it is read, its gradient is not."""
-    return weight.dtype in (x.dtype, torch.float32)
+    """Whether a weight has x's dtype, or is one that is rounded to it."""
+    return weight.dtype == x.dtype or native.is_rounded(x, weight)
 
 
 def _check_weight(x: Tensor, weight: Tensor) -> None:

@@ -45,8 +45,7 @@ def _has_kernels() -> bool:
 
 def applies(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> bool:
     """Whether `linear` is more than torch's own: by its kernels, or since torch refuses an fp32 weight."""
-    wider = weight.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
-    return wider or takes(x, weight, bias)
+    return native.is_rounded(x, weight) or takes(x, weight, bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:

@@ -148,6 +148,12 @@ def has_amx() -> bool:
     return found
 
 
+def is_rounded(x: Tensor, weight: Tensor) -> bool:
+    """Whether a weight is fp32 beside x in 16 bit: it is rounded to x's type as it is read, its gradient is
+    fp32."""
+    return weight.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
+
+
 def head_kernel(dtype: torch.dtype) -> str:
     """What makes matmul and softmax one kernel for dtype on this CPU: "amx", "avx512", or "" for nothing."""
     if not has_avx512(dtype):
